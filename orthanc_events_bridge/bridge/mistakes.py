@@ -1,0 +1,222 @@
+"""From pydantic's errors to sentences for the operator. Nothing of pydantic's own words gets through."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+from orthanc_events_bridge.bridge.document import UNKNOWN, Document
+from orthanc_events_bridge.bridge.settings import Settings
+from orthanc_events_bridge.transports import REGISTERED
+from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.values import MISTAKE, Options, Place
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+
+def explain(document: Document, errors: list[ErrorDetails]) -> Iterator[tuple[Place, int, str, str]]:
+    """Say for each mistake: its place, its line, what is wrong, what would be right.
+
+    :param document: what was validated.
+    :param errors: what pydantic found; what only follows from another mistake is left out.
+    """
+    for error in errors:
+        if _consequence(document.data, error, errors):
+            continue
+        place = error["loc"]
+        context = error.get("ctx", {})
+        if error["type"] == MISTAKE:
+            wrong, right, shown = context["wrong"], context["right"], context["shown"]
+            block = place[: len(place) - context.get("depth", 0)]
+            for number, other in enumerate(context["options"]):
+                line = document.line((*block, *other))
+                wrong = wrong.replace(f"{{{number}}}", f"{spell(other)} (line {line})")
+        else:
+            wrong, right, shown = _translate(place, error, document.data)
+        if shown is not None:
+            variables = document.variables.get(place)
+            if variables:
+                wrong = f"the value with {' and '.join(f'${{{name}}}' for name in variables)} {wrong}"
+            else:
+                wrong = f"'{shown if len(shown) <= 60 else shown[:57] + '…'}' {wrong}"
+        yield place, document.line(place), wrong, right
+
+
+def spell(place: Place) -> str:
+    """Write a place as an operator would: ``transports[0].servers``."""
+    text = ""
+    for step in place:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def _consequence(data: Any, error: ErrorDetails, errors: list[ErrorDetails]) -> bool:
+    """Whether it only follows from a mistake that is reported anyway."""
+    value, place = data, error["loc"]
+    for step in place:
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int):
+            value = value[step]
+    if value is UNKNOWN:
+        return True
+    if error["type"] == "too_short":  # pydantic counts right items only
+        return bool(value)
+    return (
+        error["type"] == "missing"
+        and any(  # there, but misspelt
+            other["type"] == "extra_forbidden"
+            and other["loc"][:-1] == place[:-1]
+            and _nearest(str(other["loc"][-1]), [str(place[-1])])
+            for other in errors
+        )
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)), "")
+
+
+def _translate(place: Place, error: ErrorDetails, data: Any) -> tuple[str, str, str | None]:
+    """What is wrong, what would be right, and the value where it may and should be shown."""
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    field = _field(place, data)
+    found = f"and {kind_of(value)} was found"
+    sample = _sample(place, field)
+    if kind == "missing":
+        return "is required", sample, None
+    if kind == "extra_forbidden":
+        return _unknown_option(place, data)
+    if kind == "literal_error":
+        choices = [str(choice) for choice in _choices(field.annotation if field else None)]
+        near = _nearest(str(value), choices)
+        listed = f"write one of: {', '.join(choices)}"
+        text = str(value) if isinstance(value, str | int | float) else None
+        wrong = "is none of the choices" if text is not None else f"one of several words is expected, {found}"
+        return wrong, f"did you mean {near}? {listed.capitalize()}" if near else listed, text
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = f"at least {context['ge']}" if "ge" in context else f"at most {context['le']}"
+        return "is out of range", f"it has to be {bound}", str(value)
+    if kind == "too_short":
+        return "is an empty list", f"name at least one; {sample}", None
+    expected = {
+        "string_type": "text is expected",
+        "path_type": "a file's name is expected",
+        "tuple_type": "a list is expected",
+        "list_type": "a list is expected",
+        "model_type": "a block of options is expected",
+        "bool_type": "true or false is expected",
+        "bool_parsing": "true or false is expected",
+        "int_type": "a whole number is expected",
+        "int_parsing": "a whole number is expected",
+        "int_from_float": "a whole number is expected",
+    }.get(kind, "another value is expected")
+    right = sample
+    if expected == "true or false is expected":
+        right = "write true or false"
+    elif expected == "a whole number is expected":
+        right = "write a whole number"
+    elif expected == "a block of options is expected":
+        right = "write its options below it, indented, one `option: value` per line"
+    return f"{expected}, {found}", right, None
+
+
+def _unknown_option(place: Place, data: Any) -> tuple[str, str, str | None]:
+    name, block = str(place[-1]), _block(place[:-1], data)
+    known = list(block.model_fields) if block else []
+    near = _nearest(name, known)
+    if near:
+        return "there is no such option", f"did you mean {near}?", None
+    for option, field in block.model_fields.items() if block else ():
+        inner = options_class(field.annotation)
+        if inner is not None and name in inner.model_fields:
+            return "there is no such option here", f"it belongs into the block {option}", None
+    if len(place) > 1 and name in Settings.model_fields:
+        return "there is no such option here", "it belongs to the top of the file, not indented", None
+    return "there is no such option", f"the options here are: {', '.join(known)}", None
+
+
+def _block(place: Place, data: Any) -> type[Options] | None:
+    """The class of the block of options at a place; a transport's by its type."""
+    block: type[Options] | None = Settings
+    for step in place:
+        if isinstance(data, Mapping):
+            data = data.get(step)
+        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        if not isinstance(step, int):
+            field = block.model_fields.get(step) if block else None
+            block = options_class(field.annotation) if field else None
+        elif block is TransportOptions and isinstance(data, Mapping) and isinstance(data.get("type"), str):
+            registration = REGISTERED.get(data["type"])
+            block = registration.options if registration else block
+    return block
+
+
+def _field(place: Place, data: Any) -> FieldInfo | None:
+    while place and isinstance(place[-1], int):
+        place = place[:-1]
+    block = _block(place[:-1], data) if place else None
+    return block.model_fields.get(str(place[-1])) if block else None
+
+
+def options_class(annotation: Any) -> type[Options] | None:
+    return next(
+        (part for part in annotation_parts(annotation) if isinstance(part, type) and issubclass(part, Options)), None
+    )
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [part for part in annotation_parts(annotation) if isinstance(part, str)]
+
+
+def annotation_parts(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of: the parts of tuples, unions and literals, without their frames."""
+    origin = get_origin(annotation)
+    if origin is None:
+        yield annotation
+    elif origin is Annotated:
+        yield from annotation_parts(get_args(annotation)[0])
+    elif origin in (tuple, list, Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from annotation_parts(part)
+    else:
+        yield from get_args(annotation)
+
+
+def _sample(place: Place, field: FieldInfo | None) -> str:
+    if place and isinstance(place[-1], int):
+        return 'write text, in quotes if need be: "…"'
+    if field is None or not place:
+        return "see the documentation of the configuration"
+    if place == ("transports",):
+        return f"write a list of blocks, each beginning with `- type: nats` (types: {', '.join(REGISTERED)})"
+    if field.examples:
+        example = field.examples[0]
+        if isinstance(example, list):
+            example = "[" + ", ".join(f'"{item}"' for item in example) + "]"
+        return f"write it as in `{place[-1]}: {example}`"
+    return "write text, in quotes if need be"
+
+
+def kind_of(value: Any) -> str:
+    """Say in plain words what was found where something else is expected."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, int):
+        return "a number"
+    if isinstance(value, float):
+        return "a number with a fraction"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "a block of options"
+    return "a date" if hasattr(value, "year") else "something else"

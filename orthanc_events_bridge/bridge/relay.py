@@ -1,0 +1,333 @@
+"""One relay per transport: from the outbox, in order, to the broker, and on over acknowledged rows only.
+
+It never skips a row and never gives up. What the broker can never take is set aside, where the operator sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from orthanc_events_bridge.bridge.state import Progress
+from orthanc_events_bridge.errors import (
+    EventRejectedError,
+    NotConnectedError,
+    TransportConfigurationError,
+    TransportError,
+)
+from orthanc_events_bridge.events.mapping import event_id, short_name, to_outgoing
+from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.transports.base import Outgoing, PublishError, Transport
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two attempts: the first time, at most, and at most when a person has to change something.
+_FIRST_WAIT: Final = 0.05
+_LONGEST_WAIT: Final = 5.0
+_LONGEST_WAIT_FOR_A_PERSON: Final = 30.0
+#: Rows that are mapped before the event loop gets its turn.
+_SLICE: Final = 50
+#: Seconds after which the outbox is looked at although nobody rang.
+_LOOK: Final = 1.0
+_RATE_WINDOW: Final = 10.0
+
+
+class Source(Protocol):
+    """What a relay needs of the outbox."""
+
+    recorder: str
+
+    def rows(self, after: int, limit: int) -> list[OutboxRow]: ...
+    def shape(self, number: int) -> Mapping[str, Any]: ...
+    def detached(self) -> int: ...
+
+
+class Memory(Protocol):
+    """What a relay needs of ``bridge.db``."""
+
+    def progress(self, name: str, recorder: str) -> Progress: ...
+    def save(self, name: str, progress: Progress) -> None: ...
+    def gap(self, name: str, first: int, last: int) -> None: ...
+    def set_aside(self, transport: str, position: int, event: str, type_name: str, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows, and the events among them that are to be sent."""
+
+    last: int  # position of the last row
+    seq: int | None = None  # the highest Seq of Orthanc's log in it
+    events: list[Outgoing] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # of the events
+    names: list[str] = field(default_factory=list)
+    read: int = 0
+
+
+class Relay:
+    """Moves one transport along the outbox.
+
+    :param name: of the transport.
+    :param make: makes it; may raise, when its client isn't installed, and is then asked again.
+    :param kind: its type, for the status.
+    :param size: events in a batch, at most.
+    :param accepts: whether an event, by its short name, is for this transport.
+    :param source: the outbox.
+    :param memory: where the position is kept.
+    :param replay: whether a place that was made again gets everything that the outbox keeps.
+    :param sleep: so that tests need not wait.
+    """
+
+    #: A seam for `make test-mutants`: protections that are left out.
+    without: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Transport],
+        kind: str,
+        size: int,
+        accepts: Callable[[str], bool],
+        source: Source,
+        memory: Memory,
+        *,
+        replay: bool = True,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self.name = name
+        self._make = make
+        self._made: Transport | None = None
+        self._kind = kind
+        self._size = size
+        self._accepts = accepts
+        self._source = source
+        self._memory = memory
+        self._replay = replay
+        self._sleep = sleep
+        self._progress = memory.progress(self.name, source.recorder)
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._state = "connecting"
+        self._since = time.time()
+        self._error: dict[str, Any] | None = None
+        self._faulty_since = 0.0
+        self._repeats = Repeats(time.monotonic)
+        self._sent: deque[tuple[float, int]] = deque()
+
+    @property
+    def position(self) -> int:
+        return self._progress.position
+
+    def wake(self) -> None:
+        """There are new rows."""
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Send what is there, then end."""
+        self._draining = True
+        self._wake.set()
+
+    def status(self) -> dict[str, Any]:
+        """What the status shows of this transport; rates in events per second over the last ten seconds."""
+        now = time.monotonic()
+        while self._sent and self._sent[0][0] < now - _RATE_WINDOW:
+            self._sent.popleft()
+        return {
+            "type": self._kind,
+            "state": self._state,
+            "since": iso(self._since * 1000),
+            "rate": round(sum(count for _, count in self._sent) / _RATE_WINDOW, 1),
+            "last_error": self._error,
+        }
+
+    @property
+    def _transport(self) -> Transport:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    async def _close(self) -> None:
+        if self._made is not None:
+            await self._made.close()
+
+    async def run(self) -> None:
+        """Work until cancelled, or until everything is sent once `drain` was called."""
+        wait = _FIRST_WAIT
+        try:
+            while True:
+                before = self._progress.position
+                try:
+                    self._same_place(await self._transport.connect())
+                    self._healthy()
+                    await self._pump()
+                    return
+                except TransportError as error:
+                    fault = error.error if isinstance(error, PublishError) else error
+                except Exception as error:  # a defect of ours must not stop the others, nor be silent
+                    log.exception("transport %s", self.name) if log.isEnabledFor(logging.DEBUG) else None
+                    fault = NotConnectedError(f"{type(error).__name__}: {error}", "please report this")
+                self._faulty(fault)
+                if isinstance(fault, NotConnectedError | TransportConfigurationError):
+                    await self._close()
+                if self._progress.position > before:
+                    wait = _FIRST_WAIT
+                await self._sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, no secret
+                person = isinstance(fault, TransportConfigurationError)
+                wait = min(wait * 2, _LONGEST_WAIT_FOR_A_PERSON if person else _LONGEST_WAIT)
+        finally:
+            await self._close()
+
+    async def _pump(self) -> None:
+        """Send batch after batch; while one is under way, the next is read and mapped.
+
+        :raises TransportError: what stopped it; the position says how far it came.
+        """
+        batch = await self._read(self._progress.position)
+        while True:
+            if not batch.read:
+                if self._draining:
+                    return
+                await self._wait()
+                batch = await self._read(self._progress.position)
+                continue
+            publishing = asyncio.ensure_future(self._publish(batch))
+            try:
+                await asyncio.sleep(0)
+                following = await self._read(batch.last)
+            finally:
+                try:
+                    await asyncio.shield(publishing)
+                except asyncio.CancelledError:
+                    publishing.cancel()
+                    raise
+            batch = following
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.wait_for(self._wake.wait(), _LOOK)
+        except TimeoutError:
+            return
+        finally:
+            self._wake.clear()
+
+    async def _read(self, after: int) -> _Batch:
+        """The next rows, mapped and filtered; empty when there are none."""
+        detached = self._source.detached()
+        if after < detached:
+            self._memory.gap(self.name, after + 1, detached)
+            log.error(
+                "transport %s has lost its place: the outbox was full and gave up the rows up to position %d that were"
+                " not delivered yet",
+                self.name,
+                detached,
+            )
+            self._progress.position = after = detached
+        self._wake.clear()
+        rows = self._source.rows(after, self._size)
+        batch = _Batch(last=rows[-1].position if rows else after, read=len(rows))
+        for index, row in enumerate(rows):
+            if index % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
+            if row.seq is not None:
+                batch.seq = max(batch.seq or 0, row.seq)
+            name = short_name(row)
+            if not self._accepts(name):
+                continue
+            batch.events.append(to_outgoing(row, self._source.shape(row.settings), self._source.recorder))
+            batch.positions.append(row.position)
+            batch.names.append(name)
+        return batch
+
+    async def _publish(self, batch: _Batch) -> None:
+        """Send a batch, set aside what can't be taken, and move on over the rest.
+
+        :raises TransportError: it stopped before the end; the position is behind the last confirmed event.
+        """
+        done = 0
+        while done < len(batch.events):
+            try:
+                await self._transport.publish(batch.events[done:])
+                self._count(len(batch.events) - done)
+                done = len(batch.events)
+            except PublishError as error:
+                done += error.confirmed
+                self._count(error.confirmed)
+                if isinstance(error.error, EventRejectedError):
+                    self._set_aside(batch, done, error.error)
+                    done += 1
+                    continue
+                if done:
+                    self._move(batch.positions[done - 1], self._progress.seq)
+                if "replay" in self.without:  # a mutant: what was not confirmed counts as sent
+                    self._move(batch.last, batch.seq)
+                raise
+        self._move(batch.last, batch.seq)
+        if self._error is not None and self._state != "connected":
+            self._healthy()
+
+    def _count(self, events: int) -> None:
+        self._progress.published += events
+        self._sent.append((time.monotonic(), events))
+
+    def _set_aside(self, batch: _Batch, index: int, error: EventRejectedError) -> None:
+        event, position = batch.events[index], batch.positions[index]
+        self._memory.set_aside(self.name, position, event.id, batch.names[index], str(error))
+        log.error(
+            "transport %s: event %s (%s) is set aside: %s. See `orthanc-events set-aside`",
+            self.name,
+            event.id,
+            batch.names[index],
+            error,
+        )
+
+    def _move(self, position: int, seq: int | None) -> None:
+        self._progress.position = max(self._progress.position, position)
+        if seq is not None:
+            self._progress.seq = max(self._progress.seq or 0, seq)
+        self._memory.save(self.name, self._progress)
+
+    def _same_place(self, identity: str) -> None:
+        """Was the place at the broker deleted and made again? Then what it held is gone."""
+        if self._progress.identity and identity != self._progress.identity:
+            if self._replay:
+                self._progress.position = 0
+            log.error(
+                "transport %s: its place at the broker was deleted and made again; %s",
+                self.name,
+                "everything that the outbox keeps is sent again" if self._replay else "going on where it was",
+            )
+        if identity != self._progress.identity:
+            self._progress.identity = identity
+            self._memory.save(self.name, self._progress)
+
+    # -- health -----------------------------------------------------------------------------------------------------------
+
+    def _healthy(self) -> None:
+        if self._repeats.over("fault"):
+            log.warning(
+                "transport %s is well again after %.0f s", self.name, time.monotonic() - self._faulty_since
+            )
+        if self._state != "connected":
+            self._state, self._since = "connected", time.time()
+
+    def _faulty(self, error: TransportError) -> None:
+        state = {TransportConfigurationError: "needs attention", NotConnectedError: "not connected"}.get(
+            type(error), "refused"
+        )
+        if self._state != state:
+            self._since = time.time()
+        if self._state == "connected" or not self._faulty_since:
+            self._faulty_since = time.monotonic()
+        count = self._error["count"] + 1 if self._error and self._error["message"] == error.message else 1
+        self._error = {"message": error.message, "remedy": error.remedy, "at": iso(time.time() * 1000), "count": count}
+        self._state = state
+        line = self._repeats.line("fault", f"transport {self.name}: {error}")
+        if line:
+            log.error(line)

@@ -1,0 +1,174 @@
+"""``bridge.db``: what the bridge must remember, and what it tells capture and the command line.
+
+Written by the bridge, and, for `commands`, by the command line. `orthanc_events_bridge.status` reads it elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from orthanc_events_bridge.errors import OutboxError
+from orthanc_events_bridge.outbox import translated
+
+VERSION: Final = 1
+_SCHEMA: Final = """
+PRAGMA journal_mode = WAL;
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS settings (  -- those that shape events, numbered; rows of the outbox name the number
+    number INTEGER PRIMARY KEY, document TEXT NOT NULL UNIQUE
+) STRICT;
+CREATE TABLE IF NOT EXISTS transports (
+    name TEXT PRIMARY KEY,
+    recorder TEXT NOT NULL,              -- the outbox that the position belongs to
+    position INTEGER NOT NULL DEFAULT 0, -- everything up to here is delivered or set aside
+    seq INTEGER,                         -- the highest Seq of Orthanc's log up to there
+    identity TEXT NOT NULL DEFAULT '',   -- of the place at the broker; another one: it was made again
+    published INTEGER NOT NULL DEFAULT 0,
+    gap_from INTEGER, gap_through INTEGER -- what the outbox had to give up before it was delivered
+) STRICT;
+CREATE TABLE IF NOT EXISTS set_aside (   -- events that a broker can never take; the rows stay in the outbox
+    transport TEXT NOT NULL, position INTEGER NOT NULL, event TEXT NOT NULL, type TEXT NOT NULL,
+    reason TEXT NOT NULL, at INTEGER NOT NULL, PRIMARY KEY (transport, position)
+) STRICT;
+CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS commands (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT NOT NULL, transport TEXT NOT NULL, argument TEXT
+) STRICT;
+"""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one transport is; the columns are explained in the schema above."""
+
+    position: int
+    seq: int | None
+    identity: str
+    published: int
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the operator asked for on the command line."""
+
+    number: int
+    command: str
+    transport: str
+    argument: Any
+
+
+class State:
+    """Opens ``bridge.db``, and makes it when it isn't there, readable by its owner only.
+
+    :raises OutboxError: it can't be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with translated(path):
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            except OSError as error:
+                raise OutboxError(f"{path} can't be opened: {error.strerror}") from error
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+            elif version != VERSION:
+                self._db.close()
+                raise OutboxError(f"{path} has version {version}, this package uses {VERSION}", "use the same version")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def number_settings(self, shape: Mapping[str, Any]) -> int:
+        """The number of the settings that shape events; the same settings keep theirs."""
+        document = json.dumps(shape, sort_keys=True)
+        with translated(self._path):
+            self._db.execute("INSERT OR IGNORE INTO settings (document) VALUES (?)", (document,))
+            return int(
+                self._db.execute("SELECT number FROM settings WHERE document = ?", (document,)).fetchone()[0]
+            )
+
+    def settings(self) -> dict[int, dict[str, Any]]:
+        """All settings that were ever numbered."""
+        with translated(self._path):
+            return {n: json.loads(document) for n, document in self._db.execute("SELECT * FROM settings")}
+
+    def note(self, key: str, document: Mapping[str, Any]) -> None:
+        """Keep a document for the others to read."""
+        with translated(self._path):
+            self._db.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(document)))
+
+    # -- transports -----------------------------------------------------------------------------------------------------
+
+    def progress(self, name: str, recorder: str) -> Progress:
+        """How far a transport is with this outbox; a new transport, or a new outbox, begins with the oldest row."""
+        with translated(self._path):
+            self._db.execute(
+                "INSERT INTO transports (name, recorder) VALUES (?, ?) ON CONFLICT DO UPDATE SET"
+                " recorder = excluded.recorder, position = 0, gap_from = NULL, gap_through = NULL"
+                " WHERE recorder <> excluded.recorder",
+                (name, recorder),
+            )
+            row = self._db.execute(
+                "SELECT position, seq, identity, published FROM transports WHERE name = ?", (name,)
+            ).fetchone()
+        return Progress(*row)
+
+    def save(self, name: str, progress: Progress) -> None:
+        """Keep how far a transport is."""
+        with translated(self._path):
+            self._db.execute(
+                "UPDATE transports SET position = ?, seq = ?, identity = ?, published = ? WHERE name = ?",
+                (progress.position, progress.seq, progress.identity, progress.published, name),
+            )
+
+    def gap(self, name: str, first: int, last: int) -> None:
+        """Mark what a transport has lost because the outbox had to give it up."""
+        with translated(self._path):
+            self._db.execute(
+                "UPDATE transports SET gap_from = coalesce(gap_from, ?), gap_through = ? WHERE name = ?",
+                (first, last, name),
+            )
+
+    def set_aside(self, transport: str, position: int, event: str, type_name: str, reason: str) -> None:
+        """Keep an event that the broker can never take where the operator sees it."""
+        with translated(self._path):
+            self._db.execute(
+                "REPLACE INTO set_aside VALUES (?,?,?,?,?,?)",
+                (transport, position, event, type_name, reason, int(time.time() * 1000)),
+            )
+
+    def taken_back(self, transport: str, position: int) -> None:
+        """An event is set aside no longer."""
+        with translated(self._path):
+            self._db.execute("DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position))
+
+    # -- commands -------------------------------------------------------------------------------------------------------
+
+    def ask(self, command: str, transport: str, argument: object = None) -> None:
+        """Leave a command for the bridge, which looks once a second."""
+        with translated(self._path):
+            self._db.execute(
+                "INSERT INTO commands (command, transport, argument) VALUES (?,?,?)",
+                (command, transport, json.dumps(argument)),
+            )
+
+    def commands(self) -> list[Command]:
+        """What was asked and isn't done yet, oldest first."""
+        with translated(self._path):
+            rows = self._db.execute("SELECT * FROM commands ORDER BY number").fetchall()
+        return [Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows]
+
+    def done(self, command: Command) -> None:
+        with translated(self._path):
+            self._db.execute("DELETE FROM commands WHERE number = ?", (command.number,))
+
+    def close(self) -> None:
+        self._db.close()

@@ -1,0 +1,85 @@
+"""The two files that ``orthanc-events init`` writes: the configuration, and the shim for Orthanc's ``PythonScript``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Final
+
+import orthanc_events_bridge
+from orthanc_events_bridge.bridge.config import template
+from orthanc_events_bridge.errors import BridgeError
+
+CONFIG_NAME: Final = "orthanc-events.yaml"
+#: Never `orthanc.py`: that would hide Orthanc's own module.
+SHIM_NAME: Final = "orthanc_events.py"
+
+_SHIM: Final = '''\
+"""Loads orthanc-events-bridge into Orthanc. Written by `orthanc-events init`; name it in Orthanc's "PythonScript".
+
+Only the standard library and the package itself are imported here, in Orthanc's process. The bridge runs beside it, with
+the interpreter below.
+"""
+
+import importlib.util
+import sys
+
+import orthanc
+
+#: The interpreter that the package is installed for; ORTHANC_EVENTS_PYTHON overrides it.
+PYTHON = {python!r}
+PACKAGE = {package!r}
+#: The bridge's configuration; ORTHANC_EVENTS_CONFIG overrides it.
+CONFIG = {config!r}
+#: A Python script of your own, for Orthanc to load as well. Its OnChange callback goes on working.
+SCRIPT = {script!r}
+
+try:
+    spec = importlib.util.spec_from_file_location(
+        "orthanc_events_bridge", PACKAGE + "/__init__.py", submodule_search_locations=[PACKAGE]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["orthanc_events_bridge"] = module
+    spec.loader.exec_module(module)
+    from orthanc_events_bridge.plugin import start
+except Exception as error:
+    orthanc.LogError("orthanc-events: changes are NOT recorded: " + PACKAGE + " can't be loaded: " + repr(error)
+                     + "; install the package again, then run `orthanc-events init --force`")
+    if SCRIPT:
+        raise  # your script can't be loaded either, and Orthanc must not run without it
+else:
+    start(python=PYTHON, config=CONFIG, script=SCRIPT)
+'''
+
+
+def shim_text(python: str, package: str, config: str, script: str | None = None) -> str:
+    """The shim for this interpreter and package.
+
+    :param python: the interpreter that the bridge runs with.
+    :param package: the folder of ``orthanc_events_bridge``.
+    :param config: the bridge's configuration.
+    :param script: the user's own script, if there is one.
+    """
+    return _SHIM.format(python=python, package=package, config=config, script=script)
+
+
+def write(folder: Path, *, force: bool, script: Path | None = None) -> tuple[Path, Path]:
+    """Write both files.
+
+    :return: the configuration, and the shim.
+    :raises BridgeError: one of them is there already and `force` isn't given, or the folder can't be written.
+    """
+    folder = folder.absolute()
+    config, shim = folder / CONFIG_NAME, folder / SHIM_NAME
+    there = [str(path) for path in (config, shim) if path.exists()]
+    if there and not force:
+        raise BridgeError(f"{' and '.join(there)} exist already", "say --force to write over them")
+    package = str(Path(orthanc_events_bridge.__file__).parent)
+    text = shim_text(sys.executable, package, str(config), str(script.absolute()) if script else None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(template(), encoding="utf-8")
+        shim.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BridgeError(f"{folder} can't be written: {error.strerror}") from error
+    return config, shim

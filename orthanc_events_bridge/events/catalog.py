@@ -1,0 +1,148 @@
+"""The event types, and the JSON Schema of each one's data. The wire contract: breaking it is a major version."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from orthanc_events_bridge.changes.model import KNOWN_NAMES
+
+#: The version behind every type, and in every schema's name.
+VERSION: Final = "v1"
+
+LEVELS: Final = ("patient", "study", "series", "instance")
+
+#: Change, as ``/changes`` spells it → verb. Names are those of Orthanc's ``EnumerationToString(ChangeType)``.
+_VERBS: Final = {
+    "CompletedSeries": "completed",
+    "Deleted": "deleted",
+    "JobFailure": "failed",
+    "JobSubmitted": "submitted",
+    "JobSuccess": "succeeded",
+    "LogDiscontinuity": "log-discontinuity",
+    "NewChildInstance": "instance-added",
+    "OrthancStarted": "started",
+    "OrthancStopped": "stopped",
+    "UpdatedAttachment": "attachment-updated",
+    "UpdatedMetadata": "metadata-updated",
+    "UpdatedModalities": "modalities-updated",
+    "UpdatedPeers": "peers-updated",
+}
+_VERBS_BY_START: Final = {"New": "created", "Stable": "stable", "Anonymized": "anonymized", "Modified": "modified"}
+UNKNOWN: Final = "unknown"
+
+
+def verb(change: str) -> str:
+    """What a change is called in its event's type; ``unknown`` for a kind of the future."""
+    if change in _VERBS:
+        return _VERBS[change]
+    if change in KNOWN_NAMES:
+        return next(verb for start, verb in _VERBS_BY_START.items() if change.startswith(start))
+    return UNKNOWN
+
+
+class EventType(NamedTuple):
+    """One type of event, without prefix and version."""
+
+    level: str
+    verb: str
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        """``study.stable``: what filters and handlers name."""
+        return f"{self.level}.{self.verb}"
+
+
+def _resource_types() -> list[EventType]:
+    types = []
+    for level in LEVELS:
+        types += [
+            EventType(level, "created", f"The {level} was stored, or came into being with its first instance."),
+            EventType(level, "deleted", f"The {level} was deleted."),
+            EventType(level, "attachment-updated", f"A file attached to the {level} was written."),
+            EventType(level, "metadata-updated", f"A metadata of the {level} was written."),
+            EventType(level, UNKNOWN, f"Something about the {level} that this version has no name for."),
+        ]
+        if level != "instance":
+            types += [
+                EventType(level, "instance-added", f"The {level} received one more instance."),
+                EventType(level, "stable", f"The {level} has received nothing for Orthanc's StableAge."),
+                EventType(level, "anonymized", f"The {level} is an anonymization's result (logs of old Orthancs)."),
+                EventType(level, "modified", f"The {level} is a modification's result (logs of old Orthancs)."),
+            ]
+    return types
+
+
+TYPES: Final[tuple[EventType, ...]] = (
+    *_resource_types(),
+    EventType("series", "completed", "The series has all the instances that its headers announce."),
+    EventType("job", "submitted", "A job was submitted."),
+    EventType("job", "succeeded", "A job has succeeded."),
+    EventType("job", "failed", "A job has failed; it may be resubmitted under the same id."),
+    EventType("job", UNKNOWN, "Something about a job that this version has no name for."),
+    EventType("server", "started", "Orthanc has started."),
+    EventType("server", "stopped", "Orthanc is stopping."),
+    EventType("server", "peers-updated", "The list of Orthanc peers was changed."),
+    EventType("server", "modalities-updated", "The list of DICOM modalities was changed."),
+    EventType("server", "log-discontinuity", "Orthanc's change log is not the one that was read before."),
+    EventType("server", UNKNOWN, "Something that this version has no name for."),
+)
+
+_ID: Final = {"type": "string", "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous."}
+_JOB: Final = {
+    "type": "object",
+    "description": "The job as it was when the change was captured.",
+    "properties": {
+        "type": {"type": "string"},
+        "state": {"type": "string"},
+        "progress": {"type": "number", "description": "Percent."},
+        "errorCode": {"type": "integer", "description": "0: no error."},
+        "created": {"type": "string", "description": "As Orthanc spells it, UTC."},
+        "completed": {"type": "string", "description": "As Orthanc spells it, UTC."},
+        "runtime": {"type": "number", "description": "Seconds."},
+        "localAet": {"type": "string"},
+        "remoteAet": {"type": "string"},
+        "targetAet": {"type": "string"},
+        "peer": {"type": "string", "description": "The URL of an Orthanc peer, without user and password."},
+        "instances": {"type": "integer"},
+        "failedInstances": {"type": "integer"},
+        "parentResources": {"type": "array", "items": _ID},
+    },
+}
+
+
+def schema(event_type: EventType, base: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of an event's data. New optional properties may come within a version."""
+    has_id = event_type.level != "server"
+    properties: dict[str, Any] = {
+        "change": {"type": "string", "description": "The kind of change, as Orthanc's /changes spells it."},
+        "level": {"const": event_type.level},
+        "id": _ID if has_id else {"type": "null"},
+        "seq": {"type": "integer", "description": "Its number in Orthanc's change log, where it has one."},
+        "parents": {
+            "type": "object",
+            "description": "Level → Orthanc id of the parents; empty where they are not known.",
+            "properties": {level: _ID for level in _levels_above(event_type.level)},
+            "additionalProperties": False,
+        },
+        "inferred": {"const": True, "description": "Orthanc did not say so; it follows from what exists."},
+    }
+    if event_type.level in LEVELS:
+        strings = {"type": "object", "additionalProperties": {"type": "string"}}
+        properties["tags"] = {**strings, "description": "Allow-listed DICOM tags, by keyword. Patient data, maybe."}
+        properties["metadata"] = {**strings, "description": "Allow-listed metadata of Orthanc, by name."}
+    if event_type.level == "job":
+        properties["job"] = _JOB
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{base}{event_type.name}.{VERSION}",
+        "title": event_type.name,
+        "description": event_type.meaning,
+        "type": "object",
+        "properties": properties,
+        "required": ["change", "level", "id", "parents"],
+    }
+
+
+def _levels_above(level: str) -> tuple[str, ...]:
+    return LEVELS[: LEVELS.index(level)] if level in LEVELS else ()

@@ -1,0 +1,127 @@
+"""A row of the outbox → a CloudEvent 1.0.2. Pure: the same row and settings always give the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import zlib
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any, Final
+
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+
+from orthanc_events_bridge.events.catalog import VERSION, verb
+from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.transports.base import Outgoing
+
+NAMESPACE: Final = uuid.UUID("8be797cd-5573-46b7-8097-bea664a99a80")
+PARTITIONS: Final = 64
+STRUCTURED: Final = JSONFormat.CONTENT_TYPE
+
+_SUBJECTS: Final = {
+    "patient": "patients",
+    "study": "studies",
+    "series": "series",
+    "instance": "instances",
+    "job": "jobs",
+}
+_FORMAT: Final = JSONFormat()
+
+
+class _Milliseconds(datetime):
+    """A time that is written with exactly three digits of its second."""
+
+    def isoformat(self, sep: str = "T", timespec: str = "milliseconds") -> str:
+        return super().isoformat(sep, timespec)
+
+
+@lru_cache(maxsize=1024)
+def _time(milliseconds: int, logged: bool) -> datetime:
+    """The log knows whole seconds, a callback milliseconds."""
+    kind = datetime if logged else _Milliseconds
+    return kind.fromtimestamp(milliseconds / 1000, timezone.utc)
+
+
+def partition(key: str) -> str:
+    """``00`` to ``63``: CRC-32 of the key's UTF-8 bytes, modulo 64. Fixed for good, in every language."""
+    return f"{zlib.crc32(key.encode()) % PARTITIONS:02d}"
+
+
+def partition_key(level: str, resource: str | None, parents: Mapping[str, str]) -> str:
+    """What events must share to stay in order: instances, series and studies their study."""
+    if level in ("instance", "series"):
+        return parents.get("study") or resource or "server"
+    return resource or "server"
+
+
+def event_id(row: OutboxRow, source: str) -> str:
+    """The minted id, or one derived from the log's own row, so that every reader of that row derives the same."""
+    if row.minted is not None:
+        return row.minted
+    spelt = [source, str(row.seq), row.date or "", row.change, row.level.capitalize(), row.resource or ""]
+    return str(uuid.uuid5(NAMESPACE, "\n".join(spelt)))
+
+
+def trace_parent(identifier: str) -> str:
+    """W3C Trace Context derived from the event's id: the same row gives the same bytes."""
+    digest = hashlib.sha256(b"trace" + identifier.encode()).hexdigest()
+    return f"00-{digest[:32]}-{digest[32:48]}-01"
+
+
+def short_name(row: OutboxRow) -> str:
+    """``study.stable``: the type without prefix and version."""
+    return f"{row.level}.{verb(row.change)}"
+
+
+def data_of(row: OutboxRow) -> dict[str, Any]:
+    """The event's data: Orthanc's ids, and nothing of the patient but what was allow-listed at capture."""
+    data: dict[str, Any] = {"change": row.change, "level": row.level, "id": row.resource}
+    if row.seq is not None:
+        data["seq"] = row.seq
+    return {**data, "parents": {}, **row.extra}
+
+
+def to_event(row: OutboxRow, shape: Mapping[str, Any], recorder: str) -> CloudEvent:
+    """The CloudEvent of a row.
+
+    :param shape: the settings that the row names: ``source``, ``type_prefix``, ``schema_base``.
+    :param recorder: the outbox's UUID.
+    """
+    name = short_name(row)
+    identifier = event_id(row, shape["source"])
+    attributes: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": identifier,
+        "source": shape["source"],
+        "type": f"{shape['type_prefix']}.{name}.{VERSION}",
+        "time": _time(row.at, row.date is not None),
+        "datacontenttype": "application/json",
+        "dataschema": f"{shape['schema_base']}{name}.{VERSION}",
+        "recorder": recorder,
+        "sequence": f"{row.position:020d}",
+        "partitionkey": partition_key(row.level, row.resource, row.extra.get("parents", {})),
+        "recordedtime": _time(row.recorded, False).isoformat().replace("+00:00", "Z"),
+        "traceparent": trace_parent(identifier),
+    }
+    if row.resource is not None and row.level in _SUBJECTS:
+        attributes["subject"] = f"{_SUBJECTS[row.level]}/{row.resource}"
+    return CloudEvent(attributes, data_of(row))
+
+
+def to_outgoing(row: OutboxRow, shape: Mapping[str, Any], recorder: str) -> Outgoing:
+    """The event of a row, addressed and in structured mode."""
+    event = to_event(row, shape, recorder)
+    key = str(event.get_attributes()["partitionkey"])
+    return Outgoing(
+        id=event.get_id(),
+        site=shape["site"],
+        level=row.level,
+        verb=verb(row.change),
+        key=key,
+        partition=partition(key),
+        content_type=STRUCTURED,
+        body=_FORMAT.write(event),
+    )

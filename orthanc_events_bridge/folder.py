@@ -1,0 +1,136 @@
+"""The outbox's folder: where it is, what is in it, and whether it can be trusted with it.
+
+It is found without any YAML, so that a broken configuration never keeps a change from being recorded. Standard
+library only: Orthanc's process, the bridge and the command line use it alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from orthanc_events_bridge.errors import FolderError
+
+ENVIRONMENT: Final = "ORTHANC_EVENTS_OUTBOX"
+DEFAULT_NAME: Final = "orthanc-events"
+
+#: File systems on which SQLite's shared memory or its locks can't be trusted (sqlite.org/wal.html, section 8).
+_NETWORK: Final = frozenset(
+    "nfs nfs4 cifs smb smb2 smb3 smbfs afs ncpfs ceph glusterfs lustre beegfs gpfs ocfs2 gfs2 davfs".split()
+    + ["fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.davfs2", "fuse.s3fs", "fuse.rclone"]
+)
+
+
+class Folder:
+    """The files of one outbox.
+
+    :ivar outbox: written by capture alone (rows, log cursor).
+    :ivar bridge: written by the bridge (positions, status, settings) and, for commands, by the command line.
+    :ivar lock: held by the one bridge that works on this outbox.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outbox = path / "outbox.db"
+        self.bridge = path / "bridge.db"
+        self.lock = path / "bridge.lock"
+
+    def prepare(self) -> None:
+        """Make the folder, readable by its owner only, and check that it is on a local disk.
+
+        :raises FolderError: it can't be made or written, or is on a network file system.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.path.stat().st_uid == os.geteuid():
+                self.path.chmod(0o700)
+        except OSError as error:
+            raise FolderError(
+                f"the outbox's folder {self.path} can't be made: {error.strerror}",
+                f"let Orthanc's user write there, or name another folder in {ENVIRONMENT}",
+            ) from error
+        kind = file_system(self.path)
+        if kind in _NETWORK:
+            raise FolderError(
+                f"the outbox's folder {self.path} is on a network file system ({kind}), which can damage it",
+                f"name a folder on a local disk in {ENVIRONMENT}, or in Orthanc's configuration as "
+                '"OrthancEvents": {"Outbox": …}',
+            )
+
+
+def find(configuration: Mapping[str, Any] | None, base: Path, environment: Mapping[str, str]) -> Folder:
+    """Where the outbox is: the environment's word, else Orthanc's configuration's, else beside Orthanc's index.
+
+    :param configuration: Orthanc's own, as it answers ``orthanc.GetConfiguration()``.
+    :param base: the folder that its relative paths start from: that of its configuration file.
+    :raises FolderError: nothing names it.
+    """
+    if environment.get(ENVIRONMENT):
+        return Folder(Path(environment[ENVIRONMENT]).absolute())
+    if configuration is None:
+        raise FolderError("which outbox is not said", f"say --outbox DIR, or set {ENVIRONMENT}, or say --orthanc-config")
+    section = configuration.get("OrthancEvents")
+    if isinstance(section, Mapping) and section.get("Outbox"):
+        return Folder((base / str(section["Outbox"])).absolute())
+    index = configuration.get("IndexDirectory") or configuration.get("StorageDirectory") or "OrthancStorage"
+    return Folder((base / str(index) / DEFAULT_NAME).absolute())
+
+
+def read_orthanc_configuration(path: Path) -> dict[str, Any]:
+    """Orthanc's own configuration: a file, or a folder whose ``*.json`` files are merged as Orthanc does.
+
+    Comments and environment variables are read as Orthanc reads them.
+
+    :raises FolderError: it can't be read.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    merged: dict[str, Any] = {}
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+            merged.update(json.loads(_without_comments(_with_variables(text, os.environ))))
+        except (OSError, ValueError) as error:
+            raise FolderError(f"Orthanc's configuration {file} can't be read: {error}") from error
+    return merged
+
+
+def _with_variables(text: str, environment: Mapping[str, str]) -> str:
+    """``${VAR}`` and ``${VAR:-default}``, as Orthanc's ``Toolbox::SubstituteVariables`` does."""
+    return re.sub(
+        r"\$\{([^${}:]+)(?::-([^${}]*))?\}", lambda match: environment.get(match[1], match[2] or ""), text
+    )
+
+
+def _without_comments(text: str) -> str:
+    """JsonCpp, which Orthanc reads its configuration with, allows ``//`` and ``/* */``."""
+    return re.sub(
+        r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda match: match[1] or "", text, flags=re.DOTALL
+    )
+
+
+def file_system(path: Path, mounts: str | None = None) -> str:
+    """The type of the file system that a path is on; empty where the host doesn't say (only Linux does).
+
+    :param mounts: the content of ``/proc/self/mountinfo`` (proc(5)), read when not given.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+        except OSError:
+            return ""
+    target = str(path.resolve())
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        fields, _, rest = line.partition(" - ")
+        columns = fields.split(" ")
+        if len(columns) < 5 or not rest:
+            continue
+        point = columns[4].replace("\\040", " ")
+        inside = target == point or target.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, rest.split(" ")[0]
+    return kind

@@ -1,0 +1,457 @@
+"""The outbox: what Orthanc's changes were, durable and in order, in one SQLite file.
+
+`OutboxWriter` belongs to capture, the only writer; `OutboxReader` to everyone else. Rows and log cursor move in the
+same transaction, so that a crash can't separate them. Standard library only.
+
+Durability: write-ahead log with ``synchronous=NORMAL`` (a killed process loses nothing), and `OutboxWriter.sync_path`
+to be fsynced at most once a second (that second is what a power cut can take).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from orthanc_events_bridge.changes.log import TAIL, Row
+from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.errors import OutboxError, OutboxFullError
+
+VERSION: Final = 1
+#: After a start that no clean stop came before, positions go on this much further: a power cut may have taken rows
+#: whose positions the world has seen, and no number may ever name two facts.
+JUMP: Final = 1_000_000
+
+_SCHEMA: Final = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rows (
+    position INTEGER PRIMARY KEY,  -- the event's `sequence`
+    change TEXT NOT NULL,          -- as /changes spells it
+    level TEXT NOT NULL,
+    resource TEXT,
+    at INTEGER NOT NULL,           -- of the change, milliseconds since the epoch
+    seq INTEGER,                   -- in Orthanc's log
+    date TEXT,                     -- as the log spells it; NULL: the row was never read
+    minted TEXT,                   -- the event's id where it can't be derived from the log's row
+    recorded INTEGER NOT NULL,     -- milliseconds since the epoch
+    settings INTEGER NOT NULL,     -- which of `settings` shapes it; 0: the first that come
+    extra TEXT NOT NULL            -- JSON: parents, tags, metadata, job, inferred
+) STRICT;
+CREATE TABLE IF NOT EXISTS resources (  -- who is whose child, from first sight until deletion
+    id BLOB PRIMARY KEY, level TEXT NOT NULL, parent BLOB, uids TEXT
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tail (seq INTEGER PRIMARY KEY, date TEXT, change TEXT, level TEXT, resource TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS settings (number INTEGER PRIMARY KEY, document TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS jumps (origin INTEGER PRIMARY KEY, target INTEGER NOT NULL) STRICT;
+"""
+
+_FULL_CODES: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR})
+_PARENT_OF: Final = {"instance": "series", "series": "study", "study": "patient"}
+
+
+class OutboxRow(NamedTuple):
+    """A fact with its place in the outbox; the columns are explained in the schema above."""
+
+    position: int
+    change: str
+    level: str
+    resource: str | None
+    at: int
+    seq: int | None
+    date: str | None
+    minted: str | None
+    recorded: int
+    settings: int
+    extra: dict[str, Any]
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours.
+
+    :raises OutboxFullError: the disk is full, read-only or failing.
+    :raises OutboxError: anything else.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _FULL_CODES:
+            raise OutboxFullError(
+                f"{path} can't be written: {error}", "free space on its disk, or make it writable again"
+            ) from error
+        remedy = "check the file's owner and permissions, and that its disk is sound"
+        raise OutboxError(f"{path} can't be used: {error}", remedy) from error
+
+
+class OutboxWriter:
+    """Writes the outbox. To be used by one thread of one process.
+
+    :param path: of ``outbox.db``; made when it isn't there, readable by its owner only.
+    :param now: seconds since the epoch.
+    :ivar recorder: the outbox's own UUID, made with it.
+    :ivar cursor: the last Seq of Orthanc's log that is recorded; none before the first.
+    :ivar position: of the last row.
+    :raises OutboxError: the file can't be opened, or a newer version of this package made it.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        self._path = path
+        self._now = now
+        with translated(path):
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            except OSError as error:
+                raise OutboxError(f"{path} can't be opened: {error.strerror}") from error
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise OutboxError(
+                f"{self._path} was made by a newer version of orthanc-events-bridge", "install that version again"
+            )
+        self._db.execute("PRAGMA synchronous = FULL")
+        if version == 0:
+            self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
+        self._db.execute("PRAGMA journal_size_limit = 33554432")
+        meta = self._meta()
+        self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
+        self.cursor: int | None = meta.get("cursor")
+        self.position: int = meta.get("position", 0)
+        with self._transaction():
+            if meta.get("open"):  # nobody closed it
+                self._db.execute("INSERT INTO jumps VALUES (?, ?)", (self.position, self.position + JUMP))
+                self.position += JUMP
+            self._set(recorder=self.recorder, open=1, position=self.position)
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable; SQLite
+        #: takes no POSIX lock on it, so that another descriptor of it may be closed freely.
+        self.sync_path = Path(f"{self._path}-wal")
+
+    def _meta(self) -> dict[str, Any]:
+        return dict(self._db.execute("SELECT key, value FROM meta"))
+
+    def _set(self, **values: Any) -> None:
+        self._db.executemany("REPLACE INTO meta VALUES (?, ?)", values.items())
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def append(
+        self,
+        facts: Sequence[Fact],
+        cursor: int,
+        settings: int,
+        look_up: Callable[[str, str], dict[str, str] | None],
+    ) -> None:
+        """Record facts and the log cursor, in one transaction: all or nothing.
+
+        :param settings: the number of the settings that shape their events.
+        :param look_up: (level, id) → the parents by Orthanc's word, asked where neither the callbacks nor the
+            outbox know them; none when the resource is gone.
+        :raises OutboxFullError: the disk is full or read-only.
+        :raises OutboxError: the file can't be written.
+        """
+        with translated(self._path), self._transaction():
+            position = self.position
+            recorded = int(self._now() * 1000)
+            rows = []
+            for fact in facts:
+                position += 1
+                extra = self._remember(fact, look_up)
+                minted = None if fact.date is not None or fact.extra.get("inferred") else str(uuid.uuid4())
+                rows.append(
+                    (
+                        position,
+                        fact.change,
+                        fact.level,
+                        fact.resource,
+                        fact.at,
+                        fact.seq,
+                        fact.date,
+                        minted,
+                        recorded,
+                        settings,
+                        json.dumps(extra, separators=(",", ":")),
+                    )
+                )
+            self._db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
+            self._write_tail(facts)
+            self._set(cursor=cursor, position=position)
+        self.cursor, self.position = cursor, position
+
+    def move_cursor(self, cursor: int) -> None:
+        """Pass over a part of the log without recording it.
+
+        :raises OutboxError: the file can't be written.
+        """
+        with translated(self._path), self._transaction():
+            self._set(cursor=cursor)
+        self.cursor = cursor
+
+    # -- who is whose child -----------------------------------------------------------------------------------------
+
+    def _remember(
+        self, fact: Fact, look_up: Callable[[str, str], dict[str, str] | None]
+    ) -> dict[str, Any]:
+        """Find a fact's parents, keep or drop its place in the tree, and say what its row's `extra` holds."""
+        if fact.resource is None or fact.level in ("job", "server"):
+            return fact.extra
+        if fact.change == "Deleted":
+            parents, uids = self._parents(fact.resource)
+            self._db.execute("DELETE FROM resources WHERE id = ?", (_packed(fact.resource),))
+            return {"parents": parents, **({"tags": uids} if uids else {}), **fact.extra}
+        parents = fact.parents if fact.parents is not None else None
+        if parents is None:
+            known, _ = self._parents(fact.resource)
+            complete = fact.level == "patient" or "patient" in known
+            parents = known if complete else look_up(fact.level, fact.resource) or known
+        uids = {k: v for k, v in fact.extra.get("tags", {}).items() if k.endswith("InstanceUID")}
+        self._keep(fact.level, fact.resource, parents, uids)
+        return {"parents": parents, **fact.extra}
+
+    def _keep(self, level: str, resource: str, parents: Mapping[str, str], uids: Mapping[str, str]) -> None:
+        chain: list[tuple[str, str, dict[str, str]]] = [(level, resource, dict(uids))]
+        while (level := _PARENT_OF.get(level, "")) and level in parents:
+            chain.append((level, parents[level], {}))
+        for index, (at_level, identifier, own_uids) in enumerate(chain):
+            parent = _packed(chain[index + 1][1]) if index + 1 < len(chain) else None
+            self._db.execute(
+                "INSERT INTO resources VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET"
+                " parent = coalesce(excluded.parent, parent), uids = excluded.uids"
+                " WHERE excluded.uids IS NOT NULL OR (parent IS NULL AND excluded.parent IS NOT NULL)",
+                (_packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None),
+            )
+
+    def _parents(self, resource: str) -> tuple[dict[str, str], dict[str, str]]:
+        """What the outbox knows of a resource: level → id of its parents, and its UIDs where they are allowed."""
+        parents: dict[str, str] = {}
+        found = self._resource(_packed(resource))
+        if found is None:
+            return {}, {}
+        level, parent, uids = found
+        while parent is not None and (level := _PARENT_OF.get(level, "")):
+            parents[level] = _unpacked(parent)
+            above = self._resource(parent)
+            parent = above[1] if above else None
+        return parents, json.loads(uids) if uids else {}
+
+    def _resource(self, packed: bytes) -> tuple[str, bytes | None, str | None] | None:
+        row: tuple[str, bytes | None, str | None] | None = self._db.execute(
+            "SELECT level, parent, uids FROM resources WHERE id = ?", (packed,)
+        ).fetchone()
+        return row
+
+    # -- the log's last rows, to recognise a restored database ---------------------------------------------------------
+
+    def tail(self) -> list[Row]:
+        """The last rows of the log that were read, oldest first."""
+        with translated(self._path):
+            return [Row(*row) for row in self._db.execute("SELECT * FROM tail ORDER BY seq")]
+
+    def clear_tail(self) -> None:
+        """Forget them: from here on it is another log."""
+        with translated(self._path):
+            self._db.execute("DELETE FROM tail")
+
+    def _write_tail(self, facts: Sequence[Fact]) -> None:
+        read = [(f.seq, f.date, f.change, f.level, f.resource) for f in facts if f.date is not None and f.seq]
+        if read:
+            self._db.executemany("REPLACE INTO tail VALUES (?,?,?,?,?)", read[-TAIL:])
+            self._db.execute(f"DELETE FROM tail WHERE seq <= (SELECT max(seq) FROM tail) - {TAIL}")
+
+    # -- settings, notes ------------------------------------------------------------------------------------------------
+
+    def keep_settings(self, number: int, document: str) -> None:
+        """Copy the settings that rows will name, when they are first used."""
+        with translated(self._path):
+            self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (number, document))
+
+    def note(self, key: str, document: Mapping[str, Any]) -> None:
+        """Keep what only Orthanc's process knows where the command line can read it.
+
+        :raises OutboxError: the file can't be written.
+        """
+        with translated(self._path):
+            self._set(**{f"note.{key}": json.dumps(document)})
+
+    # -- bounds ---------------------------------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        """The size of what is kept, free pages not counted."""
+        with translated(self._path):
+            return used_bytes(self._db)
+
+    def retain(self, delivered: int, recorded_before: int, limit: int = 5000) -> int:
+        """Delete the oldest rows that every transport has delivered and that are old enough.
+
+        :param delivered: the position up to which all transports have delivered.
+        :param recorded_before: milliseconds since the epoch.
+        :param limit: rows at most, so that a call stays short.
+        :return: how many rows went.
+        """
+        with translated(self._path), self._transaction():
+            deleted = self._db.execute(
+                "DELETE FROM rows WHERE position <= (SELECT max(position) FROM (SELECT position FROM rows"
+                " WHERE position <= ? AND recorded < ? ORDER BY position LIMIT ?))",
+                (delivered, recorded_before, limit),
+            ).rowcount
+        if deleted:
+            self._shrink()
+        return deleted
+
+    def detach(self, delivered: int, limit: int = 5000) -> int:
+        """Delete the oldest rows although a transport still needs them, and remember up to where.
+
+        :return: how many rows went.
+        """
+        with translated(self._path), self._transaction():
+            last = self._db.execute(
+                "SELECT max(position) FROM (SELECT position FROM rows ORDER BY position LIMIT ?)", (limit,)
+            ).fetchone()[0]
+            if last is None:
+                return 0
+            deleted = self._db.execute("DELETE FROM rows WHERE position <= ?", (last,)).rowcount
+            if last > delivered:
+                self._set(detached=last)
+        self._shrink()
+        return deleted
+
+    def _shrink(self) -> None:
+        with translated(self._path):
+            for _ in self._db.execute("PRAGMA incremental_vacuum(2000)"):
+                pass
+
+    def close(self) -> None:
+        """A clean stop: everything is on the disk, and the next start's positions go on where these end."""
+        with translated(self._path):
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._set(open=0)
+            self._db.close()
+
+    def abandon(self) -> None:
+        """Close without the mark of a clean stop."""
+        self._db.close()
+
+
+class OutboxReader:
+    """Reads the outbox from another process or thread, while capture writes. No cursor is held open.
+
+    :raises OutboxError: there is no outbox, or it can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not path.exists():
+            raise OutboxError(f"there is no outbox at {path}", "start Orthanc with the bridge once, or name its folder")
+        with translated(path):
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA query_only = 1")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version != VERSION:
+            self._db.close()
+            raise OutboxError(f"{path} has version {version}, this package reads {VERSION}", "use the same version")
+
+    @property
+    def recorder(self) -> str:
+        return str(self.meta().get("recorder", ""))
+
+    def meta(self) -> dict[str, Any]:
+        """Cursor, position, recorder, what was detached, and the notes."""
+        with translated(self._path):
+            return dict(self._db.execute("SELECT key, value FROM meta"))
+
+    def detached(self) -> int:
+        """The last position that was given up before every transport had it; 0 where there is none."""
+        with translated(self._path):
+            row = self._db.execute("SELECT value FROM meta WHERE key = 'detached'").fetchone()
+        return int(row[0]) if row else 0
+
+    def version(self) -> int:
+        """A number that changes with every commit of the writer's; cheap."""
+        with translated(self._path):
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    def rows(self, after: int, limit: int) -> list[OutboxRow]:
+        """The rows behind a position, in order."""
+        with translated(self._path):
+            found = self._db.execute(
+                "SELECT * FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
+            ).fetchall()
+        return [OutboxRow(*row[:-1], json.loads(row[-1])) for row in found]
+
+    def settings(self) -> dict[int, dict[str, Any]]:
+        """All that rows may name."""
+        with translated(self._path):
+            return {n: json.loads(document) for n, document in self._db.execute("SELECT * FROM settings")}
+
+    def extent(self) -> tuple[int, int, int]:
+        """(position of the oldest row, when it was recorded in ms, position of the last one); zeros when empty."""
+        with translated(self._path):
+            oldest = self._db.execute("SELECT position, recorded FROM rows ORDER BY position LIMIT 1").fetchone()
+            last = self._db.execute("SELECT max(position) FROM rows").fetchone()[0]
+        return (*oldest, last) if oldest else (0, 0, 0)
+
+    def count(self, after: int) -> int:
+        """How many rows are behind a position. Positions are consecutive but for the jumps: nothing is scanned."""
+        oldest, _, last = self.extent()
+        if not oldest or after >= last:
+            return 0
+        start = max(after, oldest - 1)
+        with translated(self._path):
+            jumps: Iterable[tuple[int, int]] = self._db.execute("SELECT origin, target FROM jumps").fetchall()
+        return last - start - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
+
+    def bytes_used(self) -> int:
+        with translated(self._path):
+            return used_bytes(self._db)
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def used_bytes(db: sqlite3.Connection) -> int:
+    """The size of what an SQLite database keeps, free pages not counted."""
+    pages, free, size = (
+        db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
+def _packed(resource: str) -> bytes:
+    """An Orthanc id (SHA-1 in hexadecimal digits, five groups) in 20 bytes; anything else as it is spelt."""
+    try:
+        packed = bytes.fromhex(resource.replace("-", ""))
+    except ValueError:
+        return resource.encode()
+    return packed if len(packed) == 20 and len(resource) == 44 else resource.encode()
+
+
+def _unpacked(packed: bytes) -> str:
+    if len(packed) != 20:
+        return packed.decode()
+    digits = packed.hex()
+    return "-".join(digits[i : i + 8] for i in range(0, 40, 8))

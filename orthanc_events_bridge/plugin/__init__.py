@@ -1,0 +1,161 @@
+"""What runs inside Orthanc's process: `start`, called by the shim that ``orthanc-events init`` writes.
+
+Standard library only: Orthanc tears its Python interpreter down and up again on ``POST /tools/reset``, and a C extension
+that is imported a second time makes Orthanc exit (`docs/decisions/0001-two-processes.md`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from orthanc_events_bridge import status as statuses
+from orthanc_events_bridge.changes.model import Callback
+from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.folder import Folder, find
+from orthanc_events_bridge.plugin.capture import Capture
+from orthanc_events_bridge.plugin.guest import Guest, OnChange, StorageAreas
+from orthanc_events_bridge.plugin.lookup import GoneError
+from orthanc_events_bridge.plugin.supervisor import Supervisor, interpreter
+
+PREFIX: Final = "orthanc-events: "
+STATUS_ROUTE: Final = "/orthanc-events/status"
+#: Seconds that stopping may take at most.
+STOP_WITHIN: Final = 5.0
+_UNKNOWN_RESOURCE: Final = 17  # OrthancPluginErrorCode_UnknownResource
+
+
+class OrthancHost:
+    """Orthanc's own log, behind our prefix."""
+
+    def __init__(self, orthanc: Any) -> None:
+        self._orthanc = orthanc
+
+    def info(self, message: str) -> None:
+        self._orthanc.LogInfo(PREFIX + message)
+
+    def warning(self, message: str) -> None:
+        self._orthanc.LogWarning(PREFIX + message)
+
+    def error(self, message: str) -> None:
+        self._orthanc.LogError(PREFIX + message)
+
+
+def start(
+    *,
+    python: str | None = None,
+    config: str | None = None,
+    script: str | None = None,
+    on_change: OnChange | None = None,
+) -> None:
+    """Record every change of this Orthanc, and keep the bridge running. To be called while Orthanc loads its script.
+
+    What is wrong with the bridge is said in Orthanc's log and never raised: Orthanc would not start.
+
+    :param python: the interpreter that the package is installed for (environment: ``ORTHANC_EVENTS_PYTHON``).
+    :param config: ``orthanc-events.yaml`` (environment: ``ORTHANC_EVENTS_CONFIG``).
+    :param script: a Python script of the user's own, loaded as Orthanc would; its OnChange callback goes on working.
+    :param on_change: the user's own OnChange callback, where it is the user's script that calls `start`. It runs behind
+        ours on a thread of its own, in order; what it raises is logged.
+    :raises Exception: what the user's script raises at import, as without us.
+    """
+    import orthanc
+
+    host = OrthancHost(orthanc)
+    queue: deque[Callback] = deque()
+    bell = threading.Event()
+    guest = Guest(orthanc, host, on_change)
+    areas = StorageAreas(orthanc)
+    append, ring, clock = queue.append, bell.set, time.time
+
+    def on_every_change(kind: int, level: int, resource: str) -> None:
+        append(Callback(kind, level, resource, clock()))
+        ring()
+        if guest.wanted:
+            guest.offer(kind, level, resource)
+
+    orthanc.RegisterOnChangeCallback(on_every_change)
+    guest.intercept()
+    areas.intercept()
+    try:
+        _start(orthanc, host, queue, bell, guest, areas, python, config)
+    except Exception as error:
+        host.error(f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}")
+    if script:
+        guest.load(script)
+
+
+def _start(
+    orthanc: Any,
+    host: OrthancHost,
+    queue: deque[Callback],
+    bell: threading.Event,
+    guest: Guest,
+    areas: StorageAreas,
+    python: str | None,
+    config: str | None,
+) -> None:
+    if sys.platform == "win32":
+        raise BridgeError(
+            "the plugin does not run on Windows", "run `orthanc-events run --orthanc URL` on a Linux host instead"
+        )
+    configuration = json.loads(orthanc.GetConfiguration())
+    own = Path(orthanc.GetConfigurationPath() or ".")
+    folder = find(configuration, own if own.is_dir() else own.parent, os.environ)
+    folder.prepare()
+    command = [interpreter(os.environ, python), "-P", "-m", "orthanc_events_bridge", "run", "--supervised"]
+    command += ["--outbox", str(folder.path)]
+    config = os.environ.get("ORTHANC_EVENTS_CONFIG") or config
+    supervisor = Supervisor(command + (["--config", config] if config else []), folder.path, host)
+    threads_allowed = bool(configuration.get("Python", {}).get("AllowThreads"))
+
+    def get(path: str) -> bytes:
+        try:
+            return bytes(orthanc.RestApiGet(path))
+        except orthanc.OrthancException as error:
+            if error.args and error.args[0] == _UNKNOWN_RESOURCE:
+                raise GoneError(f"{path} is not there") from error
+            raise
+
+    def blocked() -> str:
+        return "" if threads_allowed else areas.reason()
+
+    capture = Capture(folder, get, queue, bell, supervisor.ring, host, blocked)
+    capture.notes["supervisor"] = lambda: supervisor.note
+    orthanc.RegisterRestCallback(STATUS_ROUTE, _status_route(folder, capture, supervisor))
+
+    def stop() -> None:
+        """Orthanc is stopping, or `POST /tools/reset` is tearing the interpreter down."""
+        deadline = time.monotonic() + STOP_WITHIN
+        capture.stop(deadline - 2.0)
+        supervisor.hang_up()
+        guest.stop(deadline - 1.0)
+        supervisor.stop(deadline)
+
+    atexit.register(stop)
+    capture.start()
+    supervisor.start()
+
+
+def _status_route(folder: Folder, capture: Capture, supervisor: Supervisor) -> Callable[..., None]:
+    def status(output: Any, _uri: str, **request: Any) -> None:
+        if request.get("method") != "GET":
+            output.SendMethodNotAllowed("GET")
+            return
+        try:
+            document = statuses.read(folder)
+        except BridgeError as error:
+            document = {"problem": str(error)}
+        document["capture"] = {**document.get("capture", {}), **capture.status()}
+        document["bridge"] = {**document.get("bridge", {}), **supervisor.note}
+        output.AnswerBuffer(json.dumps(document, indent=2) + "\n", "application/json")
+
+    return status

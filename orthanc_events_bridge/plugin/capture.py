@@ -1,0 +1,385 @@
+"""The one thread that feeds the merge from callbacks and Orthanc's log, and writes the outbox.
+
+Whatever goes wrong is healed in the same way: the batch goes back to the queue, and the thread anchors again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from orthanc_events_bridge.changes.log import TAIL, OrthancLog, common_seq, same_log
+from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
+from orthanc_events_bridge.changes.model import Callback, ChangeKind
+from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
+from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.plugin.lookup import Lookup
+from orthanc_events_bridge.status import BridgeView, iso
+
+#: Callbacks that may wait in memory while the outbox can't be written.
+MAX_WAITING: Final = 100_000
+#: Seconds that a first start waits for the bridge to say which settings apply.
+FIRST_SETTINGS: Final = 10.0
+#: Seconds to gather more after a batch of several instances: half the cost of acting at once.
+_LINGER: Final = 0.020
+_TICK: Final = 1.0
+_RETAIN_EVERY: Final = 10.0
+_DEFAULTS: Final[dict[str, Any]] = {"start": "now", "max_bytes": None, "on_full": "pause", "keep": 7 * 86400.0}
+
+
+class Host(Protocol):
+    """Where messages go: Orthanc's own log."""
+
+    def info(self, message: str) -> None: ...
+    def warning(self, message: str) -> None: ...
+    def error(self, message: str) -> None: ...
+
+
+class Waiting:
+    """The merge's clock in a real process."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self.now = time.monotonic
+
+    def wait(self, seconds: float) -> bool:
+        return self._stop.wait(seconds)
+
+
+class Capture:
+    """Records every change of one Orthanc.
+
+    :param folder: where the outbox is; prepared.
+    :param get: a GET of Orthanc's REST API.
+    :param queue: filled by the callback.
+    :param bell: set by the callback.
+    :param ring: tells the bridge that there are new rows.
+    :param host: Orthanc's log.
+    :param blocked: says why Orthanc's API must not be called from this thread, or nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        get: Callable[[str], bytes | str],
+        queue: deque[Callback],
+        bell: threading.Event,
+        ring: Callable[[], None],
+        host: Host,
+        blocked: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._folder = folder
+        self._log = OrthancLog(get)
+        self._look_up = Lookup(get)
+        self._queue = queue
+        self._bell = bell
+        self._ring = ring
+        self._host = host
+        self._blocked = blocked
+        self._stop = threading.Event()
+        self._outbox: OutboxWriter | None = None
+        self._bridge = BridgeView(folder.bridge)
+        self._repeats = Repeats(time.monotonic)
+        self._orthanc_stopped = False
+        self._options = dict(_DEFAULTS)
+        self._settings = 0
+        self._next_tick = self._next_retain = 0.0
+        self._limit = 0
+        self._dirty = threading.Event()
+        self._counts = {"vanished": 0, "dropped": 0, "reanchored": 0, "discontinuities": 0, "jobs_missed": 0}
+        self._state = "starting"
+        self._problem: dict[str, str] | None = None
+        self._noted: dict[str, Any] = {}
+        #: What else is kept for the command line to read, besides capture's own status.
+        self.notes: dict[str, Callable[[], dict[str, Any]]] = {}
+        self._threads = [
+            threading.Thread(target=self._run, name="orthanc-events-capture", daemon=True),
+            threading.Thread(target=self._sync, name="orthanc-events-sync", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, deadline: float) -> bool:
+        """Record what waits, close the outbox, and end the threads.
+
+        :param deadline: by `time.monotonic`.
+        :return: whether they ended in time.
+        """
+        self._stop.set()
+        self._bell.set()
+        self._dirty.set()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def status(self) -> dict[str, Any]:
+        """What the status shows of capture."""
+        return {
+            "state": self._state,
+            "waiting": len(self._queue),
+            **self._counts,
+            "limit": self._limit,
+            "problem": self._problem,
+        }
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._capture()
+            except Exception as error:
+                self._failed(error)
+                self._stop.wait(0.01 if isinstance(error, LogUnavailableError) else 0.1)
+        try:
+            self._finish()
+        except Exception as error:
+            self._failed(error)
+            if self._outbox is not None:
+                self._outbox.abandon()
+        self._bridge.close()
+
+    def _failed(self, error: Exception) -> None:
+        """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
+        if isinstance(error, OutboxFullError):
+            self._state = "paused"
+        if not isinstance(error, LogUnavailableError):  # that one is normal while Orthanc starts and stops
+            text = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+            self._problem = {"message": text, "at": iso(time.time() * 1000)}
+            if isinstance(error, OutboxFullError):
+                text += "; until then changes wait in memory, and deletions, jobs and starts are at risk"
+            line = self._repeats.line(f"{type(error).__name__}{str(error)[:60]}", text)
+            if line:
+                self._host.error(line)
+        if len(self._queue) > MAX_WAITING:
+            dropped = len(self._queue)
+            self._queue.clear()
+            self._counts["dropped"] += dropped
+            self._host.error(
+                f"{dropped} waiting callbacks were dropped: the outbox could not be written for too long. What Orthanc"
+                " logs will be read from its log; deletions and jobs among them are lost"
+            )
+
+    def _capture(self) -> None:
+        """Anchor, catch up, and follow, until told to stop."""
+        if self._outbox is None:
+            self._outbox = OutboxWriter(self._folder.outbox, time.time)
+        outbox = self._outbox
+        self._await_settings(outbox)
+        self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
+        reason = self._blocked()
+        if reason:
+            self._state, self._problem = "off", {"message": reason, "at": iso(time.time() * 1000)}
+            self._host.error(reason)
+            self._stop.wait()
+            return
+        cursor = self._recognise(outbox)
+        merge = Merge(self._log, self._queue, cursor or 0, Waiting(self._stop))
+        self._state = "anchoring"
+        anchor = merge.anchor()
+        if anchor is None:
+            return
+        if anchor.rule == "guess":
+            self._host.warning(
+                f"Orthanc was too busy to tell exactly where its callbacks join its log; taken: Seq {anchor.seq}"
+            )
+        if cursor is None and self._options["start"] == "now":
+            outbox.move_cursor(anchor.seq)
+            merge.cursor = anchor.seq
+        for facts in merge.backlog(anchor.seq):
+            self._append(facts, merge)
+            if self._stop.is_set():
+                return
+        if merge.vanished:
+            self._counts["vanished"] += merge.vanished
+            self._host.info(f"{merge.vanished} logged changes vanished before they were read (their resources are gone)")
+        self._state, self._problem = "following", None
+        self._repeats = Repeats(time.monotonic)
+        while not self._stop.is_set():
+            self._follow(merge)
+
+    def _follow(self, merge: Merge) -> None:
+        """One batch, or one wait."""
+        self._bell.clear()
+        if not self._queue:
+            if self._orthanc_stopped:
+                facts = merge.tail()
+                if facts:
+                    self._append(facts, merge)
+                self._stop.wait(0.02)
+                return
+            self._tick()
+            self._bell.wait(_TICK)
+            return
+        batch = merge.take()
+        self._snapshot_jobs(batch)
+        cursor = merge.cursor
+        try:
+            facts = merge.facts(batch)
+            for callback, fact in zip(batch, facts, strict=True):
+                job = self._look_up.job_taken(callback)
+                if job is not None:
+                    fact.extra["job"] = job
+            self._append(facts, merge)
+        except BaseException as error:
+            merge.cursor = cursor
+            merge.put_back(batch)
+            if isinstance(error, MisalignedError):
+                self._counts["reanchored"] += 1
+            raise
+        self._look_up.forget_jobs()
+        if any(callback.kind == ChangeKind.ORTHANC_STOPPED for callback in batch):
+            self._orthanc_stopped = True
+        if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
+            self._stop.wait(_LINGER)
+        self._tick()
+
+    def _snapshot_jobs(self, batch: list[Callback]) -> None:
+        """At once: Orthanc keeps only the last ten jobs."""
+        for callback in batch:
+            if callback.level_name == "job" and not self._look_up.take_job(callback):
+                self._counts["jobs_missed"] += 1
+
+    def _append(self, facts: list[Any], merge: Merge) -> None:
+        outbox = self._outbox
+        assert outbox is not None
+        self._look_up.describe(facts)
+        self._make_room(outbox)
+        outbox.append(facts, merge.cursor, self._settings, self._look_up.parents)
+        self._dirty.set()
+        self._ring()
+
+    def _finish(self) -> None:
+        """Record what only callbacks show. Orthanc is being torn down and must not be asked any more: what its log
+        holds, the next start reads."""
+        outbox = self._outbox
+        if outbox is None:
+            return
+        batch = [callback for callback in self._queue if not callback.logged]
+        if batch and outbox.cursor is not None:
+            facts = [from_callback(callback, None) for callback in batch]
+            outbox.append(facts, outbox.cursor, self._settings, lambda _level, _resource: None)
+        self._state = "stopped"
+        self._write_notes(outbox)
+        outbox.close()
+
+    # -- now and then -------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        outbox = self._outbox
+        now = time.monotonic()
+        if outbox is None or now < self._next_tick:
+            return
+        self._next_tick = now + _TICK
+        self._take_settings(outbox)
+        self._write_notes(outbox)
+        if now >= self._next_retain:
+            self._next_retain = now + _RETAIN_EVERY
+            before = int((time.time() - self._options["keep"]) * 1000)
+            outbox.retain(self._bridge.delivered(outbox.recorder), before)
+
+    def _write_notes(self, outbox: OutboxWriter) -> None:
+        for key, current in {"capture": self.status, **self.notes}.items():
+            document = current()
+            if self._noted.get(key) != document:
+                outbox.note(key, document)
+                self._noted[key] = document
+
+    def _await_settings(self, outbox: OutboxWriter) -> None:
+        """On a first start, give the bridge time to say which settings apply; later the last good ones do."""
+        until = time.monotonic() + FIRST_SETTINGS
+        while not self._take_settings(outbox) and outbox.cursor is None and time.monotonic() < until:
+            self._state = "waiting for the settings"
+            if self._stop.wait(0.05):
+                return
+
+    def _take_settings(self, outbox: OutboxWriter) -> bool:
+        """Use the newest settings that the bridge has numbered; the ones in use stay when there are none."""
+        found = self._bridge.settings()
+        if found is None:
+            return False
+        number, document = found
+        if number != self._settings:
+            outbox.keep_settings(number, document)
+            self._settings = number
+            self._look_up.allow(document)
+        self._options = {**_DEFAULTS, **self._bridge.note("capture")}
+        free = shutil.disk_usage(self._folder.path).free
+        self._limit = self._options["max_bytes"] or self._limit or min(10 * 2**30, free // 10)
+        return True
+
+    def _make_room(self, outbox: OutboxWriter) -> None:
+        """Keep the outbox within its limit: first by what was delivered, then as `outbox.on_full` says.
+
+        :raises OutboxFullError: nothing that may go is left.
+        """
+        if not self._limit or outbox.bytes_used() < self._limit:
+            return
+        delivered = self._bridge.delivered(outbox.recorder)
+        while outbox.bytes_used() > self._limit * 0.95:
+            if outbox.retain(delivered, 2**62):
+                continue
+            if self._options["on_full"] == "pause":
+                if outbox.bytes_used() < self._limit:
+                    return
+                raise OutboxFullError(
+                    f"the outbox has reached its limit of {self._limit} bytes and every row is still needed",
+                    "bring the transport back that is behind, or raise outbox.max_bytes",
+                )
+            if not outbox.detach(delivered):
+                return
+            line = self._repeats.line(
+                "detach", "the outbox is full: its oldest rows go, and the transports that needed them have a gap"
+            )
+            if line:
+                self._host.error(line)
+
+    def _recognise(self, outbox: OutboxWriter) -> int | None:
+        """The cursor to go on from: is this the log that was read before? None on a first start."""
+        cursor = outbox.cursor
+        if cursor is None:
+            return self._bridge.acknowledged_seq()
+        tail, tip = outbox.tail(), self._log.tip()
+        rows = self._log.page(tail[0].seq - 1, TAIL) if tail else []
+        if same_log(tail, rows, tip, cursor):
+            return cursor
+        common = min(common_seq(tail, rows), tip)
+        self._counts["discontinuities"] += 1
+        self._host.error(
+            f"Orthanc's change log is not the one that was read before (its counter is {tip}, {cursor} was recorded):"
+            f" another or a restored database. Going on behind Seq {common or tip}; compare what exists with what was"
+            " announced"
+        )
+        outbox.clear_tail()
+        outbox.move_cursor(common or tip)
+        return common or tip
+
+    # -- durability -----------------------------------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """Flush what is dirty, at most once a second, on a thread of its own: a slow disk must not hold up capture."""
+        while not self._stop.is_set():
+            self._dirty.wait()
+            self._dirty.clear()
+            outbox = self._outbox
+            if outbox is not None:
+                try:
+                    descriptor = os.open(outbox.sync_path, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+                except OSError as error:
+                    line = self._repeats.line("sync", f"{outbox.sync_path} can't be flushed: {error.strerror}")
+                    if line:
+                        self._host.error(line)
+            self._stop.wait(_TICK)

@@ -1,0 +1,171 @@
+"""What only Orthanc knows, asked at the moment of the change: parents, job snapshots, allow-listed tags."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from orthanc_events_bridge.changes.model import Callback, Fact
+from orthanc_events_bridge.errors import BridgeError, LogUnavailableError
+
+_ABOVE: Final = {"instance": "series", "series": "study", "study": "patient"}
+_ROUTES: Final = {"patient": "patients", "study": "studies", "series": "series", "instance": "instances"}
+#: Where a resource's answer holds the main DICOM tags: its own, and for a study also its patient's.
+_TAG_FIELDS: Final = ("MainDicomTags", "PatientMainDicomTags")
+_CACHE: Final = 10_000
+
+#: What of a job may leave Orthanc, and under which name: nothing here can hold patient data.
+_JOB_FIELDS: Final = {
+    "Type": "type",
+    "State": "state",
+    "Progress": "progress",
+    "ErrorCode": "errorCode",
+    "CreationTime": "created",
+    "CompletionTime": "completed",
+    "EffectiveRuntime": "runtime",
+}
+_JOB_CONTENT: Final = {
+    "LocalAet": "localAet",
+    "RemoteAet": "remoteAet",
+    "TargetAet": "targetAet",
+    "InstancesCount": "instances",
+    "FailedInstancesCount": "failedInstances",
+    "ParentResources": "parentResources",
+}
+
+
+class GoneError(BridgeError):
+    """Orthanc knows no such resource (any more)."""
+
+
+class Lookup:
+    """Asks Orthanc's REST API, as seldom as possible.
+
+    :param get: a GET; raises `GoneError` for a resource that isn't there, and anything else when it can't answer.
+    """
+
+    def __init__(self, get: Callable[[str], bytes | str]) -> None:
+        self._get = get
+        self._tags: list[str] = []
+        self._metadata: list[str] = []
+        self._above: OrderedDict[str, str] = OrderedDict()
+        self._jobs: dict[Callback, dict[str, Any]] = {}
+
+    def allow(self, settings: str) -> None:
+        """Take over the allow-lists of the settings (a JSON document)."""
+        document = json.loads(settings)
+        self._tags, self._metadata = document.get("tags", []), document.get("metadata", [])
+
+    def _ask(self, path: str) -> dict[str, Any] | None:
+        """The answer, or none when the resource is gone.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        try:
+            return dict(json.loads(self._get(path)))
+        except GoneError:
+            return None
+        except Exception as error:
+            raise LogUnavailableError(f"Orthanc can't be asked for {path.split('/')[1]}: {error}") from error
+
+    # -- parents --------------------------------------------------------------------------------------------------------
+
+    def parents(self, level: str, resource: str) -> dict[str, str] | None:
+        """Level → id of the parents; none when the resource is gone.
+
+        Parents are remembered without a check: an id is a hash over the parents' identifiers and never moves.
+        """
+        found: dict[str, str] = {}
+        while level in _ABOVE:
+            above = self._above.get(resource)
+            if above is None:
+                answer = self._ask(f"/{_ROUTES[level]}/{resource}")
+                if answer is None:
+                    return found or None
+                above = str(answer[f"Parent{_ABOVE[level].capitalize()}"])
+                if level != "instance":
+                    self._above[resource] = above
+                    if len(self._above) > _CACHE:
+                        self._above.popitem(last=False)
+            level = _ABOVE[level]
+            found[level] = resource = above
+        return found
+
+    # -- jobs -----------------------------------------------------------------------------------------------------------
+
+    def take_job(self, callback: Callback) -> bool:
+        """Snapshot the job of a callback; false when Orthanc has forgotten it already."""
+        if callback in self._jobs:
+            return True
+        answer = self._ask(f"/jobs/{callback.resource}")
+        if answer is not None:
+            self._jobs[callback] = job_snapshot(answer)
+        return answer is not None
+
+    def job_taken(self, callback: Callback) -> dict[str, Any] | None:
+        return self._jobs.get(callback)
+
+    def forget_jobs(self) -> None:
+        """The batch that they were taken for is recorded."""
+        self._jobs.clear()
+
+    # -- tags and metadata ----------------------------------------------------------------------------------------------
+
+    def describe(self, facts: Iterable[Fact]) -> None:
+        """Add the allow-listed tags and metadata to facts about resources that still exist."""
+        if not self._tags and not self._metadata:
+            return
+        seen: dict[str, dict[str, Any]] = {}
+        for fact in facts:
+            if fact.resource is None or fact.level not in _ROUTES or fact.change == "Deleted":
+                continue
+            if fact.resource not in seen:
+                seen[fact.resource] = self._described(fact.level, fact.resource)
+            fact.extra.update(seen[fact.resource])
+
+    def _described(self, level: str, resource: str) -> dict[str, Any]:
+        described: dict[str, Any] = {}
+        if self._tags:
+            described["tags"] = self._tags_of(level, resource)
+        if self._metadata:
+            found = self._ask(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
+            described["metadata"] = {name: found[name] for name in self._metadata if name in found}
+        return described
+
+    def _tags_of(self, level: str, resource: str) -> dict[str, str]:
+        """From Orthanc's index alone: the main DICOM tags of the resource and of its parents, nearest first."""
+        tags: dict[str, str] = {}
+        chain = [(level, resource), *(self.parents(level, resource) or {}).items()]
+        for at_level, identifier in chain:
+            missing = [tag for tag in self._tags if tag not in tags]
+            if not missing:
+                break
+            answer = self._ask(f"/{_ROUTES[at_level]}/{identifier}") or {}
+            for field in _TAG_FIELDS:
+                known: Mapping[str, str] = answer.get(field, {})
+                tags.update((tag, known[tag]) for tag in missing if tag in known and tag not in tags)
+        return {tag: tags[tag] for tag in self._tags if tag in tags}
+
+
+def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``/jobs/{id}`` an event may say: type, state, progress, error code, times, destination, resources."""
+    snapshot = {name: answer[field] for field, name in _JOB_FIELDS.items() if field in answer}
+    content = answer.get("Content")
+    if isinstance(content, Mapping):
+        snapshot.update((name, content[field]) for field, name in _JOB_CONTENT.items() if field in content)
+        peer = content.get("Peer")
+        url = peer[0] if isinstance(peer, list) and peer else peer
+        if isinstance(url, str):
+            snapshot["peer"] = without_user(url)
+    return snapshot
+
+
+def without_user(url: str) -> str:
+    """A URL without user, password, query and fragment; a bare name stays as it is."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url.partition("?")[0]
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

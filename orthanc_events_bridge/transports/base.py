@@ -1,0 +1,152 @@
+"""The contract that every transport meets: publish a batch in order, confirm it, and read it back.
+
+After the habits of Watermill (the whole seam is one small interface) and Benthos (an error *means* "connect me
+again"). `tests/contract/` asks every transport the same questions.
+
+What the relay may rely on
+--------------------------
+Order
+    Events reach the broker in the order in which they were given: within a batch by position, and across batches
+    because the relay never starts a batch before the previous one has been settled.
+Acknowledgement
+    `Transport.publish` returns only when the broker has confirmed every event of the batch as stored, as durably
+    as it was asked to (replicas, disk). Until then nothing counts as published.
+Failure
+    `Transport.publish` raises `PublishError` with the number of *leading* events that are confirmed. The event
+    behind them is the one that failed. Events behind that one may or may not be stored: they will be sent again, with
+    the same id, and the broker or the consumer recognises them by it.
+Deadlines
+    No call waits for ever. A broker that doesn't answer (frozen, cable cut) surfaces as `NotConnectedError` or
+    `RefusedError` within the transport's own deadline.
+Errors
+    Only those of `orthanc_events_bridge.errors` leave a transport, never a client's own:
+    `NotConnectedError`: close, connect again with backoff, send again.
+    `RefusedError`: send again with backoff over the same connection.
+    `EventRejectedError`: this one event can never be taken; it is set aside.
+    `TransportConfigurationError`: a person has to change something; tried again slowly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from orthanc_events_bridge.errors import TransportError
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.options import TransportOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One event, ready to be sent.
+
+    :param id: the CloudEvent's id, which is also the key by which the broker removes duplicates.
+    :param site: the configured site, a part of the address.
+    :param level: ``study``, ``instance``, ``job`` …, a part of the address.
+    :param verb: ``created``, ``stable`` …, a part of the address.
+    :param key: the CloudEvent's ``partitionkey``: events of one key stay in order.
+    :param partition: ``00`` to ``63``, from the key (see `orthanc_events_bridge.events.mapping.partition`).
+    :param content_type: of the body; ``application/cloudevents+json`` in structured mode.
+    :param body: the bytes to send.
+    """
+
+    id: str
+    site: str
+    level: str
+    verb: str
+    key: str
+    partition: str
+    content_type: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One message as a subscriber of the broker receives it.
+
+    :param address: subject, routing key or topic.
+    :param body: the bytes as they were sent.
+    :param headers: of the message, names in lower case.
+    :param position: the broker's own number for it, as text; only for display.
+    """
+
+    address: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    position: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a transport can do, frozen. The contract suite keeps a table of its own of what each must have."""
+
+    #: Survives a restart of the broker once confirmed.
+    durable: bool
+    #: The broker drops a second event of the same id, within its window.
+    deduplicates: bool
+    #: Its events can be read back from the oldest kept one.
+    replayable: bool
+    #: The broker keeps the order in which it confirmed the events of one key.
+    ordered: bool
+    #: The place where events are kept is declared by us, and can be checked instead.
+    declares_topology: bool
+
+
+class PublishError(TransportError):
+    """A batch was not confirmed as a whole.
+
+    :param confirmed: how many leading events of the batch are confirmed.
+    :param error: why the next one is not.
+    """
+
+    def __init__(self, confirmed: int, error: TransportError) -> None:
+        super().__init__(error.message, error.remedy)
+        self.confirmed = confirmed
+        self.error = error
+
+
+class Transport(ABC):
+    """One broker. An object is used by one relay, in one event loop, and can be connected again after `close`."""
+
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, options: TransportOptions) -> None:
+        self.name = options.name
+
+    @abstractmethod
+    async def connect(self) -> str:
+        """Connect, and declare or check the place where events are kept.
+
+        Does nothing but answer when it is connected already.
+
+        :return: the identity of that place: another text than last time means that it was deleted and made again
+            (for JetStream, the stream's creation time); empty where a broker can't tell.
+        :raises NotConnectedError: the broker can't be reached.
+        :raises TransportConfigurationError: it can be reached and refuses us, or the topology differs.
+        """
+
+    @abstractmethod
+    async def publish(self, events: Sequence[Outgoing]) -> None:
+        """Send the events in order, pipelined, and return when the broker has confirmed all of them.
+
+        :raises PublishError: see the module's text.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give the connection up. Never raises, never takes longer than a second; publishing afterwards raises."""
+
+    @abstractmethod
+    def subscribe(self, *, oldest: bool = False) -> AsyncIterator[Incoming]:
+        """Yield what the broker receives, live, to look at: nothing is acknowledged, no trace is left on the broker.
+
+        :param oldest: begin with the oldest kept event in place of the next one.
+        :raises NotConnectedError: not connected, or the connection was lost.
+        """
+
+    @abstractmethod
+    async def describe(self) -> list[str]:
+        """Say in a few lines what was found at the broker (server version, limits); for ``check --connect``."""
