@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,6 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
-    PrivateAttr,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -198,9 +198,11 @@ class Size:
             units = "KiB, MiB, GiB, TiB; kB, MB, GB, TB"
             right = f'write bytes as a number, or text with a unit ({units}) such as "10GiB"'
             raise mistake("is no size", right, shown=_shown(value))
-        if (number == 0 and self.zero) or (self.minimum <= number < 2**63):
+        if number >= 2**63:
+            raise mistake("is larger than any disk", "write a smaller size", shown=_shown(value))
+        if (number == 0 and self.zero) or number >= self.minimum:
             return int(number)
-        raise _outside(value, self.minimum, 2**63 - 1 if number > 0 else math.inf, format_size, self.zero)
+        raise _outside(value, self.minimum, math.inf, format_size, self.zero)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.parse, handler(source))
@@ -301,17 +303,14 @@ class EventFilter(Options):
         examples=[["instance.*", "*.metadata-updated"]],
     )
 
-    _included: re.Pattern[str] = PrivateAttr()
-    _excluded: re.Pattern[str] | None = PrivateAttr()
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Compile the patterns once."""
-        # Nothing included means nothing: an empty alternative would match the empty name only.
-        self._included = re.compile("|".join(map(fnmatch.translate, self.include)) or r"(?!)")
-        self._excluded = re.compile("|".join(map(fnmatch.translate, self.exclude))) if self.exclude else None
-
     def accepts(self, short_name: str) -> bool:
         """Tell whether an event is sent, by its short name (``study.stable``)."""
-        return self._included.match(short_name) is not None and (
-            self._excluded is None or self._excluded.match(short_name) is None
-        )
+        return _accepts(self.include, self.exclude, short_name)
+
+
+# There are a few filters and some fifty names, and this is asked for every event and transport.
+@functools.lru_cache(maxsize=4096)
+def _accepts(include: tuple[str, ...], exclude: tuple[str, ...], name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in include) and not any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in exclude
+    )

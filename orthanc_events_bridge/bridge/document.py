@@ -102,13 +102,14 @@ def read(text: str, environment: Mapping[str, str]) -> Document:
         line = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else 1
         document.mistakes.append(((), line, *_plain(str(error.reason))))
     except yaml.MarkedYAMLError as error:
+        said = f"{error.context} {error.problem}"
         mark = error.problem_mark or error.context_mark
-        if "quoted scalar" in (error.context or "") and error.context_mark:
-            mark = error.context_mark  # where the quote is opened, not the end of the file
-        document.mistakes.append(((), mark.line + 1 if mark else 1, *_plain(error.problem or "")))
+        if error.context_mark and ("quoted scalar" in said or "expected ':'" in said):
+            mark = error.context_mark  # where it begins, and not where the search for its end was given up
+        document.mistakes.append(((), mark.line + 1 if mark else 1, *_plain(said)))
     except RecursionError:
         document.mistakes.append(
-            ((), 1, "blocks are nested too deeply", "write it as shown in docs/configuration.md")
+            ((), 1, "blocks are nested too deeply", "no option needs more than four levels")
         )
     return document
 
@@ -207,14 +208,15 @@ class _Reader:
         if unset or broken:
             return UNKNOWN
         tag = self._resolve(text) if implicit else node.tag
-        if implicit and text:
-            self._document.texts[place] = text
         try:
-            return self._loader.construct_object(yaml.ScalarNode(tag, text, node.start_mark, node.end_mark))
-        except yaml.constructor.ConstructorError:
+            value = self._loader.construct_object(yaml.ScalarNode(tag, text, node.start_mark, node.end_mark))
+        except (yaml.constructor.ConstructorError, ValueError):  # a tag; or such as the date 2024-02-31
+            value = text if implicit else b""
+        if isinstance(value, bytes):
             return self._tag(node, place)
-        except ValueError:  # such as the date 2024-02-31
-            return text
+        if implicit and value is not None:
+            self._document.texts[place] = text
+        return value
 
     def _resolve(self, text: str) -> str:
         tag: str = self._loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]

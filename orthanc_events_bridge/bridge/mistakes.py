@@ -128,15 +128,15 @@ def _translate(place: Place, error: ErrorDetails, data: Any) -> tuple[str, str, 
 def _unknown_option(place: Place, data: Any) -> tuple[str, str, str | None]:
     name, block = str(place[-1]), _block(place[:-1], data)
     known = list(block.model_fields) if block else []
-    near = _nearest(name, known)
-    if near:
-        return "there is no such option", f"did you mean {near}?", None
     for option, field in block.model_fields.items() if block else ():
         inner = options_class(field.annotation)
         if inner is not None and name in inner.model_fields:
             return "there is no such option here", f"it belongs into the block {option}", None
     if len(place) > 1 and name in Settings.model_fields:
         return "there is no such option here", "it belongs to the top of the file, not indented", None
+    near = _nearest(name, known)
+    if near:
+        return "there is no such option", f"did you mean {near}?", None
     return "there is no such option", f"the options here are: {', '.join(known)}", None
 
 
@@ -166,7 +166,12 @@ def _field(place: Place, data: Any) -> FieldInfo | None:
 
 def options_class(annotation: Any) -> type[Options] | None:
     return next(
-        (part for part in annotation_parts(annotation) if isinstance(part, type) and issubclass(part, Options)), None
+        (
+            part
+            for part in annotation_parts(annotation)
+            if isinstance(part, type) and issubclass(part, Options)
+        ),
+        None,
     )
 
 

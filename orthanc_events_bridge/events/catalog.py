@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from orthanc_events_bridge.changes.model import KNOWN_NAMES
@@ -31,6 +32,7 @@ _VERBS_BY_START: Final = {"New": "created", "Stable": "stable", "Anonymized": "a
 UNKNOWN: Final = "unknown"
 
 
+@lru_cache(maxsize=256)
 def verb(change: str) -> str:
     """What a change is called in its event's type; ``unknown`` for a kind of the future."""
     if change in _VERBS:

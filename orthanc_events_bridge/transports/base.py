@@ -31,7 +31,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from orthanc_events_bridge.errors import TransportError
 
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.transports.options import TransportOptions
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """One event, ready to be sent.
 
     :param id: the CloudEvent's id, which is also the key by which the broker removes duplicates.

@@ -309,18 +309,18 @@ class NatsOptions(TransportOptions):
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
         """At most one way to log in, and a whole one."""
         yield from super().conflicts(given)
+        ways = (
+            ("user", "password", "password_file"),
+            ("token", "token_file"),
+            ("nkey_seed", "nkey_seed_file"),
+            ("credentials_file",),
+        )
         # The first option of each way that is given, in the order of the file.
-        ways = {
-            "user": ("user", "password", "password_file"),
-            "token": ("token", "token_file"),
-            "nkey_seed": ("nkey_seed", "nkey_seed_file"),
-            "credentials": ("credentials_file",),
-        }
+        order = list(given)
         firsts = [
-            next(option for option in given if option in options)
-            for options in ways.values()
-            if set(options) & given.keys()
+            next(option for option in order if option in way) for way in ways if set(way) & given.keys()
         ]
+        firsts.sort(key=order.index)
         for option in firsts[1:]:
             yield (
                 (option,),

@@ -1,0 +1,69 @@
+# Everything here works from a fresh clone: what is missing is installed first (scripts/bootstrap.sh).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-unit test-contract test-integration test-faults test-slow test-mutants \
+	test-bare lint format bench docs lock clean
+
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest
+TYPED := $(wildcard orthanc_events_bridge tests tools benchmarks examples)
+CODE := $(TYPED) typings
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
+
+demo: setup ## CloudEvents out of a real Orthanc (KEEP=1: until Ctrl-C; DEMO_FAULT=drop: lose one on purpose)
+	@KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
+
+test: setup ## every test, real servers included
+	$(PYTEST) --durations=10
+
+test-unit: setup ## the fast ones: seconds, no servers
+	$(PYTEST) tests/unit
+
+test-contract: setup ## what every transport must do, against real brokers
+	$(PYTEST) tests/contract
+
+test-integration: setup ## the way from a DICOM file to the stream, on real servers
+	$(PYTEST) $(wildcard tests/integration tests/e2e)
+
+test-faults: setup ## kills, freezes, full disks, on real servers
+	$(PYTEST) --durations=10 tests/faults
+
+test-slow: setup ## only the long forms that `make test` leaves out
+	$(PYTEST) --durations=10 -m slow
+
+test-mutants: setup ## each protection switched off: the ledger must report the harm
+	$(PYTEST) --durations=10 -m mutant
+
+test-bare: ## `make demo` and `make test` in a freshly debootstrapped Debian 12 (root; result in tests/bare/)
+	scripts/test-bare.sh
+
+lint: setup ## ruff, mypy, import-linter, and whether generated files are up to date
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+	@if [ -e tools/generate_docs.py ]; then set -x; $(BIN)/python tools/generate_docs.py --check; fi
+
+format: setup ## let ruff put the code in order
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: setup ## measure, and write benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
+
+docs: setup ## generate docs/configuration.md and the JSON Schema for editors
+	$(BIN)/python tools/generate_docs.py
+
+lock: setup ## pin the newest allowed versions that are needed, by hash
+	scripts/lock.sh
+
+clean: ## remove .venv and the tools' caches
+	rm -rf .venv .setup.lock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

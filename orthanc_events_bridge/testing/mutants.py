@@ -1,0 +1,143 @@
+"""Protections switched off on purpose, to show that the tests would notice.
+
+Test-only. A bridge with mutants is started in place of the real one: ``ORTHANC_EVENTS_PYTHON`` names a script that runs
+this module (`wrapper`), and ``ORTHANC_EVENTS_MUTANTS`` says which. Those of Orthanc's process are put into a test's shim
+(`in_orthanc`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from orthanc_events_bridge.transports.base import Outgoing
+
+VARIABLE: Final = "ORTHANC_EVENTS_MUTANTS"
+
+
+def _without_confirm() -> None:
+    """Events count as published once they are sent."""
+    from orthanc_events_bridge.transports.nats import NatsTransport
+
+    NatsTransport.without = frozenset({*NatsTransport.without, "confirm"})
+
+
+def _without_dedupe() -> None:
+    """The broker isn't told the events' ids."""
+    from orthanc_events_bridge.transports.nats import NatsTransport
+
+    NatsTransport.without = frozenset({*NatsTransport.without, "dedupe"})
+
+
+def _without_replay() -> None:
+    """What was not confirmed isn't sent again."""
+    from orthanc_events_bridge.bridge.relay import Relay
+
+    Relay.without = frozenset({*Relay.without, "replay"})
+
+
+def _without_position() -> None:
+    """The position isn't kept: every start begins with the oldest row."""
+    from orthanc_events_bridge.bridge.state import State
+
+    State.save = lambda self, name, progress: None  # type: ignore[method-assign]
+
+
+def _without_identity() -> None:
+    """A stream that was made again isn't noticed."""
+    from orthanc_events_bridge.bridge.relay import Relay
+
+    Relay._same_place = lambda self, identity: None  # type: ignore[method-assign]
+
+
+def _minting() -> None:
+    """Ids are made up when an event is sent, not derived from its row."""
+    import uuid
+
+    from orthanc_events_bridge.events import mapping
+
+    mapping.event_id = lambda row, source: str(uuid.uuid4())  # type: ignore[assignment]
+
+
+def _dropping_one() -> None:
+    """One instance's event is confirmed and never sent: what `make demo DEMO_FAULT=drop` shows."""
+    from orthanc_events_bridge.transports.nats import NatsTransport
+
+    publish = NatsTransport.publish
+    dropped: list[str] = []
+
+    async def dropping(self: NatsTransport, events: Sequence[Outgoing]) -> None:
+        index = next((i for i, event in enumerate(events) if event.verb == "created"), None)
+        if not dropped and index is not None:
+            dropped.append(events[index].id)
+            events = [*events[:index], *events[index + 1 :]]
+        if events:
+            await publish(self, events)
+
+    NatsTransport.publish = dropping  # type: ignore[method-assign]
+
+
+#: Those of the bridge's process.
+MUTANTS: Final[dict[str, Callable[[], None]]] = {
+    "confirm": _without_confirm,
+    "dedupe": _without_dedupe,
+    "replay": _without_replay,
+    "position": _without_position,
+    "identity": _without_identity,
+    "minting": _minting,
+    "drop": _dropping_one,
+}
+
+#: Those of Orthanc's process: Python for the shim, behind the package's import.
+IN_ORTHANC: Final[dict[str, str]] = {
+    # The anchor is what the log's counter says, without looking at the callbacks.
+    "anchor": "from orthanc_events_bridge.changes.merge import Merge, Anchor\n"
+    "Merge.anchor = lambda self: Anchor(max(self.cursor, self._log.tip()), 'naive')\n",
+    # Rules a to c of the anchor are left out: only the guess is left.
+    "rules": "from orthanc_events_bridge.changes.merge import Merge\n"
+    "Merge.without_rules = frozenset({'proof', 'content', 'quiet'})\n",
+    # The callbacks alone: what they didn't show is never read from the log.
+    "log": "from orthanc_events_bridge.changes.merge import Merge\n"
+    "def backlog(self, through):\n    self.cursor = max(self.cursor, through)\n    return iter(())\n"
+    "Merge.backlog = backlog\n",
+    # The log cursor isn't kept with the rows.
+    "cursor": "from orthanc_events_bridge.outbox import OutboxWriter\n"
+    "original = OutboxWriter.append\n"
+    "def append(self, facts, cursor, settings, look_up):\n"
+    "    original(self, facts, self.cursor or 0, settings, look_up)\n    self.cursor = cursor\n"
+    "OutboxWriter.append = append\n",
+}
+
+
+def wrapper(folder: Path) -> Path:
+    """A program to name in ``ORTHANC_EVENTS_PYTHON``: Python, with mutants in the bridge."""
+    path = folder / "python-with-mutants"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m {__name__} "$@"\n', encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def in_orthanc(shim: str, mutants: Iterable[str]) -> str:
+    """A shim with mutants of Orthanc's process in it."""
+    marker = "    from orthanc_events_bridge.plugin import start\n"
+    assert marker in shim
+    code = "".join(IN_ORTHANC[name] for name in mutants)
+    indented = "".join(f"    {line}\n" for line in code.splitlines())
+    return shim.replace(marker, marker + indented)
+
+
+def main() -> int:
+    """What `wrapper` runs: the command line behind ``-m orthanc_events_bridge``, with mutants."""
+    from orthanc_events_bridge.cli import main as run
+
+    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        MUTANTS[name]()
+    return run(sys.argv[sys.argv.index("orthanc_events_bridge") + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

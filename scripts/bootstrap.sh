@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# `make setup`: what demo and tests need. On Debian, as root, it installs the missing system packages; everywhere
+# it makes .venv from the hashed lock, with this tree installed in it. Where nothing is missing it is silent.
+#
+# PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
+# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY
+#                   where these are, if not in the usual places
+# PIP_*, proxies, certificates: pip and apt find them in the environment as ever.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+# --------------------------------------------------------------------------------------------- system packages
+
+# Any Python 3.11 or newer will do. It is run, not only looked up: version managers leave names that don't run.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer found: install one, or name it: make setup PYTHON=/path/to/python3"
+}
+
+has_orthanc() {
+    [ -f "${ORTHANC_BINARY:-/usr/sbin/Orthanc}" ] || command -v Orthanc >/dev/null || [ -f /usr/local/sbin/Orthanc ]
+}
+
+has_python_plugin() {
+    if [ -n "${ORTHANC_PYTHON_PLUGIN:-}" ]; then
+        [ -f "$ORTHANC_PYTHON_PLUGIN" ]
+        return
+    fi
+    local folder
+    for folder in /usr/share/orthanc/plugins /usr/local/share/orthanc/plugins \
+        /usr/share/orthanc/plugins-available /usr/lib/orthanc /usr/local/lib/orthanc /opt/orthanc/plugins; do
+        if [ -f "$folder/libOrthancPython.so" ] || [ -f "$folder/libOrthancPython.dylib" ]; then return; fi
+    done
+    return 1
+}
+
+has_dcmtk() { [ -f "${STORESCU_BINARY:-/usr/bin/storescu}" ] || command -v storescu >/dev/null; }
+
+has_venv() { [ -x .venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+
+# Debian's pip reads the certificates of the system.
+has_certificates() { [ ! -e /etc/debian_version ] || [ -s /etc/ssl/certs/ca-certificates.crt ]; }
+
+# Prints the Debian packages that are missing.
+missing_packages() {
+    has_certificates || echo ca-certificates
+    has_dcmtk || echo dcmtk
+    has_orthanc || echo orthanc
+    has_python_plugin || echo orthanc-python
+    has_venv || echo python3-venv
+}
+
+# The package's maintainer scripts ask /usr/sbin/policy-rc.d before they start a service. Ours says no, so that no
+# Orthanc comes up on the standard ports. It is there during the installation only: what was there before comes
+# back, also after an interruption, and if this was killed, at the next `make setup`.
+policy=/usr/sbin/policy-rc.d
+saved=$policy.orthanc-events-bridge
+marker="# by the setup of orthanc-events-bridge, for the time of an installation"
+
+restore_policy() {
+    if [ -e "$saved" ] || [ -L "$saved" ]; then
+        mv -f "$saved" "$policy"
+    elif [ -f "$policy" ] && grep -qF "$marker" "$policy"; then
+        rm -f "$policy"
+    fi
+}
+
+deny_services() {
+    if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$saved"; fi
+    printf '#!/bin/sh\n%s\nexit 101\n' "$marker" >"$policy"
+    chmod 755 "$policy"
+}
+
+apt() {
+    local log
+    log=$(mktemp)
+    if ! DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" \
+        >"$log" 2>&1 </dev/null; then
+        tail -n 30 "$log" >&2
+        rm -f "$log"
+        die "apt-get $1 failed, see above"
+    fi
+    rm -f "$log"
+}
+
+install_packages() {
+    (
+        # One installation at a time: two would take each other's policy for the one to restore.
+        exec 9>/run/lock/orthanc-events-bridge-setup
+        flock 9
+        restore_policy
+        trap restore_policy EXIT
+        trap 'exit 130' HUP INT TERM
+        say "updating the list of Debian packages"
+        apt update
+        say "installing from Debian: $*"
+        deny_services
+        apt install --yes --no-install-recommends "$@"
+    )
+}
+
+system() {
+    local missing
+    if [ "$(id -u)" = 0 ] && [ -e "$saved" ]; then restore_policy; fi
+    read -r -d '' -a missing < <(missing_packages) || true
+    if [ ${#missing[@]} = 0 ]; then return; fi
+    if [ "$(id -u)" = 0 ] && [ -e /etc/debian_version ] && command -v apt-get >/dev/null; then
+        install_packages "${missing[@]}"
+        read -r -d '' -a missing < <(missing_packages) || true
+        if [ ${#missing[@]} = 0 ]; then return; fi
+        die "still missing after the installation: ${missing[*]}"
+    fi
+    local why="this is not Debian"
+    if [ -e /etc/debian_version ]; then why="this is not root"; fi
+    say "missing: ${missing[*]} (Debian's names), and $why, so nothing is installed by itself."
+    if [ -e /etc/debian_version ]; then
+        say "install: sudo apt-get install --no-install-recommends ${missing[*]}"
+    else
+        say "install: Orthanc 1.10 or newer with its Python plugin (https://orthanc.uclouvain.be/), DCMTK, Python's venv"
+        say "elsewhere than usual? set ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY"
+    fi
+    has_venv || die "without Python's venv module there is no going on"
+    say "going on without: tests that need one of these are skipped, with the reason"
+}
+
+# ------------------------------------------------------------------------------------------------- environment
+
+pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input "$@"; }
+
+# The stamps say what .venv was made from; the place too, since the scripts in .venv/bin name it.
+fresh() { [ "$(cat ".venv/stamp-$1" 2>/dev/null)" = "$2" ]; }
+stamp() { printf '%s\n' "$2" >".venv/stamp-$1"; }
+
+environment() {
+    local lock project
+    lock=$(cat requirements/build.txt requirements/dev.txt | cksum)
+    project=$(cat pyproject.toml orthanc_events_bridge/__init__.py | cksum)
+
+    # Made anew for another lock: what is no longer locked must not linger.
+    if ! fresh lock "$lock" || ! fresh place "$PWD" || ! .venv/bin/python --version >/dev/null 2>&1 \
+        || { [ -n "${PYTHON:-}" ] && ! fresh python "$python"; }; then
+        say "making .venv with $("$python" --version)"
+        rm -rf .venv
+        "$python" -m venv .venv || die "\"$python -m venv .venv\" failed"
+        stamp python "$python"
+        stamp place "$PWD"
+        say "installing the locked Python packages"
+        # All wheels but for nkeys, which is pure Python and comes as a source distribution only. It is built with
+        # what the first step has installed, so that nothing comes in unpinned.
+        pip install --require-hashes --only-binary :all: -r requirements/build.txt
+        pip install --require-hashes --no-build-isolation -r requirements/dev.txt
+        stamp lock "$lock"
+    fi
+    if ! fresh project "$project"; then
+        say "installing this tree into .venv (editable)"
+        pip install --no-deps --no-build-isolation --editable .
+        stamp project "$project"
+    fi
+}
+
+python=$(find_python)
+system
+# One at a time: `make demo` and `make test` can be started side by side.
+if command -v flock >/dev/null; then
+    exec 8>.setup.lock
+    flock 8
+fi
+environment

@@ -1,0 +1,89 @@
+"""What holds the tree together without being code: the lock, the containers' files, the package's data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orthanc_events_bridge.cli_init import shim_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def service(name: str) -> dict[str, Any]:
+    compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+    found: dict[str, Any] = compose["services"][name]
+    return found
+
+
+def mounts(of: str) -> dict[str, str]:
+    """Where the container has which file or folder of the tree."""
+    bound = (str(volume).split(":") for volume in service(of)["volumes"])
+    return {inside: outside for outside, inside, *_ in bound if outside.startswith("./")}
+
+
+@pytest.mark.parametrize("name", ["build", "bridge", "dev"])
+def test_every_locked_package_is_pinned_and_hashed_and_no_index_is_named(name: str) -> None:
+    text = (ROOT / "requirements" / f"{name}.txt").read_text("utf-8")
+    entries = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)).strip().splitlines()
+    assert len(entries) > 5
+    assert not [line for line in entries if not re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line)]
+    assert not re.search(r"https?://|--(extra-)?index|--find-links", text)
+
+
+def test_the_build_backend_is_the_locked_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (backend,) = project["build-system"]["requires"]
+    assert f"\n{backend} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
+
+
+def test_what_the_container_mounts_is_there() -> None:
+    assert mounts("orthanc")
+    assert not [outside for outside in mounts("orthanc").values() if not (ROOT / outside).is_file()]
+
+
+def test_the_container_runs_the_script_that_init_writes() -> None:
+    orthanc = json.loads((ROOT / "config" / "orthanc.json").read_text("utf-8"))
+    script = mounts("orthanc")[orthanc["PythonScript"]]
+    config = next(
+        inside for inside, outside in mounts("orthanc").items() if outside.endswith("orthanc-events.yaml")
+    )
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text("utf-8")
+    assert (ROOT / script).read_text("utf-8") == shim_text(
+        "/opt/orthanc-events/bin/python", "/opt/orthanc-events/package", config
+    )
+    for name in ("/opt/orthanc-events/bin/python", "/opt/orthanc-events/package", config):
+        assert name in dockerfile
+
+
+def test_the_outbox_of_the_container_is_on_a_volume() -> None:
+    orthanc = json.loads((ROOT / "config" / "orthanc.json").read_text("utf-8"))
+    inside = [str(volume).split(":")[1] for volume in service("orthanc")["volumes"]]
+    assert {
+        orthanc["OrthancEvents"]["Outbox"],
+        orthanc["IndexDirectory"],
+        orthanc["StorageDirectory"],
+    } <= set(inside)
+
+
+def test_images_are_pinned_and_ports_are_open_to_this_machine_only() -> None:
+    assert re.search(
+        r"^ARG ORTHANC=\S+:\d+(\.\d+)+$", (ROOT / "docker" / "Dockerfile").read_text("utf-8"), re.MULTILINE
+    )
+    assert re.fullmatch(r"nats:\d+\.\d+\.\d+(-\w+)?", service("nats")["image"])
+    ports = [str(port) for name in ("orthanc", "nats") for port in service(name)["ports"]]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_scripts_are_executable() -> None:
+    scripts = [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]
+    assert len(scripts) > 1
+    assert not [script for script in scripts if not os.access(script, os.X_OK)]
