@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        problem = BridgeError(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return _fail(problem, supervised=getattr(options, "supervised", False))
 
 
 def _fail(error: BridgeError, *, supervised: bool) -> int:
@@ -217,14 +220,9 @@ def _status_text(document: dict[str, Any]) -> str:
     lines.append(f"bridge      {running}, restarts {bridge.get('restarts', 0)}")
     if last_exit:
         lines.append(f"            last exit {last_exit['at']}: {last_exit['reason']}")
-    rows = [("TRANSPORT", "TYPE", "STATE", "POSITION", "PENDING", "PUBLISHED", "RATE/S", "SET ASIDE")]
-    rows += [
-        tuple(
-            str(transport.get(key, "-"))
-            for key in ("name", "type", "state", "position", "pending", "published", "rate", "set_aside")
-        )
-        for transport in document["transports"]
-    ]
+    columns = ("name", "type", "state", "position", "pending", "published", "rate", "set_aside")
+    rows = [["TRANSPORT", "TYPE", "STATE", "POSITION", "PENDING", "PUBLISHED", "RATE/S", "SET ASIDE"]]
+    rows += [[str(transport.get(key, "-")) for key in columns] for transport in document["transports"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
     for transport in document["transports"]:

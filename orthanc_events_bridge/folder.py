@@ -42,11 +42,15 @@ class Folder:
     def prepare(self) -> None:
         """Make the folder, readable by its owner only, and check that it is on a local disk.
 
+        One that is there already is closed to others as well, unless it holds files that aren't ours.
+
         :raises FolderError: it can't be made or written, or is on a network file system.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.path.stat().st_uid == os.geteuid():
+            # A folder that others use too (/tmp, say) is left as it is: our files are closed to others anyway.
+            ours = all(path.name.startswith(("outbox.db", "bridge.")) for path in self.path.iterdir())
+            if ours and self.path.stat().st_uid == os.geteuid():
                 self.path.chmod(0o700)
         except OSError as error:
             raise FolderError(

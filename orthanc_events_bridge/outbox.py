@@ -14,7 +14,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -127,7 +127,6 @@ class OutboxWriter:
         self._db.execute("PRAGMA synchronous = FULL")
         if version == 0:
             self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
-        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
         self._db.execute("PRAGMA journal_size_limit = 33554432")
         meta = self._meta()
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
@@ -181,7 +180,7 @@ class OutboxWriter:
             rows = []
             for fact in facts:
                 position += 1
-                extra = self._remember(fact, look_up)
+                extra = self._remember(fact, settings, look_up)
                 minted = None if fact.date is not None or fact.extra.get("inferred") else str(uuid.uuid4())
                 rows.append(
                     (
@@ -215,23 +214,29 @@ class OutboxWriter:
     # -- who is whose child -----------------------------------------------------------------------------------------
 
     def _remember(
-        self, fact: Fact, look_up: Callable[[str, str], dict[str, str] | None]
+        self, fact: Fact, settings: int, look_up: Callable[[str, str], dict[str, str] | None]
     ) -> dict[str, Any]:
         """Find a fact's parents, keep or drop its place in the tree, and say what its row's `extra` holds."""
         if fact.resource is None or fact.level in ("job", "server"):
             return fact.extra
         if fact.change == "Deleted":
-            parents, uids = self._parents(fact.resource)
+            last_parents, known_uids = self._parents(fact.resource)
             self._db.execute("DELETE FROM resources WHERE id = ?", (_packed(fact.resource),))
-            return {"parents": parents, **({"tags": uids} if uids else {}), **fact.extra}
-        parents = fact.parents if fact.parents is not None else None
+            tags = {k: v for k, v in known_uids.items() if k in self._allowed_tags(settings)}
+            return {"parents": last_parents, **({"tags": tags} if tags else {}), **fact.extra}
+        parents = fact.parents
         if parents is None:
-            known, _ = self._parents(fact.resource)
-            complete = fact.level == "patient" or "patient" in known
-            parents = known if complete else look_up(fact.level, fact.resource) or known
+            parents, _ = self._parents(fact.resource)
+            if fact.level != "patient" and "patient" not in parents:
+                parents = look_up(fact.level, fact.resource) or parents
         uids = {k: v for k, v in fact.extra.get("tags", {}).items() if k.endswith("InstanceUID")}
         self._keep(fact.level, fact.resource, parents, uids)
         return {"parents": parents, **fact.extra}
+
+    def _allowed_tags(self, settings: int) -> frozenset[str]:
+        """The allow-list of now: a UID may be known from a time when it was on the list."""
+        row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()
+        return frozenset(json.loads(row[0]).get("tags", ())) if row else frozenset()
 
     def _keep(self, level: str, resource: str, parents: Mapping[str, str], uids: Mapping[str, str]) -> None:
         chain: list[tuple[str, str, dict[str, str]]] = [(level, resource, dict(uids))]
@@ -241,7 +246,7 @@ class OutboxWriter:
             parent = _packed(chain[index + 1][1]) if index + 1 < len(chain) else None
             self._db.execute(
                 "INSERT INTO resources VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET"
-                " parent = coalesce(excluded.parent, parent), uids = excluded.uids"
+                " parent = coalesce(excluded.parent, parent), uids = coalesce(excluded.uids, uids)"
                 " WHERE excluded.uids IS NOT NULL OR (parent IS NULL AND excluded.parent IS NOT NULL)",
                 (_packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None),
             )
@@ -298,6 +303,11 @@ class OutboxWriter:
         with translated(self._path):
             self._set(**{f"note.{key}": json.dumps(document)})
 
+    def compact(self) -> None:
+        """Give the write-ahead log's space back to a full disk, as far as that goes."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     # -- bounds ---------------------------------------------------------------------------------------------------------
 
     def bytes_used(self) -> int:
@@ -314,10 +324,11 @@ class OutboxWriter:
         :return: how many rows went.
         """
         with translated(self._path), self._transaction():
+            # The age is asked of the oldest rows only: asked of all, every look would read the whole table.
             deleted = self._db.execute(
-                "DELETE FROM rows WHERE position <= (SELECT max(position) FROM (SELECT position FROM rows"
-                " WHERE position <= ? AND recorded < ? ORDER BY position LIMIT ?))",
-                (delivered, recorded_before, limit),
+                "DELETE FROM rows WHERE position <= (SELECT max(position) FROM (SELECT position, recorded FROM rows"
+                " WHERE position <= ? ORDER BY position LIMIT ?) WHERE recorded < ?)",
+                (delivered, limit, recorded_before),
             ).rowcount
         if deleted:
             self._shrink()
@@ -365,15 +376,24 @@ class OutboxReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if not path.exists():
-            raise OutboxError(f"there is no outbox at {path}", "start Orthanc with the bridge once, or name its folder")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            remedy = "start Orthanc with the bridge once, or name its folder"
+            raise OutboxError(f"there is no outbox at {path}", remedy) from None
+        except OSError as error:
+            raise OutboxError(f"{path} can't be opened: {error.strerror}", "be the user that owns it") from error
         with translated(path):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA query_only = 1")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version != VERSION:
-            self._db.close()
-            raise OutboxError(f"{path} has version {version}, this package reads {VERSION}", "use the same version")
+            try:
+                self._db.execute("PRAGMA query_only = 1")
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version != VERSION:
+                    wrong = f"{path} has version {version}, this package reads {VERSION}"
+                    raise OutboxError(wrong, "use the same version")
+            except BaseException:
+                self._db.close()
+                raise
 
     @property
     def recorder(self) -> str:
@@ -401,7 +421,7 @@ class OutboxReader:
             found = self._db.execute(
                 "SELECT * FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
             ).fetchall()
-        return [OutboxRow(*row[:-1], json.loads(row[-1])) for row in found]
+        return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
 
     def settings(self) -> dict[int, dict[str, Any]]:
         """All that rows may name."""

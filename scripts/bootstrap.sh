@@ -30,7 +30,11 @@ find_python() {
 }
 
 has_orthanc() {
-    [ -f "${ORTHANC_BINARY:-/usr/sbin/Orthanc}" ] || command -v Orthanc >/dev/null || [ -f /usr/local/sbin/Orthanc ]
+    if [ -n "${ORTHANC_BINARY:-}" ]; then
+        [ -f "$ORTHANC_BINARY" ]
+        return
+    fi
+    [ -f /usr/sbin/Orthanc ] || [ -f /usr/local/sbin/Orthanc ] || command -v Orthanc >/dev/null
 }
 
 has_python_plugin() {
@@ -46,7 +50,13 @@ has_python_plugin() {
     return 1
 }
 
-has_dcmtk() { [ -f "${STORESCU_BINARY:-/usr/bin/storescu}" ] || command -v storescu >/dev/null; }
+has_dcmtk() {
+    if [ -n "${STORESCU_BINARY:-}" ]; then
+        [ -f "$STORESCU_BINARY" ]
+        return
+    fi
+    command -v storescu >/dev/null
+}
 
 has_venv() { [ -x .venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 
@@ -83,37 +93,43 @@ deny_services() {
     chmod 755 "$policy"
 }
 
-apt() {
-    local log
-    log=$(mktemp)
-    if ! DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" \
-        >"$log" 2>&1 </dev/null; then
-        tail -n 30 "$log" >&2
-        rm -f "$log"
-        die "apt-get $1 failed, see above"
-    fi
-    rm -f "$log"
+# One installation at a time: two would take each other's policy for the one to restore.
+lock_system() {
+    exec 9>/run/lock/orthanc-events-bridge-setup
+    flock 9
 }
 
-install_packages() {
-    (
-        # One installation at a time: two would take each other's policy for the one to restore.
-        exec 9>/run/lock/orthanc-events-bridge-setup
-        flock 9
+# After a kill of an earlier one.
+recover_policy() (
+    if [ -e "$saved" ] || grep -qsF "$marker" "$policy"; then
+        lock_system
         restore_policy
-        trap restore_policy EXIT
-        trap 'exit 130' HUP INT TERM
-        say "updating the list of Debian packages"
-        apt update
-        say "installing from Debian: $*"
-        deny_services
-        apt install --yes --no-install-recommends "$@"
-    )
-}
+    fi
+)
+
+install_packages() (
+    lock_system
+    restore_policy
+    log=$(mktemp)
+    trap 'restore_policy; rm -f "$log"' EXIT
+    trap 'exit 130' HUP INT TERM
+    apt() {
+        if ! DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" \
+            >"$log" 2>&1 </dev/null; then
+            tail -n 30 "$log" >&2
+            die "apt-get $1 failed, see above"
+        fi
+    }
+    say "updating the list of Debian packages"
+    apt update
+    say "installing from Debian: $*"
+    deny_services
+    apt install --yes --no-install-recommends "$@"
+)
 
 system() {
     local missing
-    if [ "$(id -u)" = 0 ] && [ -e "$saved" ]; then restore_policy; fi
+    if [ "$(id -u)" = 0 ] && [ -e /etc/debian_version ]; then recover_policy; fi
     read -r -d '' -a missing < <(missing_packages) || true
     if [ ${#missing[@]} = 0 ]; then return; fi
     if [ "$(id -u)" = 0 ] && [ -e /etc/debian_version ] && command -v apt-get >/dev/null; then

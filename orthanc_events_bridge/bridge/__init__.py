@@ -24,6 +24,7 @@ from orthanc_events_bridge.bridge.state import Command, State
 from orthanc_events_bridge.errors import BridgeError, OutboxError, TransportError
 from orthanc_events_bridge.events.mapping import to_outgoing
 from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
 from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
@@ -86,6 +87,7 @@ class Bridge:
         self._started = time.time()
         self._relays: list[Relay] = []
         self._noted: dict[str, Any] = {}
+        self._repeats = Repeats(time.monotonic)
         self._stop = asyncio.Event()
         self._rang = asyncio.Event()
 
@@ -208,9 +210,14 @@ class Bridge:
                     relay.wake()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK
-                self._note(state)
-                for command in state.commands():
-                    await self._obey(command, state, source)
+                try:
+                    self._note(state)
+                    for command in state.commands():
+                        await self._obey(command, state, source)
+                    self._repeats.over("state")
+                except OutboxError as error:  # a full disk must not end us
+                    if line := self._repeats.line("state", str(error)):
+                        log.error(line)
             await self._pause(_TICK if self._supervised else _POLL)
 
     async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:

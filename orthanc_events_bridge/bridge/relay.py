@@ -16,8 +16,10 @@ from typing import Any, Final, Protocol
 
 from orthanc_events_bridge.bridge.state import Progress
 from orthanc_events_bridge.errors import (
+    BridgeError,
     EventRejectedError,
     NotConnectedError,
+    RefusedError,
     TransportConfigurationError,
     TransportError,
 )
@@ -38,6 +40,9 @@ _SLICE: Final = 50
 #: Seconds after which the outbox is looked at although nobody rang.
 _LOOK: Final = 1.0
 _RATE_WINDOW: Final = 10.0
+#: What the status calls a fault; any that isn't named here is a refusal.
+_FAULTS: Final = {TransportConfigurationError: "needs attention", NotConnectedError: "not connected"}
+_REFUSED: Final = "refused"
 
 
 class Source(Protocol):
@@ -165,13 +170,16 @@ class Relay:
                 before = self._progress.position
                 try:
                     self._same_place(await self._transport.connect())
-                    self._healthy()
+                    if self._state == "connecting":  # after a fault, only a confirmed event says that it is over
+                        self._healthy()
                     await self._pump()
                     return
                 except TransportError as error:
                     fault = error.error if isinstance(error, PublishError) else error
+                except BridgeError as error:  # the outbox's disk is full, say
+                    fault = RefusedError(error.message, error.remedy)
                 except Exception as error:  # a defect of ours must not stop the others, nor be silent
-                    log.exception("transport %s", self.name) if log.isEnabledFor(logging.DEBUG) else None
+                    log.debug("transport %s", self.name, exc_info=True)
                     fault = NotConnectedError(f"{type(error).__name__}: {error}", "please report this")
                 self._faulty(fault)
                 if isinstance(fault, NotConnectedError | TransportConfigurationError):
@@ -192,10 +200,13 @@ class Relay:
         batch = await self._read(self._progress.position)
         while True:
             if not batch.read:
-                if self._draining:
-                    return
-                await self._wait()
+                self._healthy()
+                draining = self._draining  # asked before the last look: what came until then is sent
+                if not draining:
+                    await self._wait()
                 batch = await self._read(self._progress.position)
+                if draining and not batch.read:
+                    return
                 continue
             publishing = asyncio.ensure_future(self._publish(batch))
             try:
@@ -206,6 +217,7 @@ class Relay:
                     await asyncio.shield(publishing)
                 except asyncio.CancelledError:
                     publishing.cancel()
+                    await asyncio.gather(publishing, return_exceptions=True)
                     raise
             batch = following
 
@@ -219,8 +231,15 @@ class Relay:
 
     async def _read(self, after: int) -> _Batch:
         """The next rows, mapped and filtered; empty when there are none."""
-        detached = self._source.detached()
-        if after < detached:
+        while True:
+            self._wake.clear()
+            rows = self._source.rows(after, self._size)
+            detached = self._source.detached()  # asked behind the rows: none of them can be missing unseen
+            if after >= detached:
+                break
+            if after != self._progress.position:  # a batch is under way: what becomes of it says where the gap begins
+                self._wake.set()
+                return _Batch(last=after)
             self._memory.gap(self.name, after + 1, detached)
             log.error(
                 "transport %s has lost its place: the outbox was full and gave up the rows up to position %d that were"
@@ -228,9 +247,8 @@ class Relay:
                 self.name,
                 detached,
             )
-            self._progress.position = after = detached
-        self._wake.clear()
-        rows = self._source.rows(after, self._size)
+            self._move(detached, None)
+            after = detached
         batch = _Batch(last=rows[-1].position if rows else after, read=len(rows))
         for index, row in enumerate(rows):
             if index % _SLICE == _SLICE - 1:
@@ -269,7 +287,7 @@ class Relay:
                     self._move(batch.last, batch.seq)
                 raise
         self._move(batch.last, batch.seq)
-        if self._error is not None and self._state != "connected":
+        if batch.events:
             self._healthy()
 
     def _count(self, events: int) -> None:
@@ -295,22 +313,24 @@ class Relay:
 
     def _same_place(self, identity: str) -> None:
         """Was the place at the broker deleted and made again? Then what it held is gone."""
-        if self._progress.identity and identity != self._progress.identity:
+        if not identity or identity == self._progress.identity:
+            return
+        if self._progress.identity:
             if self._replay:
-                self._progress.position = 0
+                # From the oldest kept row; what was given up before is gone, and was told then.
+                self._progress.position = min(self._progress.position, self._source.detached())
             log.error(
                 "transport %s: its place at the broker was deleted and made again; %s",
                 self.name,
                 "everything that the outbox keeps is sent again" if self._replay else "going on where it was",
             )
-        if identity != self._progress.identity:
-            self._progress.identity = identity
-            self._memory.save(self.name, self._progress)
+        self._progress.identity = identity
+        self._memory.save(self.name, self._progress)
 
     # -- health -----------------------------------------------------------------------------------------------------------
 
     def _healthy(self) -> None:
-        if self._repeats.over("fault"):
+        if any([self._repeats.over(state) for state in (*_FAULTS.values(), _REFUSED)]):
             log.warning(
                 "transport %s is well again after %.0f s", self.name, time.monotonic() - self._faulty_since
             )
@@ -318,9 +338,7 @@ class Relay:
             self._state, self._since = "connected", time.time()
 
     def _faulty(self, error: TransportError) -> None:
-        state = {TransportConfigurationError: "needs attention", NotConnectedError: "not connected"}.get(
-            type(error), "refused"
-        )
+        state = _FAULTS.get(type(error), _REFUSED)
         if self._state != state:
             self._since = time.time()
         if self._state == "connected" or not self._faulty_since:
@@ -328,6 +346,6 @@ class Relay:
         count = self._error["count"] + 1 if self._error and self._error["message"] == error.message else 1
         self._error = {"message": error.message, "remedy": error.remedy, "at": iso(time.time() * 1000), "count": count}
         self._state = state
-        line = self._repeats.line("fault", f"transport {self.name}: {error}")
+        line = self._repeats.line(state, f"transport {self.name}: {error}")
         if line:
             log.error(line)

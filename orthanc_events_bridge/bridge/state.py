@@ -78,19 +78,31 @@ class State:
             except OSError as error:
                 raise OutboxError(f"{path} can't be opened: {error.strerror}") from error
             self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
-            elif version != VERSION:
+            try:
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+                elif version != VERSION:
+                    wrong = f"{path} has version {version}, this package uses {VERSION}"
+                    raise OutboxError(wrong, "use the same version")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+            except BaseException:
                 self._db.close()
-                raise OutboxError(f"{path} has version {version}, this package uses {VERSION}", "use the same version")
-            self._db.execute("PRAGMA synchronous = NORMAL")
+                raise
 
     def number_settings(self, shape: Mapping[str, Any]) -> int:
-        """The number of the settings that shape events; the same settings keep theirs."""
+        """The number of the settings that shape events; the same settings keep theirs.
+
+        Numbers only grow, and begin with the time: in a ``bridge.db`` that was lost and made again, no number is given
+        twice, and rows of the outbox that name an old one keep their meaning.
+        """
         document = json.dumps(shape, sort_keys=True)
         with translated(self._path):
-            self._db.execute("INSERT OR IGNORE INTO settings (document) VALUES (?)", (document,))
+            self._db.execute(
+                "INSERT OR IGNORE INTO settings"
+                " SELECT max(coalesce((SELECT max(number) FROM settings), 0) + 1, ?), ?",
+                (int(time.time()), document),
+            )
             return int(
                 self._db.execute("SELECT number FROM settings WHERE document = ?", (document,)).fetchone()[0]
             )

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from orthanc_events_bridge.errors import LogUnavailableError
 
@@ -76,16 +76,16 @@ class OrthancLog:
 
     def page(self, since: int, limit: int) -> Sequence[Row]:
         return [
-            Row(row["Seq"], row["Date"], row["ChangeType"], row["ResourceType"].lower(), row["ID"])
+            Row(int(row["Seq"]), row["Date"], row["ChangeType"], row["ResourceType"].lower(), row["ID"])
             for row in self._changes(since, limit)["Changes"]
         ]
 
     def tip(self) -> int:
         return int(self._changes(_BEYOND, 1)["Last"])
 
-    def _changes(self, since: int, limit: int) -> dict[str, list[dict[str, str]]]:
+    def _changes(self, since: int, limit: int) -> dict[str, Any]:
         try:
-            answer = json.loads(self._get(f"/changes?since={since}&limit={limit}"))
+            answer: dict[str, Any] = json.loads(self._get(f"/changes?since={since}&limit={limit}"))
             if not isinstance(answer["Changes"], list) or "Last" not in answer:
                 raise ValueError("no list of changes")
             return answer

@@ -20,9 +20,13 @@ from orthanc_events_bridge.errors import BridgeError
 _CANDIDATES: Final = 3000
 #: How many waiting callbacks are compared with the log for each candidate: enough to tell any two apart.
 _COMPARED: Final = 500
-_QUIET: Final = 0.050
-_GIVE_UP: Final = 1.0
 _POLL: Final = 0.005
+#: Callbacks in a batch, at most: deletions have no row that would bound it.
+_BATCH: Final = 1000
+#: For so many looks (50 ms) the log must not have grown. Looks and not time: a process that stood still for a while has
+#: not heard its callbacks either.
+_QUIET: Final = 10
+_GIVE_UP: Final = 1.0
 #: How long a new instance may wait for the callbacks that name its parents.
 _RUN_WAIT: Final = 0.050
 
@@ -46,7 +50,8 @@ class Anchor:
     """Where the callbacks join the log.
 
     :param seq: ``o``: the first waiting logged callback has the Seq behind it.
-    :param rule: ``proof``, ``content``, ``quiet`` or ``guess``.
+    :param rule: ``proof``, ``content``, ``quiet`` or ``guess``; ``overlap`` where callbacks of rows that are recorded
+        already were dropped first.
     """
 
     seq: int
@@ -81,31 +86,40 @@ class Merge:
 
         :return: none when told to stop.
         :raises LogUnavailableError: the log can't be read; call again.
-        :raises MisalignedError: the log ends before the cursor, or more callbacks wait than it has rows.
+        :raises MisalignedError: the log ends before the cursor: it is another one.
         """
-        started = unchanged_since = self._clock.now()
+        started = self._clock.now()
         highest: int | None = None
         last_tip: int | None = None
+        unchanged = 0
         rows: dict[int, Row] = {}
         while True:
             waiting = self._waiting()  # before the query: each of them has its row, or had it
             tip = self._log.tip()
-            now = self._clock.now()
-            if tip != last_tip:
-                last_tip, unchanged_since = tip, now
+            if tip < self.cursor:
+                raise MisalignedError(f"the log ends at {tip}, {self.cursor} is recorded")
+            last_tip, unchanged = tip, unchanged + 1 if tip == last_tip else 0
             highest = tip - len(waiting) if highest is None else min(highest, tip - len(waiting))
+            quiet = unchanged >= _QUIET and "quiet" not in self.without_rules
+            late = self._clock.now() - started >= _GIVE_UP
             if highest < self.cursor:
-                raise MisalignedError(f"the log ends at {tip}, {len(waiting)} callbacks wait, {self.cursor} is recorded")
+                # The first of them are of rows that are recorded: an earlier anchor was a guess, and too far.
+                if quiet or late:
+                    self._skip(self.cursor - highest)
+                    return Anchor(self.cursor, "overlap")
+                if self._clock.wait(_POLL):
+                    return None
+                continue
             if highest == self.cursor and "proof" not in self.without_rules:
                 return Anchor(self.cursor, "proof")
             if waiting and "content" not in self.without_rules:
-                found, matched = self._by_content(waiting, highest, tip, rows)
+                found, matched = self._by_content(waiting, highest, rows)
                 if len(found) == 1 and matched:
                     return Anchor(found[0], "content")
-            if now - unchanged_since >= _QUIET and "quiet" not in self.without_rules:
+            if quiet:
                 return Anchor(highest, "quiet")
-            if now - started >= _GIVE_UP:
-                found, _ = self._by_content(waiting, highest, tip, rows)
+            if late:
+                found, _ = self._by_content(waiting, highest, rows)
                 return Anchor(found[-1] if found else highest, "guess")
             if self._clock.wait(_POLL):
                 return None
@@ -117,16 +131,27 @@ class Merge:
             except RuntimeError:  # appended to while it was copied
                 continue
 
+    def _skip(self, count: int) -> None:
+        """Drop the first logged callbacks of the queue; the others keep their order."""
+        kept: list[Callback] = []
+        while count:
+            callback = self._queue.popleft()
+            if callback.logged:
+                count -= 1
+            else:
+                kept.append(callback)
+        self.put_back(kept)
+
     def _by_content(
-        self, waiting: Sequence[Callback], highest: int, tip: int, rows: dict[int, Row]
+        self, waiting: Sequence[Callback], highest: int, rows: dict[int, Row]
     ) -> tuple[list[int], bool]:
         """The anchors that no live row contradicts, ascending, and whether a row spoke for the last of them."""
+        compared = waiting[:_COMPARED]
         lowest = max(self.cursor, highest - _CANDIDATES)
-        since = max(rows, default=lowest)
-        while since < tip and (page := self._log.page(since, PAGE)):
+        since, through = max(rows, default=lowest), highest + len(compared)
+        while since < through and (page := self._log.page(since, PAGE)):
             rows.update((row.seq, row) for row in page)
             since = page[-1].seq
-        compared = waiting[:_COMPARED]
         found: list[int] = []
         matched = False
         for candidate in range(lowest, highest + 1):
@@ -167,10 +192,10 @@ class Merge:
         return [_from_row(row) for row in page]
 
     def take(self) -> list[Callback]:
-        """Drain a batch: no more logged callbacks than a page has rows, and no run of a new instance cut in two."""
+        """Drain a batch: hardly more logged callbacks than a page has rows, and no new instance's run cut in two."""
         batch: list[Callback] = []
         logged = 0
-        while self._queue and logged < PAGE:
+        while self._queue and logged < PAGE and len(batch) < _BATCH:
             callback = self._queue.popleft()
             logged += _may_have_row(callback)
             batch.append(callback)

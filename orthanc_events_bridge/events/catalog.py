@@ -115,11 +115,13 @@ _JOB: Final = {
 
 def schema(event_type: EventType, base: str) -> dict[str, Any]:
     """The JSON Schema (2020-12) of an event's data. New optional properties may come within a version."""
-    has_id = event_type.level != "server"
+    identifier: dict[str, Any] = _ID if event_type.level != "server" else {"type": "null"}
+    if event_type.name == f"server.{UNKNOWN}":
+        identifier = {"type": ["string", "null"], "description": "What was given with it, if anything."}
     properties: dict[str, Any] = {
         "change": {"type": "string", "description": "The kind of change, as Orthanc's /changes spells it."},
         "level": {"const": event_type.level},
-        "id": _ID if has_id else {"type": "null"},
+        "id": identifier,
         "seq": {"type": "integer", "description": "Its number in Orthanc's change log, where it has one."},
         "parents": {
             "type": "object",

@@ -66,7 +66,8 @@ def event_id(row: OutboxRow, source: str) -> str:
     """The minted id, or one derived from the log's own row, so that every reader of that row derives the same."""
     if row.minted is not None:
         return row.minted
-    spelt = (source, str(row.seq), row.date or "", row.change, row.level.capitalize(), row.resource or "")
+    number = "inferred" if row.extra.get("inferred") else str(row.seq)
+    spelt = (source, number, row.date or "", row.change, row.level.capitalize(), row.resource or "")
     # As uuid.uuid5 does (RFC 9562, section 5.5), without its detours.
     digest = bytearray(hashlib.sha1(NAMESPACE.bytes + "\n".join(spelt).encode(), usedforsecurity=False).digest())
     digest[6] = digest[6] & 0x0F | 0x50

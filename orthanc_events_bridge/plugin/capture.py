@@ -88,6 +88,7 @@ class Capture:
         self._bridge = BridgeView(folder.bridge)
         self._repeats = Repeats(time.monotonic)
         self._orthanc_stopped = False
+        self._anchored = False
         self._options = dict(_DEFAULTS)
         self._settings = 0
         self._next_tick = self._next_retain = 0.0
@@ -152,6 +153,8 @@ class Capture:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
         if isinstance(error, OutboxFullError):
             self._state = "paused"
+            if self._outbox is not None:
+                self._outbox.compact()
         if not isinstance(error, LogUnavailableError):  # that one is normal while Orthanc starts and stops
             text = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
             self._problem = {"message": text, "at": iso(time.time() * 1000)}
@@ -163,6 +166,7 @@ class Capture:
         if len(self._queue) > MAX_WAITING:
             dropped = len(self._queue)
             self._queue.clear()
+            self._anchored = False
             self._counts["dropped"] += dropped
             self._host.error(
                 f"{dropped} waiting callbacks were dropped: the outbox could not be written for too long. What Orthanc"
@@ -202,15 +206,20 @@ class Capture:
         if merge.vanished:
             self._counts["vanished"] += merge.vanished
             self._host.info(f"{merge.vanished} logged changes vanished before they were read (their resources are gone)")
-        self._state, self._problem = "following", None
-        self._repeats = Repeats(time.monotonic)
-        while not self._stop.is_set():
-            self._follow(merge)
+        self._anchored = True
+        while not self._stop.is_set() and self._anchored:
+            try:
+                self._follow(merge)
+            except OutboxFullError as error:  # the batch is back in the queue, and the anchor still holds
+                self._failed(error)
+                self._stop.wait(0.1)
 
     def _follow(self, merge: Merge) -> None:
         """One batch, or one wait."""
         self._bell.clear()
         if not self._queue:
+            if self._state != "paused":
+                self._well()
             if self._orthanc_stopped:
                 facts = merge.tail()
                 if facts:
@@ -236,12 +245,19 @@ class Capture:
             if isinstance(error, MisalignedError):
                 self._counts["reanchored"] += 1
             raise
+        self._well()
         self._look_up.forget_jobs()
         if any(callback.kind == ChangeKind.ORTHANC_STOPPED for callback in batch):
             self._orthanc_stopped = True
         if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
             self._stop.wait(_LINGER)
         self._tick()
+
+    def _well(self) -> None:
+        """The outbox could be written, or there is nothing to write."""
+        if self._state != "following":
+            self._state, self._problem = "following", None
+            self._repeats = Repeats(time.monotonic)
 
     def _snapshot_jobs(self, batch: list[Callback]) -> None:
         """At once: Orthanc keeps only the last ten jobs."""
@@ -282,6 +298,8 @@ class Capture:
         self._next_tick = now + _TICK
         self._take_settings(outbox)
         self._write_notes(outbox)
+        if self._state == "paused":  # even so, something could be written: the note that says so
+            self._well()
         if now >= self._next_retain:
             self._next_retain = now + _RETAIN_EVERY
             before = int((time.time() - self._options["keep"]) * 1000)

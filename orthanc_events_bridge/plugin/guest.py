@@ -83,7 +83,7 @@ class Guest:
             try:
                 assert self._on_change is not None
                 self._on_change(*change)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._host.error(f"your OnChange callback raised {type(error).__name__}: {error}")
 
     def stop(self, deadline: float) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from orthanc_events_bridge.changes.model import Callback, Fact
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError
@@ -65,7 +65,9 @@ class Lookup:
         :raises LogUnavailableError: Orthanc can't answer now.
         """
         try:
-            return dict(json.loads(self._get(path)))
+            answer = self._get(path)
+            text = answer if isinstance(answer, str) else answer.decode("utf-8", "replace")
+            return dict(json.loads(text))
         except GoneError:
             return None
         except Exception as error:
@@ -157,7 +159,8 @@ def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content, Mapping):
         snapshot.update((name, content[field]) for field, name in _JOB_CONTENT.items() if field in content)
         peer = content.get("Peer")
-        url = peer[0] if isinstance(peer, list) and peer else peer
+        # Orthanc spells a peer as a list whose first item is the URL, or, with options, as an object.
+        url = peer.get("Url") if isinstance(peer, Mapping) else peer[0] if isinstance(peer, list) and peer else peer
         if isinstance(url, str):
             snapshot["peer"] = without_user(url)
     return snapshot
@@ -165,7 +168,5 @@ def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_user(url: str) -> str:
     """A URL without user, password, query and fragment; a bare name stays as it is."""
-    parts = urlsplit(url)
-    if not parts.netloc:
-        return url.partition("?")[0]
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].rpartition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"

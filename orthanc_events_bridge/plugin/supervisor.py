@@ -21,11 +21,12 @@ from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.plugin.capture import Host
 from orthanc_events_bridge.status import iso
 
-#: Seconds before the bridge is started again: the first time, and at most.
-_FIRST_WAIT: Final = 0.2
-_LONGEST_WAIT: Final = 30.0
+#: Seconds before the bridge is started again: the first time, at most, and at most when a person has to change something.
+_FIRST_WAIT: Final = 0.1
+_LONGEST_WAIT: Final = 5.0
+_LONGEST_WAIT_FOR_A_PERSON: Final = 30.0
 #: A bridge that lived this long starts afresh with the first wait.
-_SETTLED: Final = 60.0
+_SETTLED: Final = 10.0
 
 #: What the bridge's exit codes mean (`orthanc_events_bridge.bridge`).
 _REASONS: Final = {
@@ -112,7 +113,8 @@ class Supervisor:
             if self._stop.is_set():
                 return
             lived = time.monotonic() - started
-            wait = _FIRST_WAIT if lived > _SETTLED else min(wait * 2, _LONGEST_WAIT)
+            longest = _LONGEST_WAIT if reason.startswith("killed") else _LONGEST_WAIT_FOR_A_PERSON
+            wait = _FIRST_WAIT if lived > _SETTLED else min(wait * 2, longest)
             self.note = {
                 "pid": None,
                 "since": None,

@@ -123,13 +123,13 @@ def read_nats(
     :raises TimeoutError: it took longer.
     :raises MalformedEventError: a message is not an event.
     """
-    messages = asyncio.run(_read(url, stream, after, timeout, options))
+    messages = asyncio.run(asyncio.wait_for(_read(url, stream, after, options), timeout))
     return [decode(message.data, message.subject, message.metadata.sequence.stream) for message in messages]
 
 
 def nats_state(url: str, *, stream: str = STREAM, **options: Any) -> StreamState | None:
     """Return how much a stream holds; None where it, or the server, can't be reached."""
-    return asyncio.run(_with_state(url, stream, options, lambda state: True, 0.0))
+    return asyncio.run(_with_state(url, stream, options, lambda state: True, time.monotonic()))
 
 
 def wait_nats(
@@ -159,7 +159,7 @@ def wait_nats(
             return state.last > 0 and time.monotonic() - since[0] >= quiet
         return state.last >= count if isinstance(count, int) else count(state)
 
-    found = asyncio.run(_with_state(url, stream, options, enough, timeout))
+    found = asyncio.run(_with_state(url, stream, options, enough, time.monotonic() + timeout))
     if found is None:
         wanted = "quiet" if count is None else f"at {count}" if isinstance(count, int) else "as expected"
         raise TimeoutError(
@@ -189,9 +189,8 @@ async def _connect(url: str, options: dict[str, Any]) -> Client:
 
 
 async def _with_state(
-    url: str, stream: str, options: dict[str, Any], enough: Callable[[StreamState], bool], timeout: float
+    url: str, stream: str, options: dict[str, Any], enough: Callable[[StreamState], bool], end: float
 ) -> StreamState | None:
-    end = time.monotonic() + timeout
     client: Client | None = None
     try:
         while True:
@@ -220,40 +219,39 @@ async def _give_up(client: Client | None) -> None:
             await asyncio.wait_for(client.close(), 2)
 
 
-async def _read(url: str, stream: str, after: int, timeout: float, options: dict[str, Any]) -> list[Msg]:
-    async with asyncio.timeout(timeout):
-        client = await _connect(url, options)
-        try:
-            context = client.jetstream(timeout=5)
-            info = await context.stream_info(stream)
-            last = info.state.last_seq
-            if info.state.messages == 0 or last <= after:
-                return []
-            config = ConsumerConfig(
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=after + 1,
-                ack_policy=AckPolicy.NONE,
-                mem_storage=True,
-            )
-            messages: list[Msg] = []
-            done = asyncio.get_running_loop().create_future()
+async def _read(url: str, stream: str, after: int, options: dict[str, Any]) -> list[Msg]:
+    client = await _connect(url, options)
+    try:
+        context = client.jetstream(timeout=5)
+        info = await context.stream_info(stream)
+        last = info.state.last_seq
+        if info.state.messages == 0 or last <= after:
+            return []
+        config = ConsumerConfig(
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=after + 1,
+            ack_policy=AckPolicy.NONE,
+            mem_storage=True,
+        )
+        messages: list[Msg] = []
+        done = asyncio.get_running_loop().create_future()
 
-            async def take(message: Msg) -> None:
-                messages.append(message)
-                if message.metadata.sequence.stream >= last and not done.done():
-                    done.set_result(None)
+        async def take(message: Msg) -> None:
+            messages.append(message)
+            if message.metadata.sequence.stream >= last and not done.done():
+                done.set_result(None)
 
-            subscription = await context.subscribe(
-                ">",
-                stream=stream,
-                cb=take,
-                ordered_consumer=True,
-                config=config,
-                pending_msgs_limit=-1,
-                pending_bytes_limit=-1,
-            )
-            await done
-            await subscription.unsubscribe()
-            return [message for message in messages if message.metadata.sequence.stream <= last]
-        finally:
-            await _give_up(client)
+        subscription = await context.subscribe(
+            ">",
+            stream=stream,
+            cb=take,
+            ordered_consumer=True,
+            config=config,
+            pending_msgs_limit=-1,
+            pending_bytes_limit=-1,
+        )
+        await done
+        await subscription.unsubscribe()
+        return [message for message in messages if message.metadata.sequence.stream <= last]
+    finally:
+        await _give_up(client)

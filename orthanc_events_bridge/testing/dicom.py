@@ -35,7 +35,8 @@ def orthanc_id(*identifiers: str) -> str:
     ``DicomInstanceHasher``): PatientID; then StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID as far
     down as the resource is. Trailing spaces are dropped, an absent identifier is empty.
     """
-    digest = hashlib.sha1("|".join(text.rstrip(" ") for text in identifiers).encode()).hexdigest()
+    text = "|".join(identifier.rstrip(" ") for identifier in identifiers)
+    digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
     return "-".join(digest[i : i + 8] for i in range(0, 40, 8))
 
 

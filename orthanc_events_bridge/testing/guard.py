@@ -131,7 +131,7 @@ def scratch_folder(prefix: str = "orthanc-events-") -> Iterator[Path]:
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
+        if not Path(folder).exists():
             guard.tell("removed", folder)
 
 

@@ -129,8 +129,8 @@ class Ledger:
     def already_stored(self, instance: str, series: str, study: str, patient: str) -> None:
         """Write down that Orthanc had this instance already: an earlier request had been carried out."""
         with self._lock:
-            for id in (patient, study, series, instance):
-                if (node := self._nodes.get(id)) is not None:
+            for resource in (patient, study, series, instance):
+                if (node := self._nodes.get(resource)) is not None:
                     self._confirm(node)
 
     def maybe_stored(self, instance: str, series: str, study: str, patient: str) -> None:
@@ -213,7 +213,7 @@ class Ledger:
 
     def _family(self, series: str, study: str, patient: str) -> list[_Node]:
         wanted = (("patient", patient, None), ("study", study, patient), ("series", series, study))
-        return [self._nodes.get(id) or _Node(level, id, parent) for level, id, parent in wanted]
+        return [self._nodes.get(one) or _Node(level, one, parent) for level, one, parent in wanted]
 
     def _add(self, node: _Node) -> None:
         self._nodes[node.id] = node

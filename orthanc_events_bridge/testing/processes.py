@@ -291,10 +291,16 @@ class Server:
         for pid in self.children():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self.children(), 5)
         _running.discard(self)
 
 
 _running: set[Server] = set()
+
+
+def running_servers() -> list[Server]:
+    """Return the servers that were started and not closed, the oldest first."""
+    return sorted(_running, key=lambda server: int(server._mark.split("/")[1]))
 
 
 @atexit.register

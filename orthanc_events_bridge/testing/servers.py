@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -167,6 +168,7 @@ class OrthancServer(Server):
         if script:
             self.config["PythonScript"] = str(script)
         self.config |= config or {}
+        self._client_lock = threading.Lock()
         self._client: httpx.Client | None = None
         self._old_clients: list[httpx.Client] = []
 
@@ -183,9 +185,10 @@ class OrthancServer(Server):
     @property
     def client(self) -> httpx.Client:
         """A client of the REST API, for any thread. It never tries a request again."""
-        if self._client is None:
-            self._client = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
-        return self._client
+        with self._client_lock:
+            if self._client is None:
+                self._client = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+            return self._client
 
     # Life.
 
@@ -238,9 +241,10 @@ class OrthancServer(Server):
 
     def _renew_client(self) -> None:
         # Connections to the process that was there before only fail; another thread may still be using one.
-        if self._client is not None:
-            self._old_clients.append(self._client)
-            self._client = None
+        with self._client_lock:
+            if self._client is not None:
+                self._old_clients.append(self._client)
+                self._client = None
 
     def _close_old_clients(self) -> None:
         while self._old_clients:

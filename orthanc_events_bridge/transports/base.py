@@ -29,7 +29,7 @@ Errors
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -139,7 +139,7 @@ class Transport(ABC):
         """Give the connection up. Never raises, never takes longer than a second; publishing afterwards raises."""
 
     @abstractmethod
-    def subscribe(self, *, oldest: bool = False) -> AsyncIterator[Incoming]:
+    def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         """Yield what the broker receives, live, to look at: nothing is acknowledged, no trace is left on the broker.
 
         :param oldest: begin with the oldest kept event in place of the next one.

@@ -1,15 +1,17 @@
-"""A broker in memory: the transport contract's plainest reading, for tests. Events are gone with the process."""
+"""A broker in memory: the transport contract's plainest reading, for tests.
+
+Events are gone with the process.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
 from orthanc_events_bridge.errors import (
     EventRejectedError,
     NotConnectedError,
-    TransportConfigurationError,
     TransportError,
 )
 from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
@@ -17,14 +19,20 @@ from orthanc_events_bridge.transports.options import TransportOptions
 
 #: The largest body it takes, as NATS does by default.
 MAX_PAYLOAD: Final = 1024 * 1024
+#: Seconds between two looks at a broker that doesn't answer.
+_LOOK: Final = 0.01
 
 
 class Broker:
-    """What outlives a connection. Tests set its attributes to make it fail.
+    """What outlives a connection. Tests set its attributes, from any thread, to make it fail.
 
     :ivar messages: what is stored, in order.
     :ivar up: whether it can be reached.
+    :ivar frozen: whether it takes connections and answers nothing.
+    :ivar deadline: for how many seconds a transport waits for an answer.
+    :ivar latency: for how many seconds an answer is under way.
     :ivar generation: another number: the place was deleted and made again.
+    :ivar connections: another number: all connections were cut.
     :ivar refuse: asked before each event is stored; what it returns is raised.
     """
 
@@ -32,26 +40,30 @@ class Broker:
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
         self.up = True
-        self.declared: bool | None = None
+        self.frozen = False
+        self.deadline = 5.0
+        self.latency = 0.0
         self.generation = 1
+        self.connections = 1
         self.refuse: Callable[[Outgoing], TransportError | None] = lambda event: None
-        self.changed = asyncio.Event()
 
     def store(self, event: Outgoing) -> None:
-        """Keep an event, unless one of its id is there."""
+        """Keep an event, unless one of its id was stored before."""
         if event.id not in self.ids:
             self.ids.add(event.id)
             address = ".".join((event.site, event.level, event.verb, event.partition))
             headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
             self.messages.append(Incoming(address, event.body, headers, str(len(self.messages) + 1)))
-            self.changed.set()
-            self.changed = asyncio.Event()
 
     def recreate(self) -> None:
         """Delete everything, as an operator who deletes a stream and makes it again."""
-        self.messages.clear()
-        self.ids.clear()
+        self.messages = []
+        self.ids = set()
         self.generation += 1
+
+    def cut(self) -> None:
+        """Cut every connection."""
+        self.connections += 1
 
 
 class MemoryTransport(Transport):
@@ -64,54 +76,78 @@ class MemoryTransport(Transport):
     def __init__(self, options: TransportOptions, broker: Broker | None = None) -> None:
         super().__init__(options)
         self.broker = broker or Broker()
-        self._connected = False
+        self._connection: int | None = None
 
-    def _reach(self) -> None:
-        if not self.broker.up:
-            self._connected = False
-            raise NotConnectedError("the broker is down", "start it again")
+    async def _answer(self) -> None:
+        """Wait until the broker answers.
+
+        :raises NotConnectedError: it doesn't.
+        """
+        left = self.broker.deadline
+        await asyncio.sleep(self.broker.latency)
+        while self.broker.up and self.broker.frozen:
+            if left <= 0:
+                raise NotConnectedError(
+                    f"the broker has not answered within {self.broker.deadline:g} s", "thaw it"
+                )
+            left -= _LOOK
+            await asyncio.sleep(_LOOK)
+
+    def _check(self) -> None:
+        if self._connection is None:
+            raise NotConnectedError("not connected to the broker", "connect first")
+        if not self.broker.up or self._connection != self.broker.connections:
+            raise NotConnectedError("the connection to the broker was lost", "connect again")
 
     async def connect(self) -> str:
-        self._reach()
-        if self.broker.declared is False:
-            raise TransportConfigurationError("the topology is missing", "declare it")
-        self._connected = True
+        await self._answer()
+        if not self.broker.up:
+            raise NotConnectedError("the broker is down", "start it again")
+        self._connection = self.broker.connections
         return str(self.broker.generation)
 
     async def publish(self, events: Sequence[Outgoing]) -> None:
-        for confirmed, event in enumerate(events):
-            await asyncio.sleep(0)
-            try:
-                self._publish(event)
-            except TransportError as error:
-                raise PublishError(confirmed, error) from error
+        confirmed = 0
+        try:
+            self._check()
+            await self._answer()
+            for event in events:
+                await asyncio.sleep(0)
+                await self._publish(event)
+                confirmed += 1
+        except TransportError as error:
+            raise PublishError(confirmed, error) from error
 
-    def _publish(self, event: Outgoing) -> None:
-        if not self._connected:
-            raise NotConnectedError("not connected", "connect first")
-        self._reach()
+    async def _publish(self, event: Outgoing) -> None:
+        if self.broker.frozen:
+            await self._answer()
+        self._check()
         if len(event.body) > MAX_PAYLOAD:
-            raise EventRejectedError(f"the event has {len(event.body)} bytes, the broker takes {MAX_PAYLOAD}")
+            raise EventRejectedError(
+                f"the event has {len(event.body)} bytes, the broker takes {MAX_PAYLOAD}", "send less"
+            )
         error = self.broker.refuse(event)
         if error is not None:
             raise error
         self.broker.store(event)
 
     async def close(self) -> None:
-        self._connected = False
+        self._connection = None
 
-    async def subscribe(self, *, oldest: bool = False) -> AsyncIterator[Incoming]:
-        position = 0 if oldest else len(self.broker.messages)
+    async def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
+        self._check()
+        messages = self.broker.messages
+        position = 0 if oldest else len(messages)
         while True:
-            if not self._connected:
-                raise NotConnectedError("not connected", "connect first")
-            self._reach()
-            changed = self.broker.changed
-            if position < len(self.broker.messages):
-                yield self.broker.messages[position]
+            self._check()
+            if messages is not self.broker.messages:
+                messages, position = self.broker.messages, 0
+            if position < len(messages):
                 position += 1
+                yield messages[position - 1]
             else:
-                await changed.wait()
+                await asyncio.sleep(_LOOK)
 
     async def describe(self) -> list[str]:
-        return [f"in memory, {len(self.broker.messages)} messages"]
+        self._check()
+        return [f"a broker in memory: {len(self.broker.messages)} events"]

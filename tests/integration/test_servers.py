@@ -28,6 +28,8 @@ from orthanc_events_bridge.testing.servers import (
     wait_until,
 )
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def nats(tmp_path: Path) -> Iterator[NatsServer]:

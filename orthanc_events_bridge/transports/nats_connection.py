@@ -1,0 +1,320 @@
+"""One connection to one NATS server, by nats-py, for `orthanc_events_bridge.transports.nats`.
+
+What nats-py 2.16 leaves to us, as measured: reconnecting hides lost publishes, so that a lost connection is
+given up and made anew; a refused connection is tried again for minutes; closing waits for a frozen server; a
+server without TLS is sent the password although TLS was asked for; a credentials file without its markers is
+read for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+from collections.abc import Awaitable
+from typing import Any, Final, TypeVar
+
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client, RawCredentials
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.options import NatsOptions
+
+_T = TypeVar("_T")
+
+#: Seconds that closing may take.
+_CLOSING: Final = 0.5
+#: Seconds between two looks at whether the connection is still there; nats-py does not always say so.
+_LOOK: Final = 0.1
+_CREDENTIALS: Final = re.compile(
+    r"-+BEGIN NATS USER JWT-+\s+(\S+)\s+-+END NATS USER JWT-+.*"
+    r"-+BEGIN USER NKEY SEED-+\s+(\S+)\s+-+END USER NKEY SEED-+",
+    re.DOTALL,
+)
+
+
+class Connection(Client):
+    """nats-py's client; made by `open`, used once, and ended by `give_up`.
+
+    :ivar fault: why it can't be used any more.
+    """
+
+    def __init__(self, options: NatsOptions, url: str) -> None:
+        super().__init__()
+        self.fault: TransportError | None = None
+        self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._opening = True
+        self._ours = options
+        self._url = url
+
+    @classmethod
+    async def open(cls, options: NatsOptions, url: str) -> Connection:
+        """Connect to a server.
+
+        :raises NotConnectedError: it can't be reached.
+        :raises TransportConfigurationError: it refuses us, or we refuse it.
+        """
+        connection = cls(options, url)
+        try:
+            await asyncio.wait_for(
+                connection.connect(
+                    url,
+                    name=f"orthanc-events-bridge {options.name}",
+                    allow_reconnect=False,
+                    connect_timeout=options.connect_timeout,  # type: ignore[arg-type]  # a float works
+                    ping_interval=10,
+                    max_outstanding_pings=2,
+                    error_cb=connection._on_error,
+                    closed_cb=connection._on_closed,
+                    tls=_tls(options),
+                    tls_hostname=options.tls.server_hostname,
+                    tls_handshake_first=options.tls.handshake_first,
+                    **_login(options),
+                ),
+                options.connect_timeout + 1,
+            )
+            if (
+                not connection.is_connected
+            ):  # nats-py takes an end of file in place of the last answer for a success
+                raise ConnectionResetError("the server closed the connection while logging in")
+        except TransportError:
+            await connection.give_up()
+            raise
+        except Exception as error:
+            await connection.give_up()
+            raise connection._not_connected(error) from error
+        except asyncio.CancelledError:
+            await connection.give_up()
+            raise
+        connection._opening = False
+        return connection
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """What the server says of itself: first, before anything is sent to it, and whenever it changes."""
+        self._max_payload = info.get(
+            "max_payload", self._max_payload
+        )  # an account's limit comes after the login
+        wish = self._ours.tls
+        if initial_connection and not wish.handshake_first:
+            if self._ours.tls_required and info.get("tls_available"):
+                info["tls_required"] = True
+            if self._ours.tls_required and not info.get("tls_required"):
+                raise TransportConfigurationError(
+                    f"NATS at {self._url} does not offer TLS, and the configuration insists on it",
+                    "turn TLS on at the server, or write nats:// and leave `tls` out",
+                )
+            if wish.enabled is False and info.get("tls_required"):
+                raise TransportConfigurationError(
+                    f"NATS at {self._url} insists on TLS, and the configuration forbids it",
+                    "leave tls.enabled out",
+                )
+        await super()._process_info(info, initial_connection)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether it runs over TLS."""
+        writer = getattr(self._transport, "_io_writer", None)
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
+
+    # Its end.
+
+    def fail(self, error: TransportError) -> None:
+        """From now on it can't be used any more; who waits for it is told."""
+        if self.fault is None:
+            self.fault = error
+        if not self._faulty.done():
+            self._faulty.set_result(None)
+
+    def lost(self, error: BaseException | None = None) -> NotConnectedError:
+        """The error that says so."""
+        text = f": {error}" if error and str(error) else ""
+        return NotConnectedError(
+            f"the connection to NATS at {self._url} was lost{text}", "it is made again by itself"
+        )
+
+    def check(self) -> None:
+        """Is it still there?
+
+        :raises TransportError: no.
+        """
+        if self.fault is None and not self.is_connected:
+            self.fail(self.lost(self.last_error))
+        if self.fault is not None:
+            raise self.fault
+
+    async def wait(self, future: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait for something, but not longer than the connection lasts.
+
+        :return: whether it came in time.
+        :raises TransportError: the connection can't be used any more.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not future.done():
+            self.check()
+            left = end - loop.time()
+            if left <= 0:
+                return False
+            both = {future, self._faulty}
+            await asyncio.wait(both, timeout=min(left, _LOOK), return_when=asyncio.FIRST_COMPLETED)
+        return True
+
+    async def ask(self, question: Awaitable[_T]) -> _T:
+        """The answer to a request, within ``connect_timeout``.
+
+        :raises TransportError: there is none.
+        :raises nats.js.errors.Error: JetStream refuses.
+        """
+        asking = asyncio.ensure_future(question)
+        try:
+            if await self.wait(asking, self._ours.connect_timeout):
+                return asking.result()
+            raise NotConnectedError(
+                f"NATS at {self._url} does not answer within {self._ours.connect_timeout:g} s",
+                "check that the server is well and JetStream has a leader",
+            )
+        except nats.js.errors.Error:
+            raise
+        except (nats.errors.Error, OSError) as error:
+            raise self.lost(error) from error
+        finally:
+            if not asking.done():
+                asking.cancel()
+
+    async def _on_error(self, error: Exception) -> None:
+        """Without it nats-py would log tracebacks, and try a server again that refused the connection."""
+        if self._opening:
+            raise error
+        text = str(error)
+        if "permissions violation" in text.lower():
+            prefix = self._ours.subject_prefix
+            self.fail(
+                TransportConfigurationError(
+                    f"NATS does not permit this user what is needed: {text.removeprefix('nats: ')}",
+                    f"let it publish to {prefix}.> and $JS.API.>, and subscribe to _INBOX.>",
+                )
+            )
+        elif not isinstance(error, nats.errors.SlowConsumerError):
+            self.fail(self.lost(error))
+
+    async def _on_closed(self) -> None:
+        self.fail(self.lost(self.last_error))
+
+    async def give_up(self) -> None:
+        """End it at once: nothing that a frozen server doesn't take holds it up."""
+        self.fail(self.lost())
+        self._opening = False
+        self._pending.clear()
+        self._pending_data_size = 0
+        subscriptions = list(self._subs.values())
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self.close(), _CLOSING)
+        for subscription in subscriptions:  # nats-py leaves their tasks when its own closing is interrupted
+            task: asyncio.Task[None] | None = subscription._wait_for_msgs_task
+            if task is not None:
+                task.cancel()
+
+    # What it is ended by at the beginning.
+
+    def _not_connected(self, error: Exception) -> TransportError:
+        """Which of our errors a failed attempt to connect is."""
+        place = f"NATS at {self._url}"
+        text = (str(error) or type(error).__name__).removeprefix("nats: ").strip("'")
+        if isinstance(error, ssl.SSLError):
+            return TransportConfigurationError(
+                f"{place}: TLS failed: {text}",
+                "check tls.ca_file, the names and dates in the certificates, and tls.cert_file",
+            )
+        if "authorization" in text.lower() or "authentication" in text.lower():
+            return TransportConfigurationError(
+                f"{place} refuses the credentials: {text}",
+                "check user, password, token, NKey or credentials file",
+            )
+        if isinstance(error, OSError | nats.errors.Error):  # with it TimeoutError
+            if isinstance(error, TimeoutError):
+                text = f"no answer within {self._ours.connect_timeout:g} s"
+            remedy = "start NATS, or check `servers`"
+            if self.encrypted and not self._ours.tls.cert_file:
+                remedy = "start NATS, or give tls.cert_file and tls.key_file if it verifies its clients"
+            return NotConnectedError(f"{place} can't be reached: {text}", remedy)
+        return TransportConfigurationError(
+            f"{place}: {type(error).__name__}: {text}", "check the transport's options"
+        )
+
+
+def _tls(options: NatsOptions) -> ssl.SSLContext | None:
+    """Certificates, read now, so that replaced ones are used."""
+    tls = options.tls
+    if not options.tls_required:
+        return None
+    option = "tls.ca_file"
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_file)
+        if tls.cert_file and tls.key_file:
+            option = "tls.cert_file and tls.key_file"
+            # Without a password of ours OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except OSError as error:  # with it ssl.SSLError
+        reason = error.strerror if not isinstance(error, ssl.SSLError) else error.reason
+        raise TransportConfigurationError(
+            f"NATS: {option} can't be used: {reason or 'no certificate or key in it'}",
+            "give PEM files that the bridge's user can read, the key not encrypted",
+        ) from error
+    return context
+
+
+def _login(options: NatsOptions) -> dict[str, Any]:
+    """Credentials, read now, so that rotated ones are used.
+
+    :raises TransportConfigurationError: they can't be read.
+    """
+    if (password := options.secret("password")) is not None:
+        return {"user": options.user, "password": password}
+    if (token := options.secret("token")) is not None:
+        return {"token": token}
+    if (seed := options.secret("nkey_seed")) is not None:
+        _check_seed(seed, "nkey_seed")
+        return {"nkeys_seed_str": seed}
+    if options.credentials_file is None:
+        return {}
+    try:
+        text = options.credentials_file.read_text("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise TransportConfigurationError(
+            f"NATS: credentials_file can't be read: {reason}",
+            "put the file there, and let the bridge's user read it",
+        ) from None
+    found = _CREDENTIALS.search(text)
+    if found is None:
+        raise TransportConfigurationError(
+            "NATS: credentials_file holds no user JWT with its seed", "write it with `nsc generate creds`"
+        )
+    _check_seed(found[2], "credentials_file")
+    return {
+        "user_credentials": RawCredentials(
+            f"-----BEGIN NATS USER JWT-----\n{found[1]}\n------END NATS USER JWT------\n"
+            f"-----BEGIN USER NKEY SEED-----\n{found[2]}\n------END USER NKEY SEED------\n"
+        )
+    }
+
+
+def _check_seed(seed: str, option: str) -> None:
+    try:
+        import nkeys
+    except ImportError as error:
+        raise TransportConfigurationError(
+            "NATS: NKeys and credentials files need one more package",
+            'pip install "orthanc-events-bridge[nkeys]"',
+        ) from error
+    try:
+        nkeys.from_seed(bytearray(seed.strip().encode())).wipe()
+    except Exception:  # whatever it raises; it is not chained, since it may hold the seed
+        raise TransportConfigurationError(
+            f"NATS: {option} holds no seed of an NKey", "a user's seed begins with SU"
+        ) from None

@@ -1,0 +1,138 @@
+"""The JetStream stream that events go to: found and checked, or made; and what its refusals mean."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import nats.js.errors
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
+
+from orthanc_events_bridge.errors import (
+    EventRejectedError,
+    NotConnectedError,
+    RefusedError,
+    TransportConfigurationError,
+    TransportError,
+)
+from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.options import NatsOptions
+
+# What JetStream refuses with, by its numbers (nats-server's server/errors.json).
+#: The event is too large.
+_TOO_LARGE: Final = frozenset({10054, 10097})
+#: There is no room in the stream, in the account or on the server.
+_FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
+#: JetStream is off, the account unknown, the stream sealed.
+_NOT_ALLOWED: Final = frozenset({10035, 10039, 10076, 10109})
+#: It has no leader at the moment.
+_PASSING: Final = frozenset({10008, 10009})
+
+#: Settings with which a stream would lose events, or never confirm them.
+_NEEDED: Final = ("retention", "discard", "no_ack", "max_msgs_per_subject")
+#: Settings that follow `limits`.
+_LIMITS: Final = ("max_age", "max_bytes", "max_msgs", "storage", "num_replicas", "duplicate_window")
+
+
+async def open_stream(connection: Connection, options: NatsOptions) -> StreamInfo:
+    """Find the stream and check it, or make it.
+
+    :raises NotConnectedError: NATS doesn't answer.
+    :raises TransportConfigurationError: the stream can't be used as it is.
+    """
+    manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
+    try:
+        try:
+            info = await connection.ask(manager.stream_info(options.stream))
+        except nats.js.errors.NotFoundError as error:
+            if not options.declare:
+                raise TransportConfigurationError(
+                    f"NATS has no stream {options.stream}, and declare is false",
+                    "make it, or set declare to true",
+                ) from error
+            return await connection.ask(manager.add_stream(_wanted(options)))
+    except nats.js.errors.APIError as error:
+        raise _no_stream(error, options.stream) from error
+    _check(info.config, options)
+    return info
+
+
+def _no_stream(error: nats.js.errors.APIError, stream: str) -> TransportError:
+    code, text = error.err_code, f"{error.description} ({error.err_code})"
+    if code in _PASSING:
+        return NotConnectedError(f"JetStream of NATS is not ready: {text}", "wait until it has a leader")
+    if code is None or code in _NOT_ALLOWED:
+        return TransportConfigurationError(
+            "JetStream is not on at this NATS server or for this account",
+            "start nats-server with -js, and enable JetStream for the account",
+        )
+    remedy = "check the account's limits and the user's permissions"
+    if code in _FULL:
+        remedy = "lower `limits.max_bytes`, or give JetStream or the account more room"
+    return TransportConfigurationError(f"NATS can't make or read the stream {stream}: {text}", remedy)
+
+
+def _wanted(options: NatsOptions) -> StreamConfig:
+    limits = options.limits
+    return StreamConfig(
+        name=options.stream,
+        description="Changes of Orthanc as CloudEvents",
+        subjects=[f"{options.subject_prefix}.>"],
+        retention=RetentionPolicy.LIMITS,
+        discard=DiscardPolicy.NEW,  # by default NATS evicts the oldest event silently
+        max_age=limits.max_age,
+        max_bytes=limits.max_bytes or -1,
+        max_msgs=limits.max_messages or -1,
+        storage=StorageType(limits.storage),
+        num_replicas=limits.replicas,
+        duplicate_window=limits.duplicate_window,
+    )
+
+
+def _check(found: StreamConfig, options: NatsOptions) -> None:
+    """A stream that exists is never changed: what differs is named."""
+    wanted = _wanted(options)
+    differing = []
+    for name in (*_NEEDED, *_LIMITS) if options.declare else _NEEDED:
+        is_, should = (getattr(config, name) for config in (found, wanted))
+        if is_ != should and not (isinstance(is_, float) and math.isclose(is_, should, rel_tol=1e-8)):
+            differing.append(f"{name} is {_plain(is_)}, wanted {_plain(should)}")
+    if not any(_covers(subject, options.subject_prefix) for subject in found.subjects or []):
+        differing.append(f"subjects are {found.subjects}, wanted {wanted.subjects}")
+    if differing:
+        raise TransportConfigurationError(
+            f"the NATS stream {found.name} exists with other settings: {'; '.join(differing)}",
+            "change `limits` or the stream so that they agree, or set declare to false to keep its limits",
+        )
+
+
+def _covers(subject: str, prefix: str) -> bool:
+    """Whether a stream's subject takes all of ours: ``{prefix}.{site}.{level}.{verb}.{partition}``."""
+    ours = [*prefix.split("."), "*", "*", "*", "*"]
+    theirs = subject.split(".")
+    if theirs[-1] == ">":
+        theirs[-1:] = ["*"] * (len(ours) - len(theirs) + 1)
+    return len(ours) == len(theirs) and all(a in ("*", b) for a, b in zip(theirs, ours, strict=True))
+
+
+def _plain(value: object) -> object:
+    return getattr(value, "value", value)
+
+
+def refused(error: dict[str, Any]) -> TransportError:
+    """Which of our errors an error acknowledgement of JetStream is."""
+    code, text = error.get("err_code", 0), error.get("description", "")
+    if code in _TOO_LARGE:
+        return EventRejectedError(
+            f"the NATS stream refuses an event as too large: {text}", "raise its max_msg_size"
+        )
+    if code in _FULL:
+        return RefusedError(
+            f"the NATS stream is full: {text} ({code})",
+            "raise its limits or the account's, purge it, or wait until its oldest events have aged out",
+        )
+    if code in _NOT_ALLOWED:
+        return TransportConfigurationError(
+            f"NATS refuses: {text} ({code})", "check the account and the stream"
+        )
+    return RefusedError(f"NATS refuses: {text} ({code})", "see the NATS server's log")

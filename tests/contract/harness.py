@@ -1,0 +1,406 @@
+"""What the contract suite needs of a broker, and the brokers that it is run on.
+
+A new transport needs one class here, and its line in `TABLE`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeVar
+from zlib import crc32
+
+import pytest
+
+from orthanc_events_bridge.errors import RefusedError, TransportError
+from orthanc_events_bridge.testing.servers import NatsServer, require
+from orthanc_events_bridge.transports.base import Capabilities, Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.memory import MAX_PAYLOAD, Broker, MemoryTransport
+from orthanc_events_bridge.transports.nats import NatsTransport
+from orthanc_events_bridge.transports.options import MemoryOptions, NatsOptions
+from tests.contract.link import Link
+from tests.contract.raw_nats import ask, read_stream
+
+_T = TypeVar("_T")
+
+#: What no error, description or log line may hold.
+SECRET: Final = "s3cret-of-the-contract"
+#: Structured mode's content type, spelt out here on purpose.
+CONTENT_TYPE: Final = "application/cloudevents+json"
+
+
+def run(main: Coroutine[Any, Any, _T], *, seconds: float = 60.0) -> _T:
+    """Run a coroutine in an event loop of its own; it must end in time, and leave no task behind."""
+
+    async def guarded() -> _T:
+        async with asyncio.timeout(seconds):
+            result = await main
+        for _ in range(20):  # what was cancelled needs a moment to end
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            if not left:
+                break
+            await asyncio.sleep(0.05)
+        assert not left, f"left behind: {left}"
+        return result
+
+    return asyncio.run(guarded())
+
+
+def event(number: int, key: str = "key", *, size: int = 0, content: object = None) -> Outgoing:
+    """An event as the mapping would make it, with more variety in its bytes."""
+    identifier = f"{number:08d}-0000-4000-8000-{crc32(key.encode()):012d}"
+    document = {"id": identifier, "number": number, "key": key, "content": content, "more": "ä€😀\u0000"}
+    body = json.dumps(document, ensure_ascii=bool(number % 2)).encode()
+    body += b" " * (size - len(body))
+    level, verb = [("study", "created"), ("instance", "instance-added"), ("job", "failed")][number % 3]
+    partition = f"{crc32(key.encode()) % 64:02d}"
+    return Outgoing(identifier, "main", level, verb, key, partition, CONTENT_TYPE, body)
+
+
+def events(count: int, *, start: int = 0, keys: Sequence[str] = ("key",), size: int = 0) -> list[Outgoing]:
+    """Events in order, their keys in turn."""
+    return [event(number, keys[number % len(keys)], size=size) for number in range(start, start + count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a plain client of the broker read back.
+
+    :param dedupe_key: by which the broker removes duplicates.
+    """
+
+    address: str
+    body: bytes
+    content_type: str
+    dedupe_key: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Harness(ABC):
+    """One broker, for all tests of a run; a fresh place on it for each test.
+
+    :param folder: for its data.
+    """
+
+    #: As messages of the transport call it.
+    title: ClassVar[str]
+    #: Seconds within which the transport gives up waiting, as `transport` configures it.
+    deadline: ClassVar[float] = 1.0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places = itertools.count(1)
+        self.place = ""
+        self._links: list[Link] = []
+
+    def new_place(self) -> None:
+        """Begin a test."""
+        self.place = f"PLACE{next(self._places)}"
+
+    def tidy(self) -> None:
+        """End a test: the broker runs again, whatever was done to it."""
+        while self._links:
+            self._links.pop().close()
+
+    @abstractmethod
+    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
+        """Make a transport to the place, with short deadlines.
+
+        :param room: how many events the place takes; 0: all.
+        :param port: of a link to the broker, in place of its own.
+        """
+
+    @abstractmethod
+    def read(self) -> list[Stored]:
+        """Everything that the place holds, in the broker's order, by a client and decoder of the tests' own."""
+
+    @abstractmethod
+    def too_large(self) -> int:
+        """The size of a body that the broker can never take."""
+
+    @abstractmethod
+    def make_room(self) -> None:
+        """Empty the place, so that it takes events again."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill the broker."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it again, with what it had stored."""
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """It takes connections and answers nothing."""
+
+    @abstractmethod
+    def thaw(self) -> None:
+        """It goes on."""
+
+    @abstractmethod
+    def remove_place(self) -> None:
+        """Delete the place with all that it holds."""
+
+    def make_place(self, **different: Any) -> list[str]:
+        """Make the place as the transport would.
+
+        :param different: as the broker needs it; see `different`.
+        :return: words that an error about the difference must hold.
+        """
+        raise NotImplementedError
+
+    def different(self) -> list[dict[str, Any]]:
+        """Ways in which the place can differ, for `make_place`."""
+        return []
+
+    def traces(self) -> int:
+        """How many subscribers the place knows."""
+        return 0
+
+    @contextmanager
+    def slow(self, latency: float) -> Iterator[tuple[Transport, Callable[[], None], Callable[[], int]]]:
+        """A transport behind a slow line; what cuts the line; how often an answer was waited for."""
+        link = self._link(latency)
+        yield self.transport(port=link.port), link.cut, lambda: link.turns
+
+    def _link(self, latency: float) -> Link:
+        link = Link(self.port, latency)
+        self._links.append(link)
+        return link
+
+    @property
+    def port(self) -> int:
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027  # a broker in memory has nothing to stop
+        """Stop the broker."""
+
+
+class MemoryHarness(Harness):
+    title = "broker"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._broker = Broker()
+
+    def new_place(self) -> None:
+        super().new_place()
+        self._broker = Broker()
+        self._broker.deadline = self.deadline
+
+    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
+        broker = self._broker
+        if room:
+            full = RefusedError("the broker is full", "make room")
+            broker.refuse = lambda event: full if len(broker.messages) >= room else None
+        return MemoryTransport(MemoryOptions(), broker)
+
+    def read(self) -> list[Stored]:
+        return [
+            Stored(
+                one.address,
+                one.body,
+                one.headers["content-type"],
+                one.headers["orthanc-event-id"],
+                dict(one.headers),
+            )
+            for one in self._broker.messages
+        ]
+
+    def too_large(self) -> int:
+        return MAX_PAYLOAD + 1
+
+    def make_room(self) -> None:
+        self._broker.messages.clear()
+
+    def kill(self) -> None:
+        self._broker.up = False
+        self._broker.cut()
+
+    def start(self) -> None:
+        self._broker.recreate()  # all is gone with the process
+        self._broker.up = True
+
+    def freeze(self) -> None:
+        self._broker.frozen = True
+
+    def thaw(self) -> None:
+        self._broker.frozen = False
+
+    def remove_place(self) -> None:
+        self._broker.recreate()
+
+    @contextmanager
+    def slow(self, latency: float) -> Iterator[tuple[Transport, Callable[[], None], Callable[[], int]]]:
+        self._broker.latency = 2 * latency
+        yield self.transport(), self._broker.cut, lambda: 1
+
+
+class NatsHarness(Harness):
+    title = "NATS"
+    deadline = 0.8
+    login: ClassVar = {"user": "contract", "pass": SECRET}
+
+    def __init__(self, folder: Path) -> None:
+        require("nats-server")
+        super().__init__(folder)
+        login = f'authorization {{ user: "contract", password: "{SECRET}" }}'
+        self._server = NatsServer(folder, config=f"{login}\nmax_payload: 65536")
+        self._server.start()
+
+    def tidy(self) -> None:
+        super().tidy()
+        self._server.thaw()
+        if not self._server.running:
+            self._server.start()
+        for name in self._ask("STREAM.NAMES")["streams"] or []:
+            self._ask(f"STREAM.DELETE.{name}")
+
+    def _ask(self, what: str, **document: Any) -> dict[str, Any]:
+        return ask(self._server.port, what, self.login, **document)
+
+    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
+        return NatsTransport(
+            NatsOptions.model_validate(
+                {
+                    "servers": [f"nats://127.0.0.1:{port or self._server.port}"],
+                    "stream": self.place,
+                    "subject_prefix": f"orthanc.events.{self.place}",
+                    "declare": declare,
+                    "user": "contract",
+                    "password": SECRET,
+                    "connect_timeout": self.deadline,
+                    "ack_timeout": self.deadline,
+                    "limits": {"max_bytes": 2**27, "max_messages": room},
+                }
+            )
+        )
+
+    def read(self) -> list[Stored]:
+        found = []
+        for message in read_stream(self._server.port, self.place, self.login):
+            headers = {name.lower(): value for name, value in message.headers}
+            assert len(headers) == len(message.headers)
+            found.append(
+                Stored(
+                    message.subject.removeprefix(f"orthanc.events.{self.place}."),
+                    message.body,
+                    headers["content-type"],
+                    headers["nats-msg-id"],
+                    headers,
+                )
+            )
+        return found
+
+    def too_large(self) -> int:
+        return 65536
+
+    def make_room(self) -> None:
+        self._ask(f"STREAM.PURGE.{self.place}")
+
+    def kill(self) -> None:
+        self._server.kill()
+
+    def start(self) -> None:
+        self._server.start()
+
+    def freeze(self) -> None:
+        self._server.freeze()
+
+    def thaw(self) -> None:
+        self._server.thaw()
+
+    def remove_place(self) -> None:
+        self._ask(f"STREAM.DELETE.{self.place}")
+
+    def make_place(self, **different: Any) -> list[str]:
+        hours = 3600 * 1_000_000_000
+        config = {
+            "name": self.place,
+            "subjects": [f"orthanc.events.{self.place}.>"],
+            "retention": "limits",
+            "discard": "new",
+            "max_age": 30 * 24 * hours,
+            "max_bytes": 2**27,
+            "storage": "file",
+            "num_replicas": 1,
+            "duplicate_window": hours // 6,
+        }
+        self._ask(f"STREAM.CREATE.{self.place}", **(config | different))
+        return [*different, *(str(value) for value in different.values() if isinstance(value, str | int))]
+
+    def different(self) -> list[dict[str, Any]]:
+        return [
+            {"discard": "old"},
+            {"max_bytes": 2**20},
+            {"storage": "memory"},
+            {"retention": "interest"},
+            {"subjects": ["orthanc.elsewhere.>"]},
+            {"no_ack": True},
+        ]
+
+    def traces(self) -> int:
+        return int(self._ask(f"STREAM.INFO.{self.place}")["state"]["consumer_count"])
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def close(self) -> None:
+        self._server.close()
+
+
+#: Every transport, and what it must be able to do: said here again, so that its own table can't hide a gap.
+TABLE: Final[dict[str, tuple[type[Harness], Capabilities]]] = {
+    "memory": (MemoryHarness, Capabilities(False, True, True, True, False)),
+    "nats": (NatsHarness, Capabilities(True, True, True, True, True)),
+}
+
+
+@contextmanager
+def failing(
+    harness: Harness, kind: type[TransportError], confirmed: int | None = None
+) -> Iterator[list[TransportError]]:
+    """What is done here must fail with one error of ours, which says what to do and holds no secret.
+
+    :param confirmed: how many leading events a `PublishError` must call confirmed; -1: any number; none: what is
+        done isn't publishing.
+    :return: holds the error afterwards.
+    """
+    caught: list[TransportError] = []
+    with pytest.raises(TransportError) as raised:
+        yield caught
+    error = raised.value
+    if confirmed is None:
+        assert type(error) is kind, repr(error)
+    else:
+        assert isinstance(error, PublishError)
+        assert type(error.error) is kind, repr(error.error)
+        assert confirmed in (-1, error.confirmed), f"{error.confirmed} confirmed: {error}"
+    assert harness.title.lower() in str(error).lower(), f"doesn't name the broker: {error}"
+    assert error.remedy, f"doesn't say what to do: {error}"
+    check_text(error)
+    caught.append(error)
+
+
+def check_text(error: BaseException) -> None:
+    """No secret, in no error of the chain."""
+    chain: BaseException | None = error
+    while chain is not None:
+        assert SECRET not in f"{chain} {chain!r} {chain.args}"
+        chain = chain.__cause__ or chain.__context__
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    """Begin something beside the event loop."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
