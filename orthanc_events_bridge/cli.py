@@ -60,39 +60,55 @@ def _fail(error: BridgeError, *, supervised: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="orthanc-events", description="Every change of an Orthanc as a CloudEvent on your broker.", epilog=_EPILOG
+        prog="orthanc-events",
+        description="Every change of an Orthanc as a CloudEvent on your broker.",
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"orthanc-events {__version__}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str, text: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {text}")
+        sub = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {text}"
+        )
         sub.set_defaults(run=run)
         return sub
 
     init = command("init", _init, "write a commented configuration, and the shim that Orthanc loads")
-    init.add_argument("folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there")
+    init.add_argument(
+        "folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there"
+    )
     init.add_argument("--force", action="store_true", help="write over files that are there")
-    init.add_argument("--script", type=Path, metavar="FILE", help="a Python script of yours that Orthanc shall load too")
+    init.add_argument(
+        "--script", type=Path, metavar="FILE", help="a Python script of yours that Orthanc shall load too"
+    )
 
     check = command("check", _check, "check a configuration", "One line per mistake, and exit code 2.")
     check.add_argument("file", metavar="FILE", type=Path, nargs="?", help="default: $ORTHANC_EVENTS_CONFIG")
-    check.add_argument("--connect", action="store_true", help="connect to every broker too, and say what was found")
+    check.add_argument(
+        "--connect", action="store_true", help="connect to every broker too, and say what was found"
+    )
 
     run = command("run", _run, "run the bridge beside Orthanc", "Orthanc's plugin does this by itself.")
     _outbox_options(run)
     run.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     run.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
 
-    show = command("status", _status, "show how capture, bridge and transports are doing", "Works while Orthanc is down.")
+    show = command(
+        "status", _status, "show how capture, bridge and transports are doing", "Works while Orthanc is down."
+    )
     _outbox_options(show)
-    show.add_argument("--json", action="store_true", help="one JSON document, as Orthanc's /orthanc-events/status has it")
+    show.add_argument(
+        "--json", action="store_true", help="one JSON document, as Orthanc's /orthanc-events/status has it"
+    )
 
     tail = command("tail", _tail, "print events live, as a subscriber of the broker receives them")
     tail.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     tail.add_argument("--transport", metavar="NAME", help="default: the first one")
-    tail.add_argument("--oldest", action="store_true", help="begin with the oldest event that the broker keeps")
+    tail.add_argument(
+        "--oldest", action="store_true", help="begin with the oldest event that the broker keeps"
+    )
     tail.add_argument("--json", action="store_true", help="whole events, one per line")
 
     aside = command("set-aside", _set_aside, "list events that a broker can never take, and send them again")
@@ -106,8 +122,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _outbox_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--outbox", type=Path, metavar="DIR", help=f"the outbox's folder; default: ${folder.ENVIRONMENT}")
-    parser.add_argument("--orthanc-config", type=Path, metavar="FILE", help="find the folder from Orthanc's configuration")
+    parser.add_argument(
+        "--outbox", type=Path, metavar="DIR", help=f"the outbox's folder; default: ${folder.ENVIRONMENT}"
+    )
+    parser.add_argument(
+        "--orthanc-config", type=Path, metavar="FILE", help="find the folder from Orthanc's configuration"
+    )
 
 
 def _folder(options: argparse.Namespace) -> folder.Folder:
@@ -126,21 +146,27 @@ def _settings(path: Path | None) -> Any:
     return load(path or find_config(None))
 
 
-# -- commands -----------------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------
 
 
 def _init(options: argparse.Namespace) -> int:
     from orthanc_events_bridge import cli_init
 
     config, shim = cli_init.write(options.folder, force=options.force, script=options.script)
-    print(f"{config}  the configuration: name your broker there, then `orthanc-events check {config} --connect`")
+    print(
+        f"{config}  the configuration: name your broker there, then `orthanc-events check {config} --connect`"
+    )
     print(f"{shim}  loads the bridge into Orthanc\n\nAdd to Orthanc's configuration, and start it again:\n")
     print(f'  "Plugins": [{json.dumps(_python_plugin())}],\n  "PythonScript": {json.dumps(str(shim))}')
     return 0
 
 
 def _python_plugin() -> str:
-    places = [Path("/usr/share/orthanc/plugins"), Path("/usr/lib/orthanc"), Path("/usr/local/share/orthanc/plugins")]
+    places = [
+        Path("/usr/share/orthanc/plugins"),
+        Path("/usr/lib/orthanc"),
+        Path("/usr/local/share/orthanc/plugins"),
+    ]
     found = [path for place in places for path in sorted(place.glob("libOrthancPython*"))]
     return str(found[0] if found else places[0] / "libOrthancPython.so")
 
@@ -187,7 +213,9 @@ def _run(options: argparse.Namespace) -> int:
     place.prepare()
     settings = _settings(options.config)
     handler = logging.StreamHandler()
-    handler.setFormatter(_Levels() if options.supervised else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(
+        _Levels() if options.supervised else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.raiseExceptions = False  # with Orthanc killed nobody reads what we say
     for noisy in ("nats", "asyncio"):
@@ -208,11 +236,12 @@ def _status(options: argparse.Namespace) -> int:
 def _status_text(document: dict[str, Any]) -> str:
     capture, bridge, outbox = document["capture"], document["bridge"], document["outbox"]
     last_exit = bridge.get("last_exit")
+    dropped, vanished = capture.get("dropped", 0), capture.get("vanished", 0)
+    state, cursor = capture.get("state", "not seen yet"), document["log"]["cursor"]
     lines = [
         f"outbox      {outbox['folder']}",
         f"            {outbox['rows']} rows, {_bytes(outbox['bytes'])}, oldest {outbox['oldest'] or '-'}",
-        f"capture     {capture.get('state', 'not seen yet')}, log cursor {document['log']['cursor']},"
-        f" dropped {capture.get('dropped', 0)}, vanished {capture.get('vanished', 0)}",
+        f"capture     {state}, log cursor {cursor}, dropped {dropped}, vanished {vanished}",
     ]
     if capture.get("problem"):
         lines.append(f"            {capture['problem']['message']}")
@@ -224,16 +253,26 @@ def _status_text(document: dict[str, Any]) -> str:
     rows = [["TRANSPORT", "TYPE", "STATE", "POSITION", "PENDING", "PUBLISHED", "RATE/S", "SET ASIDE"]]
     rows += [[str(transport.get(key, "-")) for key in columns] for transport in document["transports"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
+    lines += [
+        "",
+        *(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ),
+    ]
     for transport in document["transports"]:
         error = transport.get("last_error")
         if error:
-            lines.append(f"{transport['name']}: last error {error['at']} ({error['count']} times): {error['message']}")
+            lines.append(
+                f"{transport['name']}: last error {error['at']} ({error['count']} times): {error['message']}"
+            )
             if error["remedy"]:
                 lines.append(f"{' ' * len(transport['name'])}  what to do: {error['remedy']}")
         if transport["gap"]:
             first, last = transport["gap"]
-            lines.append(f"{transport['name']}: LOST its place: positions {first} to {last} were given up undelivered")
+            lines.append(
+                f"{transport['name']}: LOST its place: positions {first} to {last} were given up undelivered"
+            )
     return "\n".join(lines)
 
 
@@ -258,7 +297,7 @@ def _tail(options: argparse.Namespace) -> int:
         transport = create(found[0])
         await transport.connect()
         try:
-            async with contextlib.aclosing(transport.subscribe(oldest=options.oldest)) as messages:  # type: ignore[type-var]
+            async with contextlib.aclosing(transport.subscribe(oldest=options.oldest)) as messages:
                 async for message in messages:
                     print(message.body.decode() if options.json else _event_line(message.body), flush=True)
         finally:
@@ -292,9 +331,10 @@ def _set_aside(options: argparse.Namespace) -> int:
         print(json.dumps(entries, indent=2))
         return 0
     for entry in entries:
-        at = status.iso(entry["at"])
-        print(f"{entry['transport']}  {entry['position']}  {at}  {entry['type']}  {entry['event']}  {entry['reason']}")
-    print(f"{len(entries)} set aside{'; the bridge was asked to send them again' if options.resend and entries else ''}")
+        columns = [entry["transport"], entry["position"], status.iso(entry["at"])]
+        print(*columns, entry["type"], entry["event"], entry["reason"], sep="  ")
+    asked = "; the bridge was asked to send them again" if options.resend and entries else ""
+    print(f"{len(entries)} set aside{asked}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The two files that ``orthanc-events init`` writes: the configuration, and the shim for Orthanc's ``PythonScript``."""
+"""The two files that ``orthanc-events init`` writes: the configuration, and the shim that Orthanc loads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ except Exception as error:
         raise  # your script can't be loaded either, and Orthanc must not run without it
 else:
     start(python=PYTHON, config=CONFIG, script=SCRIPT)
-'''
+'''  # noqa: E501
 
 
 def shim_text(python: str, package: str, config: str, script: str | None = None) -> str:

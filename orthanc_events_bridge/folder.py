@@ -1,7 +1,7 @@
 """The outbox's folder: where it is, what is in it, and whether it can be trusted with it.
 
-It is found without any YAML, so that a broken configuration never keeps a change from being recorded. Standard
-library only: Orthanc's process, the bridge and the command line use it alike.
+It is found without any YAML, so that a broken configuration never keeps a change from being recorded.
+Standard library only: Orthanc's process, the bridge and the command line use it alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from orthanc_events_bridge.errors import FolderError
 ENVIRONMENT: Final = "ORTHANC_EVENTS_OUTBOX"
 DEFAULT_NAME: Final = "orthanc-events"
 
-#: File systems on which SQLite's shared memory or its locks can't be trusted (sqlite.org/wal.html, section 8).
+#: On these, SQLite's shared memory or its locks can't be trusted (sqlite.org/wal.html, section 8).
 _NETWORK: Final = frozenset(
-    "nfs nfs4 cifs smb smb2 smb3 smbfs afs ncpfs ceph glusterfs lustre beegfs gpfs ocfs2 gfs2 davfs".split()
-    + ["fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.davfs2", "fuse.s3fs", "fuse.rclone"]
+    {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afs", "ncpfs", "ceph", "glusterfs", "lustre"}
+    | {"beegfs", "gpfs", "ocfs2", "gfs2", "davfs"}
+    | {f"fuse.{kind}" for kind in ("sshfs", "glusterfs", "ceph", "davfs2", "s3fs", "rclone")}
 )
 
 
@@ -48,7 +49,8 @@ class Folder:
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # A folder that others use too (/tmp, say) is left as it is: our files are closed to others anyway.
+            # A folder that others use too (/tmp, say) is left as it is: our files are closed to others
+            # anyway.
             ours = all(path.name.startswith(("outbox.db", "bridge.")) for path in self.path.iterdir())
             if ours and self.path.stat().st_uid == os.geteuid():
                 self.path.chmod(0o700)
@@ -67,7 +69,7 @@ class Folder:
 
 
 def find(configuration: Mapping[str, Any] | None, base: Path, environment: Mapping[str, str]) -> Folder:
-    """Where the outbox is: the environment's word, else Orthanc's configuration's, else beside Orthanc's index.
+    """Where the outbox is: as the environment says, else Orthanc's configuration, else beside its index.
 
     :param configuration: Orthanc's own, as it answers ``orthanc.GetConfiguration()``.
     :param base: the folder that its relative paths start from: that of its configuration file.
@@ -76,7 +78,9 @@ def find(configuration: Mapping[str, Any] | None, base: Path, environment: Mappi
     if environment.get(ENVIRONMENT):
         return Folder(Path(environment[ENVIRONMENT]).absolute())
     if configuration is None:
-        raise FolderError("which outbox is not said", f"say --outbox DIR, or set {ENVIRONMENT}, or say --orthanc-config")
+        raise FolderError(
+            "which outbox is not said", f"say --outbox DIR, or set {ENVIRONMENT}, or say --orthanc-config"
+        )
     section = configuration.get("OrthancEvents")
     if isinstance(section, Mapping) and section.get("Outbox"):
         return Folder((base / str(section["Outbox"])).absolute())
@@ -96,8 +100,11 @@ def read_orthanc_configuration(path: Path) -> dict[str, Any]:
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            merged.update(json.loads(_without_comments(_with_variables(text, os.environ))))
-        except (OSError, ValueError) as error:
+            found = json.loads(_without_comments(_with_variables(text, os.environ)))
+            if not isinstance(found, dict):
+                raise TypeError("a JSON object is expected")
+            merged.update(found)
+        except (OSError, ValueError, TypeError) as error:
             raise FolderError(f"Orthanc's configuration {file} can't be read: {error}") from error
     return merged
 

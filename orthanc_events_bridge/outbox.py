@@ -1,10 +1,10 @@
 """The outbox: what Orthanc's changes were, durable and in order, in one SQLite file.
 
-`OutboxWriter` belongs to capture, the only writer; `OutboxReader` to everyone else. Rows and log cursor move in the
-same transaction, so that a crash can't separate them. Standard library only.
+`OutboxWriter` belongs to capture, the only writer; `OutboxReader` to everyone else. Rows and log cursor move
+in the same transaction, so that a crash can't separate them. Standard library only.
 
-Durability: write-ahead log with ``synchronous=NORMAL`` (a killed process loses nothing), and `OutboxWriter.sync_path`
-to be fsynced at most once a second (that second is what a power cut can take).
+Durability: write-ahead log with ``synchronous=NORMAL`` (a killed process loses nothing), and
+`OutboxWriter.sync_path` to be fsynced at most once a second (that second is what a power cut can take).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.errors import OutboxError, OutboxFullError
 
 VERSION: Final = 1
-#: After a start that no clean stop came before, positions go on this much further: a power cut may have taken rows
-#: whose positions the world has seen, and no number may ever name two facts.
+#: After a start that no clean stop came before, positions go on this much further: a power cut may have taken
+#: rows whose positions the world has seen, and no number may ever name two facts.
 JUMP: Final = 1_000_000
 
 _SCHEMA: Final = """
@@ -48,7 +48,9 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS resources (  -- who is whose child, from first sight until deletion
     id BLOB PRIMARY KEY, level TEXT NOT NULL, parent BLOB, uids TEXT
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tail (seq INTEGER PRIMARY KEY, date TEXT, change TEXT, level TEXT, resource TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS tail (  -- the last rows of Orthanc's log
+    seq INTEGER PRIMARY KEY, date TEXT, change TEXT, level TEXT, resource TEXT
+) STRICT;
 CREATE TABLE IF NOT EXISTS settings (number INTEGER PRIMARY KEY, document TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS jumps (origin INTEGER PRIMARY KEY, target INTEGER NOT NULL) STRICT;
 """
@@ -122,7 +124,8 @@ class OutboxWriter:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise OutboxError(
-                f"{self._path} was made by a newer version of orthanc-events-bridge", "install that version again"
+                f"{self._path} was made by a newer version of orthanc-events-bridge",
+                "install that version again",
             )
         self._db.execute("PRAGMA synchronous = FULL")
         if version == 0:
@@ -138,8 +141,8 @@ class OutboxWriter:
                 self.position += JUMP
             self._set(recorder=self.recorder, open=1, position=self.position)
         self._db.execute("PRAGMA synchronous = NORMAL")
-        #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable; SQLite
-        #: takes no POSIX lock on it, so that another descriptor of it may be closed freely.
+        #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable;
+        #: SQLite takes no POSIX lock on it, so that another descriptor of it may be closed freely.
         self.sync_path = Path(f"{self._path}-wal")
 
     def _meta(self) -> dict[str, Any]:
@@ -211,7 +214,7 @@ class OutboxWriter:
             self._set(cursor=cursor)
         self.cursor = cursor
 
-    # -- who is whose child -----------------------------------------------------------------------------------------
+    # -- who is whose child ----------------------------------------------------------------------------------
 
     def _remember(
         self, fact: Fact, settings: int, look_up: Callable[[str, str], dict[str, str] | None]
@@ -252,7 +255,7 @@ class OutboxWriter:
             )
 
     def _parents(self, resource: str) -> tuple[dict[str, str], dict[str, str]]:
-        """What the outbox knows of a resource: level → id of its parents, and its UIDs where they are allowed."""
+        """What we know of a resource: level → id of its parents, and its UIDs if they were allowed."""
         parents: dict[str, str] = {}
         found = self._resource(_packed(resource))
         if found is None:
@@ -270,7 +273,7 @@ class OutboxWriter:
         ).fetchone()
         return row
 
-    # -- the log's last rows, to recognise a restored database ---------------------------------------------------------
+    # -- the log's last rows, to recognise a restored database -----------------------------------------------
 
     def tail(self) -> list[Row]:
         """The last rows of the log that were read, oldest first."""
@@ -288,7 +291,7 @@ class OutboxWriter:
             self._db.executemany("REPLACE INTO tail VALUES (?,?,?,?,?)", read[-TAIL:])
             self._db.execute(f"DELETE FROM tail WHERE seq <= (SELECT max(seq) FROM tail) - {TAIL}")
 
-    # -- settings, notes ------------------------------------------------------------------------------------------------
+    # -- settings, notes -------------------------------------------------------------------------------------
 
     def keep_settings(self, number: int, document: str) -> None:
         """Copy the settings that rows will name, when they are first used."""
@@ -308,7 +311,7 @@ class OutboxWriter:
         with suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    # -- bounds ---------------------------------------------------------------------------------------------------------
+    # -- bounds ----------------------------------------------------------------------------------------------
 
     def bytes_used(self) -> int:
         """The size of what is kept, free pages not counted."""
@@ -326,8 +329,8 @@ class OutboxWriter:
         with translated(self._path), self._transaction():
             # The age is asked of the oldest rows only: asked of all, every look would read the whole table.
             deleted = self._db.execute(
-                "DELETE FROM rows WHERE position <= (SELECT max(position) FROM (SELECT position, recorded FROM rows"
-                " WHERE position <= ? ORDER BY position LIMIT ?) WHERE recorded < ?)",
+                "DELETE FROM rows WHERE position <= (SELECT max(position) FROM (SELECT position, recorded"
+                " FROM rows WHERE position <= ? ORDER BY position LIMIT ?) WHERE recorded < ?)",
                 (delivered, limit, recorded_before),
             ).rowcount
         if deleted:
@@ -382,7 +385,9 @@ class OutboxReader:
             remedy = "start Orthanc with the bridge once, or name its folder"
             raise OutboxError(f"there is no outbox at {path}", remedy) from None
         except OSError as error:
-            raise OutboxError(f"{path} can't be opened: {error.strerror}", "be the user that owns it") from error
+            raise OutboxError(
+                f"{path} can't be opened: {error.strerror}", "be the user that owns it"
+            ) from error
         with translated(path):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
@@ -429,21 +434,27 @@ class OutboxReader:
             return {n: json.loads(document) for n, document in self._db.execute("SELECT * FROM settings")}
 
     def extent(self) -> tuple[int, int, int]:
-        """(position of the oldest row, when it was recorded in ms, position of the last one); zeros when empty."""
+        """(position of the oldest row, when it was recorded in ms, position of the last one), or zeros."""
         with translated(self._path):
-            oldest = self._db.execute("SELECT position, recorded FROM rows ORDER BY position LIMIT 1").fetchone()
+            oldest = self._db.execute(
+                "SELECT position, recorded FROM rows ORDER BY position LIMIT 1"
+            ).fetchone()
             last = self._db.execute("SELECT max(position) FROM rows").fetchone()[0]
         return (*oldest, last) if oldest else (0, 0, 0)
 
     def count(self, after: int) -> int:
-        """How many rows are behind a position. Positions are consecutive but for the jumps: nothing is scanned."""
+        """How many rows are behind a position. Nothing is scanned: positions have no holes but the jumps."""
         oldest, _, last = self.extent()
         if not oldest or after >= last:
             return 0
         start = max(after, oldest - 1)
         with translated(self._path):
             jumps: Iterable[tuple[int, int]] = self._db.execute("SELECT origin, target FROM jumps").fetchall()
-        return last - start - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
+        return (
+            last
+            - start
+            - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
+        )
 
     def bytes_used(self) -> int:
         with translated(self._path):

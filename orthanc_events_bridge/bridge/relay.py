@@ -1,6 +1,7 @@
 """One relay per transport: from the outbox, in order, to the broker, and on over acknowledged rows only.
 
-It never skips a row and never gives up. What the broker can never take is set aside, where the operator sees it.
+It never skips a row and never gives up. What the broker can never take is set aside, where the operator sees
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.events.mapping import event_id, short_name, to_outgoing
+from orthanc_events_bridge.events.mapping import short_name, to_outgoing
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxRow
 from orthanc_events_bridge.status import iso
@@ -170,7 +171,8 @@ class Relay:
                 before = self._progress.position
                 try:
                     self._same_place(await self._transport.connect())
-                    if self._state == "connecting":  # after a fault, only a confirmed event says that it is over
+                    # After a fault, only a confirmed event says that it is over.
+                    if self._state == "connecting":
                         self._healthy()
                     await self._pump()
                     return
@@ -186,7 +188,7 @@ class Relay:
                     await self._close()
                 if self._progress.position > before:
                     wait = _FIRST_WAIT
-                await self._sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, no secret
+                await self._sleep(wait * random.uniform(0.5, 1.0))
                 person = isinstance(fault, TransportConfigurationError)
                 wait = min(wait * 2, _LONGEST_WAIT_FOR_A_PERSON if person else _LONGEST_WAIT)
         finally:
@@ -237,13 +239,14 @@ class Relay:
             detached = self._source.detached()  # asked behind the rows: none of them can be missing unseen
             if after >= detached:
                 break
-            if after != self._progress.position:  # a batch is under way: what becomes of it says where the gap begins
+            # With a batch under way, what becomes of it says where the gap begins.
+            if after != self._progress.position:
                 self._wake.set()
                 return _Batch(last=after)
             self._memory.gap(self.name, after + 1, detached)
             log.error(
-                "transport %s has lost its place: the outbox was full and gave up the rows up to position %d that were"
-                " not delivered yet",
+                "transport %s has lost its place: the outbox was full and gave up the rows up to position %d"
+                " that were not delivered yet",
                 self.name,
                 detached,
             )
@@ -327,10 +330,11 @@ class Relay:
         self._progress.identity = identity
         self._memory.save(self.name, self._progress)
 
-    # -- health -----------------------------------------------------------------------------------------------------------
+    # -- health ----------------------------------------------------------------------------------------------
 
     def _healthy(self) -> None:
-        if any([self._repeats.over(state) for state in (*_FAULTS.values(), _REFUSED)]):
+        ended = [state for state in (*_FAULTS.values(), _REFUSED) if self._repeats.over(state)]
+        if ended:
             log.warning(
                 "transport %s is well again after %.0f s", self.name, time.monotonic() - self._faulty_since
             )
@@ -344,7 +348,12 @@ class Relay:
         if self._state == "connected" or not self._faulty_since:
             self._faulty_since = time.monotonic()
         count = self._error["count"] + 1 if self._error and self._error["message"] == error.message else 1
-        self._error = {"message": error.message, "remedy": error.remedy, "at": iso(time.time() * 1000), "count": count}
+        self._error = {
+            "message": error.message,
+            "remedy": error.remedy,
+            "at": iso(time.time() * 1000),
+            "count": count,
+        }
         self._state = state
         line = self._repeats.line(state, f"transport {self.name}: {error}")
         if line:

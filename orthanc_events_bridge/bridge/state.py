@@ -1,6 +1,7 @@
 """``bridge.db``: what the bridge must remember, and what it tells capture and the command line.
 
-Written by the bridge, and, for `commands`, by the command line. `orthanc_events_bridge.status` reads it elsewhere.
+Written by the bridge, and, for `commands`, by the command line. `orthanc_events_bridge.status` reads it
+elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VERSION: Final = 1
 _SCHEMA: Final = """
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS settings (  -- those that shape events, numbered; rows of the outbox name the number
+CREATE TABLE IF NOT EXISTS settings (  -- those that shape events; rows of the outbox name the number
     number INTEGER PRIMARY KEY, document TEXT NOT NULL UNIQUE
 ) STRICT;
 CREATE TABLE IF NOT EXISTS transports (
@@ -93,8 +94,8 @@ class State:
     def number_settings(self, shape: Mapping[str, Any]) -> int:
         """The number of the settings that shape events; the same settings keep theirs.
 
-        Numbers only grow, and begin with the time: in a ``bridge.db`` that was lost and made again, no number is given
-        twice, and rows of the outbox that name an old one keep their meaning.
+        Numbers only grow, and begin with the time: in a ``bridge.db`` that was lost and made again, no number
+        is given twice, and rows of the outbox that name an old one keep their meaning.
         """
         document = json.dumps(shape, sort_keys=True)
         with translated(self._path):
@@ -117,10 +118,10 @@ class State:
         with translated(self._path):
             self._db.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(document)))
 
-    # -- transports -----------------------------------------------------------------------------------------------------
+    # -- transports ------------------------------------------------------------------------------------------
 
     def progress(self, name: str, recorder: str) -> Progress:
-        """How far a transport is with this outbox; a new transport, or a new outbox, begins with the oldest row."""
+        """How far a transport is with this outbox; a new one of either begins with the oldest row."""
         with translated(self._path):
             self._db.execute(
                 "INSERT INTO transports (name, recorder) VALUES (?, ?) ON CONFLICT DO UPDATE SET"
@@ -160,9 +161,11 @@ class State:
     def taken_back(self, transport: str, position: int) -> None:
         """An event is set aside no longer."""
         with translated(self._path):
-            self._db.execute("DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position))
+            self._db.execute(
+                "DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position)
+            )
 
-    # -- commands -------------------------------------------------------------------------------------------------------
+    # -- commands --------------------------------------------------------------------------------------------
 
     def ask(self, command: str, transport: str, argument: object = None) -> None:
         """Leave a command for the bridge, which looks once a second."""
@@ -176,7 +179,9 @@ class State:
         """What was asked and isn't done yet, oldest first."""
         with translated(self._path):
             rows = self._db.execute("SELECT * FROM commands ORDER BY number").fetchall()
-        return [Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows]
+        return [
+            Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows
+        ]
 
     def done(self, command: Command) -> None:
         with translated(self._path):

@@ -1,7 +1,8 @@
 """Pages of Orthanc's change log (``GET /changes``), and how to tell that it is another log than before.
 
-Orthanc's side, as measured on 1.10.1 to 1.13.0: ``since`` is exclusive, an unparsable one silently means 0; ``Date``
-is UTC in whole seconds; the rows of a deleted resource are gone; Seq only ever grows, except in a restored database.
+Orthanc's side, as measured on 1.10.1 to 1.13.0: ``since`` is exclusive, an unparsable one silently means 0;
+``Date`` is UTC in whole seconds; the rows of a deleted resource are gone; Seq only ever grows, except in a
+restored database.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def same_log(tail: Iterable[Row], rows: Sequence[Row], tip: int, cursor: int) ->
     :param rows: what the log now has at those numbers.
     :param tip: the log's counter.
     :param cursor: the last Seq that was recorded.
-    :return: false when a remembered row is there with other content, or the counter is behind the cursor: another or
-        a restored database. A row that is only missing says nothing: deletions erase rows.
+    :return: false when a remembered row is there with other content, or the counter is behind the cursor:
+        another or a restored database. A row that is only missing says nothing: deletions erase rows.
     """
     if tip < cursor:
         return False

@@ -1,8 +1,8 @@
 """The merge of Orthanc's callbacks and its change log into one ordered list of facts.
 
-The fact that makes it exact: with SQLite, callbacks form one total order, and every logged change takes exactly one
-consecutive Seq. So the i-th callback of a logged kind has ``Seq = o + i``; the hard part is the anchor ``o``.
-`../../docs/decisions/0002-merge.md` has the reasons and the runs that showed it.
+The fact that makes it exact: with SQLite, callbacks form one total order, and every logged change takes
+exactly one consecutive Seq. So the i-th callback of a logged kind has ``Seq = o + i``; the hard part is the
+anchor ``o``. `../../docs/decisions/0002-merge.md` has the reasons and the runs that showed it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _COMPARED: Final = 500
 _POLL: Final = 0.005
 #: Callbacks in a batch, at most: deletions have no row that would bound it.
 _BATCH: Final = 1000
-#: For so many looks (50 ms) the log must not have grown. Looks and not time: a process that stood still for a while has
-#: not heard its callbacks either.
+#: For so many looks (50 ms) the log must not have grown. Looks and not time: a process that stood still for a
+#: while has not heard its callbacks either.
 _QUIET: Final = 10
 _GIVE_UP: Final = 1.0
 #: How long a new instance may wait for the callbacks that name its parents.
@@ -50,8 +50,8 @@ class Anchor:
     """Where the callbacks join the log.
 
     :param seq: ``o``: the first waiting logged callback has the Seq behind it.
-    :param rule: ``proof``, ``content``, ``quiet`` or ``guess``; ``overlap`` where callbacks of rows that are recorded
-        already were dropped first.
+    :param rule: ``proof``, ``content``, ``quiet`` or ``guess``; ``overlap`` where callbacks of rows that are
+        recorded already were dropped first.
     """
 
     seq: int
@@ -79,7 +79,7 @@ class Merge:
         self.cursor = cursor
         self.vanished = 0
 
-    # -- the anchor -------------------------------------------------------------------------------------------------
+    # -- the anchor ------------------------------------------------------------------------------------------
 
     def anchor(self) -> Anchor | None:
         """Find where the waiting callbacks join the log. The queue is looked at, not drained.
@@ -145,7 +145,7 @@ class Merge:
     def _by_content(
         self, waiting: Sequence[Callback], highest: int, rows: dict[int, Row]
     ) -> tuple[list[int], bool]:
-        """The anchors that no live row contradicts, ascending, and whether a row spoke for the last of them."""
+        """The anchors that no live row contradicts, ascending; and whether one spoke for the last of them."""
         compared = waiting[:_COMPARED]
         lowest = max(self.cursor, highest - _CANDIDATES)
         since, through = max(rows, default=lowest), highest + len(compared)
@@ -168,7 +168,7 @@ class Merge:
                 matched = matches > 0
         return found, matched
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -----------------------------------------------------------------------------------------------
 
     def backlog(self, through: int) -> Iterator[list[Fact]]:
         """The rows behind the cursor up to ``through``, from the log alone, page by page.
@@ -184,7 +184,7 @@ class Merge:
                 yield [_from_row(row) for row in page]
 
     def tail(self) -> list[Fact]:
-        """What the log has gained behind the cursor: for the seconds after ORTHANC_STOPPED, when no callback comes."""
+        """What the log has gained behind the cursor, for the time after ORTHANC_STOPPED without callbacks."""
         page = self._log.page(self.cursor, PAGE)
         if page:
             self.vanished += page[-1].seq - self.cursor - len(page)
@@ -192,7 +192,7 @@ class Merge:
         return [_from_row(row) for row in page]
 
     def take(self) -> list[Callback]:
-        """Drain a batch: hardly more logged callbacks than a page has rows, and no new instance's run cut in two."""
+        """Drain a batch: hardly more logged callbacks than a page has rows, and no run cut in two."""
         batch: list[Callback] = []
         logged = 0
         while self._queue and logged < PAGE and len(batch) < _BATCH:
@@ -207,7 +207,7 @@ class Merge:
         self._queue.extendleft(reversed(batch))
 
     def _complete_run(self, batch: list[Callback]) -> None:
-        """Wait a moment for the parents of a new instance at the batch's end; past that they are looked up."""
+        """Wait a moment for the parents of a new instance at the end; past that they are looked up."""
         start = max((i for i, c in enumerate(batch) if c.kind == ChangeKind.NEW_INSTANCE), default=None)
         if start is None or any(callback.kind not in _RUN_KINDS for callback in batch[start + 1 :]):
             return
@@ -223,7 +223,8 @@ class Merge:
     def facts(self, batch: Sequence[Callback]) -> list[Fact]:
         """Turn a batch of callbacks into facts, in their order, with one page of the log.
 
-        :raises MisalignedError: a row is not the one its callback promised. Nothing has moved: put the batch back.
+        :raises MisalignedError: a row is not the one its callback promised. Nothing has moved: put the batch
+            back.
         :raises LogUnavailableError: likewise.
         """
         expected = sum(map(_may_have_row, batch))
@@ -235,8 +236,8 @@ class Merge:
             if callback.logged:
                 if row is not None and not _same(row, callback):
                     raise MisalignedError(
-                        f"Seq {row.seq} is {row.change} of {row.resource}, its callback was {callback.change} of "
-                        f"{callback.resource}"
+                        f"Seq {row.seq} is {row.change} of {row.resource}, its callback was {callback.change}"
+                        f" of {callback.resource}"
                     )
                 cursor += 1
                 facts.append(_from_row(row) if row is not None else from_callback(callback, cursor))

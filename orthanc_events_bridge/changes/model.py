@@ -1,4 +1,4 @@
-"""The words for a change: its kind, the level of its resource, and the fact that becomes a row of the outbox."""
+"""The words for a change: its kind, its resource's level, and the fact that becomes a row of the outbox."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class Fact:
     :param resource: Orthanc's id, or none for the server.
     :param at: the change's own time, milliseconds since the epoch: whole seconds if the log's.
     :param seq: its number in Orthanc's log, where it has one.
-    :param date: the log's own spelling of its date; none where the row was not read, and then the event's id is
-        minted.
+    :param date: the log's own spelling of its date; none where the row was not read, and then the event's id
+        is minted.
     :param parents: level → Orthanc id of the parents; none until they have been looked up.
     :param extra: what else was captured: ``job``, ``tags``, ``metadata``, ``inferred``.
     """

@@ -1,4 +1,4 @@
-"""The event types, and the JSON Schema of each one's data. The wire contract: breaking it is a major version."""
+"""The event types, and the JSON Schema of each one's data. Breaking them is a major version."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ _VERBS: Final = {
     "UpdatedModalities": "modalities-updated",
     "UpdatedPeers": "peers-updated",
 }
-_VERBS_BY_START: Final = {"New": "created", "Stable": "stable", "Anonymized": "anonymized", "Modified": "modified"}
+_VERBS_BY_START: Final = {
+    "New": "created",
+    "Stable": "stable",
+    "Anonymized": "anonymized",
+    "Modified": "modified",
+}
 UNKNOWN: Final = "unknown"
 
 
@@ -59,7 +64,9 @@ def _resource_types() -> list[EventType]:
     types = []
     for level in LEVELS:
         types += [
-            EventType(level, "created", f"The {level} was stored, or came into being with its first instance."),
+            EventType(
+                level, "created", f"The {level} was stored, or came into being with its first instance."
+            ),
             EventType(level, "deleted", f"The {level} was deleted."),
             EventType(level, "attachment-updated", f"A file attached to the {level} was written."),
             EventType(level, "metadata-updated", f"A metadata of the {level} was written."),
@@ -69,8 +76,12 @@ def _resource_types() -> list[EventType]:
             types += [
                 EventType(level, "instance-added", f"The {level} received one more instance."),
                 EventType(level, "stable", f"The {level} has received nothing for Orthanc's StableAge."),
-                EventType(level, "anonymized", f"The {level} is an anonymization's result (logs of old Orthancs)."),
-                EventType(level, "modified", f"The {level} is a modification's result (logs of old Orthancs)."),
+                EventType(
+                    level, "anonymized", f"The {level} is an anonymization's result (logs of old Orthancs)."
+                ),
+                EventType(
+                    level, "modified", f"The {level} is a modification's result (logs of old Orthancs)."
+                ),
             ]
     return types
 
@@ -90,7 +101,10 @@ TYPES: Final[tuple[EventType, ...]] = (
     EventType("server", UNKNOWN, "Something that this version has no name for."),
 )
 
-_ID: Final = {"type": "string", "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous."}
+_ID: Final = {
+    "type": "string",
+    "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous.",
+}
 _JOB: Final = {
     "type": "object",
     "description": "The job as it was when the change was captured.",
@@ -126,14 +140,17 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         "parents": {
             "type": "object",
             "description": "Level → Orthanc id of the parents; empty where they are not known.",
-            "properties": {level: _ID for level in _levels_above(event_type.level)},
+            "properties": dict.fromkeys(_levels_above(event_type.level), _ID),
             "additionalProperties": False,
         },
         "inferred": {"const": True, "description": "Orthanc did not say so; it follows from what exists."},
     }
     if event_type.level in LEVELS:
         strings = {"type": "object", "additionalProperties": {"type": "string"}}
-        properties["tags"] = {**strings, "description": "Allow-listed DICOM tags, by keyword. Patient data, maybe."}
+        properties["tags"] = {
+            **strings,
+            "description": "Allow-listed DICOM tags, by keyword. Patient data, maybe.",
+        }
         properties["metadata"] = {**strings, "description": "Allow-listed metadata of Orthanc, by name."}
     if event_type.level == "job":
         properties["job"] = _JOB

@@ -6,7 +6,7 @@ import hashlib
 import uuid
 import zlib
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
@@ -34,8 +34,8 @@ _FORMAT: Final = JSONFormat()
 class Event(CloudEvent):
     """A CloudEvent whose attributes are known to be right.
 
-    The SDK's constructor would check each of them again, which costs as much as the rest of the mapping; tests hand the
-    same attributes to the SDK's own class.
+    The SDK's constructor would check each of them again, which costs as much as the rest of the mapping;
+    tests hand the same attributes to the SDK's own class.
     """
 
     def __init__(self, attributes: dict[str, Any], data: dict[str, Any] | str | bytes | None = None) -> None:
@@ -46,7 +46,7 @@ class Event(CloudEvent):
 @lru_cache(maxsize=1024)
 def _time(milliseconds: int, digits: bool) -> str:
     """RFC 3339, UTC: whole seconds, which is what the log knows, or always three digits behind them."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return moment.isoformat(timespec="milliseconds" if digits else "seconds")[:-6] + "Z"
 
 
@@ -63,13 +63,15 @@ def partition_key(level: str, resource: str | None, parents: Mapping[str, str]) 
 
 
 def event_id(row: OutboxRow, source: str) -> str:
-    """The minted id, or one derived from the log's own row, so that every reader of that row derives the same."""
+    """The minted id, or one derived from the log's own row: every reader of that row derives the same."""
     if row.minted is not None:
         return row.minted
     number = "inferred" if row.extra.get("inferred") else str(row.seq)
     spelt = (source, number, row.date or "", row.change, row.level.capitalize(), row.resource or "")
     # As uuid.uuid5 does (RFC 9562, section 5.5), without its detours.
-    digest = bytearray(hashlib.sha1(NAMESPACE.bytes + "\n".join(spelt).encode(), usedforsecurity=False).digest())
+    digest = bytearray(
+        hashlib.sha1(NAMESPACE.bytes + "\n".join(spelt).encode(), usedforsecurity=False).digest()
+    )
     digest[6] = digest[6] & 0x0F | 0x50
     digest[8] = digest[8] & 0x3F | 0x80
     text = digest.hex()

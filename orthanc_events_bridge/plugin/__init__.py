@@ -7,6 +7,7 @@ that is imported a second time makes Orthanc exit (`docs/decisions/0001-two-proc
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from orthanc_events_bridge import __version__
 from orthanc_events_bridge import status as statuses
-from orthanc_events_bridge.changes.model import Callback
+from orthanc_events_bridge.changes.model import Callback, ChangeKind
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.folder import Folder, find
 from orthanc_events_bridge.plugin.capture import Capture
@@ -28,8 +30,13 @@ from orthanc_events_bridge.plugin.supervisor import Supervisor, interpreter
 
 PREFIX: Final = "orthanc-events: "
 STATUS_ROUTE: Final = "/orthanc-events/status"
-#: Seconds that stopping may take at most.
+#: Seconds by which stopping may take longer, all in all.
 STOP_WITHIN: Final = 5.0
+#: Of these, how many Orthanc waits for capture, and then for the user's callback, before it begins to stop.
+_CAPTURE_WITHIN: Final = 1.5
+_GUEST_WITHIN: Final = 2.0
+#: And how many there are in any case for all threads to end, behind Orthanc's own stopping.
+_AT_LEAST: Final = 1.0
 _UNKNOWN_RESOURCE: Final = 17  # OrthancPluginErrorCode_UnknownResource
 
 
@@ -74,21 +81,30 @@ def start(
     bell = threading.Event()
     guest = Guest(orthanc, host, on_change)
     areas = StorageAreas(orthanc)
-    append, ring, clock = queue.append, bell.set, time.time
+    append: Callable[[Callback], object] = queue.append
+    ring, clock = bell.set, time.time
+    leaving: list[Callable[[], None]] = []
 
     def on_every_change(kind: int, level: int, resource: str) -> None:
         append(Callback(kind, level, resource, clock()))
         ring()
         if guest.wanted:
             guest.offer(kind, level, resource)
+        if kind == ChangeKind.ORTHANC_STOPPED:
+            for leave in leaving:
+                leave()
 
     orthanc.RegisterOnChangeCallback(on_every_change)
     guest.intercept()
     areas.intercept()
     try:
-        _start(orthanc, host, queue, bell, guest, areas, python, config)
+        leaving.append(_start(orthanc, host, queue, bell, guest, areas, python, config))
     except Exception as error:
-        host.error(f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}")
+        problem = f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}"
+        host.error(problem)
+        append = bool  # nobody empties the queue
+        with contextlib.suppress(Exception):  # where it is registered already, this is no news
+            orthanc.RegisterRestCallback(STATUS_ROUTE, _answering(lambda: {"problem": problem}))
     if script:
         guest.load(script)
 
@@ -102,7 +118,8 @@ def _start(
     areas: StorageAreas,
     python: str | None,
     config: str | None,
-) -> None:
+) -> Callable[[], None]:
+    """Start everything; what is returned is to be called at ORTHANC_STOPPED."""
     if sys.platform == "win32":
         raise BridgeError(
             "the plugin does not run on Windows", "run `orthanc-events run --orthanc URL` on a Linux host instead"
@@ -132,30 +149,51 @@ def _start(
     capture.notes["supervisor"] = lambda: supervisor.note
     orthanc.RegisterRestCallback(STATUS_ROUTE, _status_route(folder, capture, supervisor))
 
+    left_at: list[float] = []
+
+    def leave() -> None:
+        """Orthanc has told that it stops, waits for us, and must not be asked anything afterwards."""
+        left_at.append(time.monotonic())
+        capture.leave(_CAPTURE_WITHIN)
+        supervisor.hang_up()  # the bridge sends what is left while Orthanc goes on stopping
+        guest.stop(time.monotonic() + _GUEST_WITHIN)
+
     def stop() -> None:
-        """Orthanc is stopping, or `POST /tools/reset` is tearing the interpreter down."""
-        deadline = time.monotonic() + STOP_WITHIN
-        capture.stop(deadline - 2.0)
+        """Orthanc has stopped, or `POST /tools/reset` is tearing the interpreter down."""
+        now = time.monotonic()
+        deadline = max(left_at[0] + STOP_WITHIN, now + _AT_LEAST) if left_at else now + STOP_WITHIN
+        capture.stop(deadline - _AT_LEAST / 2)
         supervisor.hang_up()
-        guest.stop(deadline - 1.0)
+        guest.stop(deadline - _AT_LEAST / 2)
         supervisor.stop(deadline)
 
     atexit.register(stop)
     capture.start()
     supervisor.start()
+    return leave
 
 
 def _status_route(folder: Folder, capture: Capture, supervisor: Supervisor) -> Callable[..., None]:
-    def status(output: Any, _uri: str, **request: Any) -> None:
+    def document() -> dict[str, Any]:
+        try:
+            found = statuses.read(folder)
+        except BridgeError as error:
+            found = {"problem": str(error)}
+        found["capture"] = {**found.get("capture", {}), **capture.status()}
+        found["bridge"] = {**found.get("bridge", {}), **supervisor.note}
+        return found
+
+    return _answering(document)
+
+
+def _answering(document: Callable[[], dict[str, Any]]) -> Callable[..., None]:
+    """A REST callback that answers a GET with a document."""
+
+    def answer(output: Any, _uri: str, **request: Any) -> None:
         if request.get("method") != "GET":
             output.SendMethodNotAllowed("GET")
             return
-        try:
-            document = statuses.read(folder)
-        except BridgeError as error:
-            document = {"problem": str(error)}
-        document["capture"] = {**document.get("capture", {}), **capture.status()}
-        document["bridge"] = {**document.get("bridge", {}), **supervisor.note}
-        output.AnswerBuffer(json.dumps(document, indent=2) + "\n", "application/json")
+        found = {"version": __version__, **document()}
+        output.AnswerBuffer(json.dumps(found, indent=2) + "\n", "application/json")
 
-    return status
+    return answer

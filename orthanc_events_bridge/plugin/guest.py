@@ -19,7 +19,8 @@ OnChange = Callable[[int, int, str], object]
 class Guest:
     """Runs the user's OnChange callback behind ours, on a thread of its own, in order.
 
-    A slow callback would cost events on a kill if it ran before ours, or in its thread (`docs/guarantees.md`).
+    A slow callback would cost events on a kill if it ran before ours, or in its thread
+    (`docs/guarantees.md`).
 
     :param orthanc: Orthanc's module.
     :param host: Orthanc's log.
@@ -40,7 +41,7 @@ class Guest:
         return self._on_change is not None
 
     def intercept(self) -> None:
-        """From now on ``orthanc.RegisterOnChangeCallback`` is heard by us: the second one would raise in Orthanc."""
+        """From now on we hear ``orthanc.RegisterOnChangeCallback``: a second one would raise in Orthanc."""
 
         def register(on_change: OnChange) -> None:
             if self._on_change is not None:
@@ -91,21 +92,24 @@ class Guest:
 
         :param deadline: by `time.monotonic`.
         """
-        if self._thread is None:
+        if self._thread is None or self._stop.is_set():
             return
         self._stop.set()
         self._bell.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._host.warning(f"your OnChange callback was too slow: {len(self._queue)} changes were not shown to it")
+            self._host.warning(
+                f"your OnChange callback was too slow: {len(self._queue)} changes were not shown to it"
+            )
             self._queue.clear()
 
 
 class StorageAreas:
     """Notices a storage area written in Python.
 
-    Together with any thread that calls Orthanc's API it deadlocks Orthanc within seconds: the database's mutex against
-    the interpreter's lock (measured on 1.10.1 and 1.13.0; ``AllowThreads`` ends it where the plugin has it).
+    Together with any thread that calls Orthanc's API it deadlocks Orthanc within seconds: the database's
+    mutex against the interpreter's lock (measured on 1.10.1 and 1.13.0; ``AllowThreads`` ends it where the
+    plugin has it).
     """
 
     def __init__(self, orthanc: Any) -> None:
@@ -129,7 +133,7 @@ class StorageAreas:
         if not self._registered:
             return ""
         return (
-            f"changes are NOT recorded: a Python script calls orthanc.{self._registered}, and reading Orthanc's log"
-            ' beside it would deadlock Orthanc. Set "Python": {"AllowThreads": true} where the Python plugin has it'
-            " (4.3 and later), or run `orthanc-events run --orthanc URL` outside Orthanc"
+            f"changes are NOT recorded: a Python script calls orthanc.{self._registered}, and reading"
+            ' Orthanc\'s log beside it would deadlock Orthanc. Set "Python": {"AllowThreads": true} where the'
+            " Python plugin has it (4.3 and later), or run `orthanc-events run --orthanc URL` outside Orthanc"
         )

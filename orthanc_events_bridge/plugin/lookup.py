@@ -44,7 +44,8 @@ class GoneError(BridgeError):
 class Lookup:
     """Asks Orthanc's REST API, as seldom as possible.
 
-    :param get: a GET; raises `GoneError` for a resource that isn't there, and anything else when it can't answer.
+    :param get: a GET; raises `GoneError` for a resource that isn't there, and anything else when it can't
+        answer.
     """
 
     def __init__(self, get: Callable[[str], bytes | str]) -> None:
@@ -73,7 +74,7 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for {path.split('/')[1]}: {error}") from error
 
-    # -- parents --------------------------------------------------------------------------------------------------------
+    # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:
         """Level → id of the parents; none when the resource is gone.
@@ -96,7 +97,7 @@ class Lookup:
             found[level] = resource = above
         return found
 
-    # -- jobs -----------------------------------------------------------------------------------------------------------
+    # -- jobs ------------------------------------------------------------------------------------------------
 
     def take_job(self, callback: Callback) -> bool:
         """Snapshot the job of a callback; false when Orthanc has forgotten it already."""
@@ -114,7 +115,7 @@ class Lookup:
         """The batch that they were taken for is recorded."""
         self._jobs.clear()
 
-    # -- tags and metadata ----------------------------------------------------------------------------------------------
+    # -- tags and metadata -----------------------------------------------------------------------------------
 
     def describe(self, facts: Iterable[Fact]) -> None:
         """Add the allow-listed tags and metadata to facts about resources that still exist."""
@@ -138,7 +139,7 @@ class Lookup:
         return described
 
     def _tags_of(self, level: str, resource: str) -> dict[str, str]:
-        """From Orthanc's index alone: the main DICOM tags of the resource and of its parents, nearest first."""
+        """From Orthanc's index alone: main DICOM tags of the resource and of its parents, nearest first."""
         tags: dict[str, str] = {}
         chain = [(level, resource), *(self.parents(level, resource) or {}).items()]
         for at_level, identifier in chain:
@@ -153,14 +154,20 @@ class Lookup:
 
 
 def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``/jobs/{id}`` an event may say: type, state, progress, error code, times, destination, resources."""
+    """What of ``/jobs/{id}`` an event may say; see `_JOB_FIELDS` and `_JOB_CONTENT`."""
     snapshot = {name: answer[field] for field, name in _JOB_FIELDS.items() if field in answer}
     content = answer.get("Content")
     if isinstance(content, Mapping):
         snapshot.update((name, content[field]) for field, name in _JOB_CONTENT.items() if field in content)
         peer = content.get("Peer")
         # Orthanc spells a peer as a list whose first item is the URL, or, with options, as an object.
-        url = peer.get("Url") if isinstance(peer, Mapping) else peer[0] if isinstance(peer, list) and peer else peer
+        url = (
+            peer.get("Url")
+            if isinstance(peer, Mapping)
+            else peer[0]
+            if isinstance(peer, list) and peer
+            else peer
+        )
         if isinstance(url, str):
             snapshot["peer"] = without_user(url)
     return snapshot

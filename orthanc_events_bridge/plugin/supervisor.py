@@ -183,9 +183,12 @@ class Supervisor:
         for raw in lines:
             line = raw.decode("utf-8", "replace").rstrip()
             if line[:1] in say and line[1:2] == " ":
-                say[line[0]](line[2:])
+                text: str | None = line[2:]
                 if line[0] == "E":
                     self._said = line[2:]
+                    text = self._repeats.line(line, line[2:])  # each new child says the same again
+                if text:
+                    say[line[0]](text)
             elif line.strip():
                 self._said = line.strip()[:300]
 

@@ -82,7 +82,11 @@ class Line:
             self.orthanc._kill_all()
             self.broker._kill_all()
             raise
-        self.wait(lambda document: document["capture"].get("state") == "following")
+        self.wait(
+            lambda document: document["capture"]["state"] == "following"
+            and document["transports"][0]["state"] == "connected",
+            what="the started line",
+        )
         return self
 
     def __exit__(

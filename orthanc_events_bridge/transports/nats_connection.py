@@ -18,14 +18,15 @@ from typing import Any, Final, TypeVar
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client, RawCredentials
+from nats.aio.transport import TcpTransport
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.options import NatsOptions
 
 _T = TypeVar("_T")
 
-#: Seconds that closing may take.
-_CLOSING: Final = 0.5
+#: Seconds that nats-py may take to close what is aborted already.
+_CLOSING: Final = 0.2
 #: Seconds between two looks at whether the connection is still there; nats-py does not always say so.
 _LOOK: Final = 0.1
 _CREDENTIALS: Final = re.compile(
@@ -83,8 +84,9 @@ class Connection(Client):
             await connection.give_up()
             raise
         except Exception as error:
+            problem = connection._not_connected(error)
             await connection.give_up()
-            raise connection._not_connected(error) from error
+            raise problem from error
         except asyncio.CancelledError:
             await connection.give_up()
             raise
@@ -115,8 +117,8 @@ class Connection(Client):
     @property
     def encrypted(self) -> bool:
         """Whether it runs over TLS."""
-        writer = getattr(self._transport, "_io_writer", None)
-        return writer is not None and writer.get_extra_info("ssl_object") is not None
+        tcp = self._transport
+        return isinstance(tcp, TcpTransport) and tcp._io_writer is not tcp._bare_io_writer
 
     # Its end.
 
@@ -235,13 +237,16 @@ class Connection(Client):
                 f"{place} refuses the credentials: {text}",
                 "check user, password, token, NKey or credentials file",
             )
-        if isinstance(error, OSError | nats.errors.Error):  # with it TimeoutError
-            if isinstance(error, TimeoutError):
-                text = f"no answer within {self._ours.connect_timeout:g} s"
-            remedy = "start NATS, or check `servers`"
-            if self.encrypted and not self._ours.tls.cert_file:
-                remedy = "start NATS, or give tls.cert_file and tls.key_file if it verifies its clients"
-            return NotConnectedError(f"{place} can't be reached: {text}", remedy)
+        if isinstance(error, TimeoutError):
+            text = f"no answer within {self._ours.connect_timeout:g} s"
+        elif isinstance(error, OSError) and self.encrypted:
+            # From TLS 1.3 on a server looks at our certificate when the handshake is over for us.
+            return TransportConfigurationError(
+                f"{place} ended the connection after the TLS handshake: {text}",
+                "if it verifies its clients, give tls.cert_file and tls.key_file that it trusts; see its log",
+            )
+        if isinstance(error, OSError | nats.errors.Error):  # with them TimeoutError
+            return NotConnectedError(f"{place} can't be reached: {text}", "start NATS, or check `servers`")
         return TransportConfigurationError(
             f"{place}: {type(error).__name__}: {text}", "check the transport's options"
         )

@@ -110,7 +110,7 @@ def _covers(subject: str, prefix: str) -> bool:
     """Whether a stream's subject takes all of ours: ``{prefix}.{site}.{level}.{verb}.{partition}``."""
     ours = [*prefix.split("."), "*", "*", "*", "*"]
     theirs = subject.split(".")
-    if theirs[-1] == ">":
+    if theirs[-1] == ">" and len(theirs) <= len(ours):
         theirs[-1:] = ["*"] * (len(ours) - len(theirs) + 1)
     return len(ours) == len(theirs) and all(a in ("*", b) for a, b in zip(theirs, ours, strict=True))
 

@@ -91,8 +91,10 @@ class Harness(ABC):
 
     #: As messages of the transport call it.
     title: ClassVar[str]
-    #: Seconds within which the transport gives up waiting, as `transport` configures it.
+    #: Seconds after which an impatient transport gives up waiting.
     deadline: ClassVar[float] = 1.0
+    #: The same for others: long enough for a busy machine.
+    patience: ClassVar[float] = 10.0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,16 +112,19 @@ class Harness(ABC):
             self._links.pop().close()
 
     @abstractmethod
-    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
-        """Make a transport to the place, with short deadlines.
+    def transport(
+        self, *, declare: bool = True, room: int = 0, port: int | None = None, impatient: bool = False
+    ) -> Transport:
+        """Make a transport to the place.
 
         :param room: how many events the place takes; 0: all.
         :param port: of a link to the broker, in place of its own.
+        :param impatient: with the short deadline.
         """
 
     @abstractmethod
     def read(self) -> list[Stored]:
-        """Everything that the place holds, in the broker's order, by a client and decoder of the tests' own."""
+        """Everything that the place holds, in the broker's order, read by a client of the tests' own."""
 
     @abstractmethod
     def too_large(self) -> int:
@@ -186,6 +191,7 @@ class Harness(ABC):
 
 class MemoryHarness(Harness):
     title = "broker"
+    deadline = 0.3
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -194,10 +200,12 @@ class MemoryHarness(Harness):
     def new_place(self) -> None:
         super().new_place()
         self._broker = Broker()
-        self._broker.deadline = self.deadline
 
-    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
+    def transport(
+        self, *, declare: bool = True, room: int = 0, port: int | None = None, impatient: bool = False
+    ) -> Transport:
         broker = self._broker
+        broker.deadline = self.deadline if impatient else self.patience
         if room:
             full = RefusedError("the broker is full", "make room")
             broker.refuse = lambda event: full if len(broker.messages) >= room else None
@@ -267,7 +275,10 @@ class NatsHarness(Harness):
     def _ask(self, what: str, **document: Any) -> dict[str, Any]:
         return ask(self._server.port, what, self.login, **document)
 
-    def transport(self, *, declare: bool = True, room: int = 0, port: int | None = None) -> Transport:
+    def transport(
+        self, *, declare: bool = True, room: int = 0, port: int | None = None, impatient: bool = False
+    ) -> Transport:
+        deadline = self.deadline if impatient else self.patience
         return NatsTransport(
             NatsOptions.model_validate(
                 {
@@ -277,8 +288,8 @@ class NatsHarness(Harness):
                     "declare": declare,
                     "user": "contract",
                     "password": SECRET,
-                    "connect_timeout": self.deadline,
-                    "ack_timeout": self.deadline,
+                    "connect_timeout": deadline,
+                    "ack_timeout": deadline,
                     "limits": {"max_bytes": 2**27, "max_messages": room},
                 }
             )
@@ -371,8 +382,8 @@ def failing(
 ) -> Iterator[list[TransportError]]:
     """What is done here must fail with one error of ours, which says what to do and holds no secret.
 
-    :param confirmed: how many leading events a `PublishError` must call confirmed; -1: any number; none: what is
-        done isn't publishing.
+    :param confirmed: how many leading events a `PublishError` must call confirmed; -1: any number; none: what
+        is done isn't publishing.
     :return: holds the error afterwards.
     """
     caught: list[TransportError] = []

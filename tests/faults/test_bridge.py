@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fault
 
 def test_nothing_is_lost_when_the_bridge_is_killed(make_line: Callable[..., Line]) -> None:
     line = make_line()
-    kills = 8
+    kills = 5
     with Clients(line, adders=2, loopers=1):
         for _ in range(kills):
             pid = line.bridge_pid()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.line import Clients, Line
 
 pytestmark = pytest.mark.fault
@@ -47,13 +48,16 @@ def test_nothing_is_lost_when_orthanc_is_killed_25_times_under_load(make_line: C
 
 def test_nothing_is_lost_when_orthanc_is_stopped_while_changes_come_in(make_line: Callable[..., Line]) -> None:
     line = make_line()
-    stops = 3
-    with Clients(line, adders=2, pause=0.02):
+    stops = 4
+    # Orthanc 1.10.1 itself, without any plugin, doesn't obey SIGTERM while busy clients keep their connections open.
+    with Clients(line, adders=1, pause=0.1):
         for _ in range(stops):
-            time.sleep(2)
+            time.sleep(0.5)
+            for instance in dicom.make_study(series=3, instances=20):
+                line.ledger.stored(line.orthanc.upload(instance.data))
             line.orthanc.restart()
         time.sleep(1)
     report = line.report(kills=stops)
     print(report)
-    report.assert_clean(unrecoverable=stops * 400)
+    report.assert_clean(unrecoverable=stops * 100)
     assert report.duplicated == 0

@@ -73,8 +73,8 @@ def test_nothing_is_lost_when_nats_is_away_for_20000_changes_and_killed_and_froz
     assert transport["state"] == "not connected"
     assert transport["last_error"]["remedy"]
     # Hours of this must not fill Orthanc's log.
-    told = [text for text in line.orthanc.log_text().splitlines() if "can't be reached" in text]
-    assert 1 <= len(told) <= 3
+    told = [text for text in line.orthanc.log_text().splitlines() if "orthanc-events: transport nats" in text]
+    assert 1 <= len(told) <= 3, told
     line.broker.start()
     position = transport["position"]
     for harm in ("kill", "freeze"):  # in the middle of the backlog
@@ -91,7 +91,7 @@ def test_nothing_is_lost_when_nats_is_away_for_20000_changes_and_killed_and_froz
     report = line.report()
     print(report)
     report.assert_clean()
-    assert report.required >= 20_000
+    assert report.received >= 20_000
     assert report.duplicated == 0
 
 
@@ -137,11 +137,13 @@ def test_a_stream_that_was_deleted_is_made_again_with_everything_that_is_kept(ma
 
 def test_events_that_nats_can_never_take_are_set_aside_and_can_be_sent_again(make_line: Callable[..., Line]) -> None:
     line = make_line(settings="data:\n  tags: [StudyDescription]\n")
-    on_stream(line, lambda stream: _largest(stream, 1500))
-    study = dicom.make_study(canary={"StudyDescription": "x" * 2000})
+    on_stream(line, lambda stream: _largest(stream, 1000))
+    study = dicom.make_study(canary={"StudyDescription": "x" * 60})
     line.ledger.stored(line.orthanc.upload(study.instances[0].data))
-    line.wait(lambda document: len(document["set_aside"]) >= 4)
-    assert line.status()["transports"][0]["state"] == "connected", "the others go on"
+    line.wait(
+        lambda document: len(document["set_aside"]) >= 4 and document["transports"][0]["state"] == "connected",
+        what="the rest, which goes on",
+    )
     on_stream(line, lambda stream: _largest(stream, -1))
     from orthanc_events_bridge.cli import main
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jsonschema
 import pytest
 
@@ -88,7 +90,7 @@ def test_schema_is_one_and_has_a_name_of_its_own(event_type: EventType) -> None:
 def test_schema_refuses_what_is_not_the_contract(event_type: EventType) -> None:
     validator = jsonschema.Draft202012Validator(schema(event_type, BASE))
     identifier = None if event_type.level == "server" else "an id"
-    right = {"change": "X", "level": event_type.level, "id": identifier, "parents": {}}
+    right: dict[str, Any] = {"change": "X", "level": event_type.level, "id": identifier, "parents": {}}
     assert validator.is_valid(right)
     assert validator.is_valid({**right, "seq": 5, "inferred": True, "of the future": 1})
     for wrong in (

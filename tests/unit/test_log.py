@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def answering(answer: object) -> tuple[OrthancLog, list[str]]:
     return OrthancLog(get), asked
 
 
-CHANGE = {
+CHANGE: dict[str, Any] = {
     "ChangeType": "NewStudy",
     "Date": "20261123T200627",
     "ID": "b9c08539-26f93bde-c81ab0d7-bffaf2cb-a4d0bdd0",
@@ -73,7 +74,7 @@ def test_whatever_goes_wrong_means_unavailable(get: Callable[[], bytes]) -> None
 
 
 def test_date_is_utc_in_whole_seconds() -> None:
-    expected = datetime(2026, 11, 23, 20, 6, 27, tzinfo=timezone.utc).timestamp() * 1000
+    expected = datetime(2026, 11, 23, 20, 6, 27, tzinfo=UTC).timestamp() * 1000
     assert date_to_ms("20261123T200627") == expected == row(1).at
 
 

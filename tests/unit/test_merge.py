@@ -812,14 +812,14 @@ def churning(seed: int) -> Orthanc:
 @pytest.mark.parametrize("block", range(10))
 def test_nothing_is_lost_double_or_misordered(block: int) -> None:
     guesses = 0
-    for seed in range(block * 300, (block + 1) * 300):
+    for seed in range(block * 200, (block + 1) * 200):
         orthanc = simulated(seed)
         captured = capture(orthanc)
         if "guess" in captured.rules:
             guesses += 1
             continue
         assert harm(orthanc, captured) == [], f"seed {seed}: {captured.rules}"
-    assert guesses <= 3
+    assert guesses <= 2
 
 
 def test_every_rule_was_needed_somewhere() -> None:
@@ -827,22 +827,25 @@ def test_every_rule_was_needed_somewhere() -> None:
     assert rules >= {"proof", "content", "quiet"}
 
 
-def test_churn_is_told_exactly() -> None:
-    for seed in range(8):
-        orthanc = churning(seed)
-        captured = capture(orthanc)
-        assert harm(orthanc, captured) == [], f"seed {seed}: {captured.rules}"
+@pytest.mark.parametrize("seed", range(4))
+def test_churn_is_told_exactly(seed: int) -> None:
+    orthanc = churning(seed)
+    captured = capture(orthanc)
+    assert harm(orthanc, captured) == [], f"{captured.rules}"
 
 
-def test_without_its_rules_the_anchor_does_harm() -> None:
-    """The same churn with nothing but a guess: were it harmless, these tests would show nothing."""
-    harmed = 0
-    for seed in range(8):
-        orthanc = churning(seed)
-        captured = capture(orthanc, without=EVERY_RULE)
-        assert captured.rules[0] == "guess"
-        harmed += bool(harm(orthanc, captured))
-    assert harmed > 0
+@pytest.mark.parametrize("seed", range(4))
+def test_without_its_rules_the_anchor_does_harm_and_heals(seed: int) -> None:
+    """The same churn with nothing but a guess: were it harmless, these tests would show nothing.
+
+    A guess too far records rows early, whose callbacks then come and are dropped; the rest is right.
+    """
+    orthanc = churning(seed)
+    captured = capture(orthanc, without=EVERY_RULE)
+    assert captured.rules == ["guess", "overlap"]
+    assert harm(orthanc, captured)
+    told = [Truth(fact.change, fact.level, fact.resource or "", fact.seq) for fact in captured.facts]
+    assert told[-1000:] == orthanc.truth[-1000:]
 
 
 class NaiveMerge(Merge):
@@ -858,13 +861,3 @@ def test_naive_anchor_does_harm() -> None:
         anchor = merge.anchor()
         harmed += anchor.seq != orthanc.started_at
     assert harmed > 5
-
-
-def test_wrong_anchor_heals() -> None:
-    """A guess too far records rows early, whose callbacks then come and are dropped; the rest is right."""
-    for seed in range(8):
-        orthanc = churning(seed)
-        captured = capture(orthanc, without=EVERY_RULE)
-        assert captured.rules == ["guess", "overlap"]
-        told = [Truth(fact.change, fact.level, fact.resource or "", fact.seq) for fact in captured.facts]
-        assert told[-1000:] == orthanc.truth[-1000:]

@@ -53,14 +53,14 @@ def test_numbers_and_names_are_orthanc_s() -> None:
 
 def test_known_names_are_all_of_them_and_those_of_old_databases() -> None:
     assert set(ORTHANC.values()) | LEGACY_NAMES == KNOWN_NAMES
-    assert LEGACY_NAMES == {
+    assert {
         "AnonymizedPatient",
         "AnonymizedStudy",
         "AnonymizedSeries",
         "ModifiedPatient",
         "ModifiedStudy",
         "ModifiedSeries",
-    }
+    } == LEGACY_NAMES
 
 
 @pytest.mark.parametrize("kind", ORTHANC)

@@ -1,0 +1,275 @@
+"""Relay and transport together: whatever happens to the broker, all arrives once, each key in its order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from orthanc_events_bridge.bridge.relay import Relay
+from orthanc_events_bridge.bridge.state import Progress
+from orthanc_events_bridge.outbox import OutboxRow
+from tests.contract.harness import Harness, run
+
+STUDIES = [f"{number:08x}-00000000-00000000-00000000-00000000" for number in range(20)]
+SHAPE = {
+    "source": "urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e",
+    "site": "main",
+    "type_prefix": "io.orthanc-events",
+    "schema_base": "https://example.org/schemas/",
+}
+
+
+class Rows:
+    """An outbox that is a list."""
+
+    recorder = "8be797cd-5573-46b7-8097-bea664a99a80"
+
+    def __init__(self, count: int, *, large: frozenset[int] = frozenset()) -> None:
+        self.all = [row(position, large=position in large) for position in range(1, count + 1)]
+
+    def rows(self, after: int, limit: int) -> list[OutboxRow]:
+        return self.all[after : after + limit]
+
+    def shape(self, number: int) -> Mapping[str, Any]:
+        assert number == 1
+        return SHAPE
+
+    def detached(self) -> int:
+        return 0
+
+
+def row(position: int, *, large: bool = False) -> OutboxRow:
+    study = STUDIES[position % len(STUDIES)]
+    extra: dict[str, Any] = {"parents": {"study": study, "patient": study[::-1]}}
+    if large:
+        extra["metadata"] = {"Much": "x" * 2_000_000}
+    return OutboxRow(
+        position,
+        "NewInstance",
+        "instance",
+        f"{position:08x}-{study[9:]}",
+        1_700_000_000_000 + position,
+        position,
+        "20231114T221320",
+        None,
+        1_700_000_000_001 + position,
+        1,
+        extra,
+    )
+
+
+class Notebook:
+    """A bridge.db that is a few attributes."""
+
+    def __init__(self) -> None:
+        self.kept = Progress(0, None, "", 0)
+        self.aside: list[tuple[int, str, str]] = []
+
+    def progress(self, name: str, recorder: str) -> Progress:
+        return replace(self.kept)
+
+    def save(self, name: str, progress: Progress) -> None:
+        self.kept = replace(progress)
+
+    def gap(self, name: str, first: int, last: int) -> None:
+        raise AssertionError("nothing was given up")
+
+    def set_aside(self, transport: str, position: int, event: str, type_name: str, reason: str) -> None:
+        self.aside.append((position, event, reason))
+
+
+async def quickly(seconds: float) -> None:
+    """The relay's waiting, for tests: it still doubles, and ends sooner."""
+    await asyncio.sleep(min(seconds, 0.1))
+
+
+def relay_for(harness: Harness, rows: Rows, notebook: Notebook, **options: Any) -> Relay:
+    options = {"sleep": quickly} | options
+    room = options.pop("room", 0)
+    return Relay(
+        "there",
+        lambda: harness.transport(room=room, impatient=True),
+        "kind",
+        100,
+        lambda name: True,
+        rows,
+        notebook,
+        **options,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def reached(relay: Relay, position: int) -> bool:
+    return relay.position >= position
+
+
+def check(harness: Harness, count: int, without: frozenset[int] = frozenset()) -> None:
+    """Everything once; each key in order: by the broker's own order and the events' own sequence."""
+    sequences: dict[str, list[int]] = {}
+    for stored in harness.read():
+        document = json.loads(stored.body)
+        assert document["id"] == stored.dedupe_key
+        sequences.setdefault(document["partitionkey"], []).append(int(document["sequence"]))
+    assert sorted(number for numbers in sequences.values() for number in numbers) == [
+        number for number in range(1, count + 1) if number not in without
+    ]
+    assert [key for key, numbers in sequences.items() if numbers != sorted(numbers)] == []
+
+
+@pytest.mark.parametrize(
+    ("seed", "times"),
+    [(1, 2), *(pytest.param(seed, 8, marks=pytest.mark.slow) for seed in range(2, 6))],
+)
+def test_a_broker_that_dies_and_freezes_in_between(harness: Harness, seed: int, times: int) -> None:
+    count, chance = 2500 * times, random.Random(seed)
+    moments = sorted(chance.sample(range(count - 200), 2 * times))
+    faults = [harness.kill, harness.freeze] * times
+    chance.shuffle(faults)
+    rows, notebook = Rows(count), Notebook()
+
+    async def main() -> None:
+        relay = relay_for(harness, rows, notebook)
+        done: list[str] = []
+
+        def disturb() -> None:
+            for moment, fault in zip(moments, faults, strict=True):
+                wait_for(partial(reached, relay, moment))
+                fault()
+                time.sleep(chance.choice([0.05, harness.deadline + 0.3]))
+                if fault == harness.kill:
+                    harness.start()
+                else:
+                    harness.thaw()
+                done.append(fault.__name__)
+
+        disturbing = threading.Thread(target=disturb, daemon=True)
+        disturbing.start()
+        relay.drain()
+        await relay.run()
+        await asyncio.to_thread(disturbing.join)
+        assert len(done) == len(moments)
+        if (
+            relay.position == count and not harness.read()
+        ):  # the last kill took all, and nobody was there to notice
+            await relay_for(harness, rows, notebook).run()
+
+    run(main(), seconds=120)
+    assert notebook.kept.position == count
+    assert not notebook.aside
+    if harness.transport().capabilities.deduplicates:
+        check(harness, count)
+
+
+def test_a_bridge_that_is_killed_in_between(harness: Harness) -> None:
+    """The relay goes away in the middle of batches, and begins again from what it had written down."""
+    rows, notebook, chance = Rows(3000), Notebook(), random.Random(7)
+
+    async def main() -> None:
+        while notebook.kept.position < len(rows.all):
+            relay = relay_for(harness, rows, notebook)
+            relay.drain()
+            running = asyncio.create_task(relay.run())
+            await asyncio.wait([running], timeout=chance.uniform(0.01, 0.06))
+            running.cancel()
+            await asyncio.wait([running])
+            ended.append(notebook.kept.position)
+
+    ended: list[int] = []
+    run(main())
+    assert len(ended) >= 3
+    check(harness, 3000)
+
+
+def test_what_can_never_be_taken_is_set_aside_and_the_rest_goes_on(harness: Harness) -> None:
+    large = frozenset({1, 2, 50, 250, 299, 300})
+    rows, notebook = Rows(300, large=large), Notebook()
+
+    async def main() -> None:
+        relay = relay_for(harness, rows, notebook)
+        relay.drain()
+        await relay.run()
+
+    run(main())
+    assert {position for position, _, _ in notebook.aside} == large
+    assert notebook.kept.position == 300
+    check(harness, 300, without=large)
+
+
+def test_a_full_place_holds_up_and_loses_nothing(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    rows, notebook = Rows(1000), Notebook()
+    taken: list[str] = []
+
+    async def main() -> None:
+        relay = relay_for(harness, rows, notebook, room=350)
+        running = asyncio.create_task(relay.run())
+        for _ in range(3):
+            wanted = min(relay.position + 350, 1000)
+            await asyncio.to_thread(wait_for, partial(reached, relay, wanted))
+            await asyncio.sleep(0.5)  # several attempts
+            assert relay.position == wanted
+            assert relay.status()["state"] == ("refused" if wanted < 1000 else "connected")
+            taken.extend(json.loads(stored.body)["sequence"] for stored in harness.read())
+            harness.make_room()
+        relay.drain()
+        await running
+
+    with caplog.at_level(logging.INFO, logger="orthanc_events_bridge"):
+        run(main())
+    assert [int(sequence) for sequence in taken] == list(range(1, 1001))
+    # Refused twice, well again twice; not a line for each attempt.
+    assert len(caplog.records) <= 5, [record.message for record in caplog.records]
+
+
+@pytest.mark.needs("declares_topology")
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_place_that_is_deleted_underneath_gets_everything_again(harness: Harness, replay: bool) -> None:
+    rows, notebook = Rows(1000), Notebook()
+    later = rows.all[600:]
+    del rows.all[600:]
+
+    async def main() -> None:
+        relay = relay_for(harness, rows, notebook, replay=replay)
+        running = asyncio.create_task(relay.run())
+        await asyncio.to_thread(wait_for, lambda: relay.position == 600)
+        await asyncio.to_thread(harness.remove_place)
+        rows.all.extend(later)
+        relay.wake()
+        relay.drain()
+        await running
+
+    run(main())
+    check(harness, 1000, without=frozenset() if replay else frozenset(range(1, 601)))
+
+
+def test_a_broker_that_is_not_there_yet(harness: Harness) -> None:
+    async def main() -> None:
+        relay = relay_for(harness, Rows(0), Notebook())
+        harness.kill()
+        running = asyncio.create_task(relay.run())
+        await asyncio.sleep(0.3)
+        state = relay.status()
+        assert state["state"] == "not connected"
+        assert state["last_error"]["remedy"]
+        await asyncio.to_thread(harness.start)
+        # Although nothing is there to be sent.
+        await asyncio.to_thread(wait_for, lambda: relay.status()["state"] == "connected", 5)
+        relay.drain()
+        await running
+
+    run(main())

@@ -1,0 +1,300 @@
+"""What only Orthanc knows: parents, job snapshots without patient data, allow-listed tags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
+from orthanc_events_bridge.errors import LogUnavailableError
+from orthanc_events_bridge.plugin.lookup import GoneError, Lookup, job_snapshot, without_user
+
+TREE: dict[str, Any] = {
+    "/instances/i": {"ParentSeries": "se", "MainDicomTags": {"SOPInstanceUID": "1.1.1"}},
+    "/series/se": {"ParentStudy": "st", "MainDicomTags": {"Modality": "CT", "SeriesInstanceUID": "1.1"}},
+    "/studies/st": {
+        "ParentPatient": "pa",
+        "MainDicomTags": {"StudyInstanceUID": "1", "StudyDescription": "study's"},
+        "PatientMainDicomTags": {"PatientName": "CANARY^ONE", "PatientID": "CANARY-ID"},
+    },
+    "/patients/pa": {"MainDicomTags": {"PatientName": "CANARY^ONE", "PatientID": "CANARY-ID"}},
+    "/series/se/metadata?expand": {"RemoteAET": "SCANNER", "LastUpdate": "20261123T200627"},
+}
+
+
+class Orthanc:
+    """Answers from a table; what isn't there is gone."""
+
+    def __init__(self, answers: Mapping[str, Any]) -> None:
+        self.answers = dict(answers)
+        self.asked: list[str] = []
+        self.broken = False
+
+    def get(self, path: str) -> bytes:
+        self.asked.append(path)
+        if self.broken:
+            raise RuntimeError("2038")
+        if path not in self.answers:
+            raise GoneError(f"{path} is not there")
+        answer = self.answers[path]
+        return answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+
+def lookup(answers: Mapping[str, Any] = TREE, **allowed: list[str]) -> tuple[Lookup, Orthanc]:
+    orthanc = Orthanc(answers)
+    made = Lookup(orthanc.get)
+    if allowed:
+        made.allow(json.dumps(allowed))
+    return made, orthanc
+
+
+# -- parents -------------------------------------------------------------------------------------------------
+
+
+def test_parents_of_each_level() -> None:
+    made, _ = lookup()
+    assert made.parents("instance", "i") == {"series": "se", "study": "st", "patient": "pa"}
+    assert made.parents("series", "se") == {"study": "st", "patient": "pa"}
+    assert made.parents("study", "st") == {"patient": "pa"}
+    assert made.parents("patient", "pa") == {}
+
+
+def test_parents_of_series_and_studies_are_asked_once() -> None:
+    made, orthanc = lookup({**TREE, "/instances/j": {"ParentSeries": "se"}})
+    made.parents("instance", "i")
+    orthanc.asked.clear()
+    assert made.parents("instance", "j") == {"series": "se", "study": "st", "patient": "pa"}
+    assert orthanc.asked == ["/instances/j"]
+
+
+def test_parents_of_what_is_gone() -> None:
+    made, _ = lookup({"/instances/i": {"ParentSeries": "se"}})
+    assert made.parents("instance", "x") is None
+    assert made.parents("instance", "i") == {"series": "se"}  # the rest went meanwhile
+
+
+def test_parents_are_remembered_though_they_are_gone() -> None:
+    """An id is a hash over the parents' identifiers: it can't move."""
+    made, orthanc = lookup()
+    made.parents("series", "se")
+    orthanc.answers.clear()
+    assert made.parents("series", "se") == {"study": "st", "patient": "pa"}
+
+
+@pytest.mark.parametrize("answer", [b"no JSON", b"[1]", b"", b'"text"'])
+def test_strange_answers_mean_unavailable(answer: bytes) -> None:
+    made, _ = lookup({"/series/se": answer})
+    with pytest.raises(LogUnavailableError, match="can't be asked for series"):
+        made.parents("series", "se")
+
+
+def test_orthanc_that_can_not_answer_means_unavailable_and_tells_no_id() -> None:
+    made, orthanc = lookup()
+    orthanc.broken = True
+    with pytest.raises(LogUnavailableError) as caught:
+        made.parents("instance", "the-id")
+    assert "the-id" not in str(caught.value)
+
+
+# -- jobs ----------------------------------------------------------------------------------------------------
+
+SUBMITTED = Callback(ChangeKind.JOB_SUBMITTED, 4, "job", 1.0)
+SUCCESS = Callback(ChangeKind.JOB_SUCCESS, 4, "job", 2.0)
+
+
+def test_job_is_taken_once_for_each_of_its_callbacks() -> None:
+    made, orthanc = lookup({"/jobs/job": {"State": "Pending"}})
+    assert made.take_job(SUBMITTED)
+    orthanc.answers["/jobs/job"] = {"State": "Success"}
+    assert made.take_job(SUBMITTED)  # the batch came back: what was seen first counts
+    assert made.take_job(SUCCESS)
+    assert made.job_taken(SUBMITTED) == {"state": "Pending"}
+    assert made.job_taken(SUCCESS) == {"state": "Success"}
+    assert orthanc.asked == ["/jobs/job"] * 2
+
+
+def test_job_that_orthanc_has_forgotten() -> None:
+    made, _ = lookup({})
+    assert not made.take_job(SUBMITTED)
+    assert made.job_taken(SUBMITTED) is None
+
+
+def test_jobs_are_forgotten_with_their_batch() -> None:
+    made, _ = lookup({"/jobs/job": {"State": "Pending"}})
+    made.take_job(SUBMITTED)
+    made.forget_jobs()
+    assert made.job_taken(SUBMITTED) is None
+
+
+#: As Orthanc 1.10.1 answers, with canaries wherever something of a patient could be.
+STORE_JOB = {
+    "CompletionTime": "20261123T200628.000001",
+    "Content": {
+        "Description": "CANARY",
+        "FailedInstancesCount": 0,
+        "InstancesCount": 2,
+        "LocalAet": "ORTHANC",
+        "ParentResources": ["st"],
+        "Query": {"PatientName": "CANARY"},
+        "RemoteAet": "WORKSTATION",
+        "TargetAet": "ARCHIVE",
+    },
+    "CreationTime": "20261123T200627.512345",
+    "EffectiveRuntime": 0.487,
+    "ErrorCode": 0,
+    "ErrorDescription": "CANARY",
+    "ErrorDetails": "CANARY",
+    "ID": "job",
+    "Priority": 0,
+    "Progress": 100,
+    "State": "Success",
+    "Timestamp": "20261123T200629.000000",
+    "Type": "DicomModalityStore",
+}
+
+
+def test_snapshot_is_an_allow_list() -> None:
+    assert job_snapshot(STORE_JOB) == {
+        "type": "DicomModalityStore",
+        "state": "Success",
+        "progress": 100,
+        "errorCode": 0,
+        "created": "20261123T200627.512345",
+        "completed": "20261123T200628.000001",
+        "runtime": 0.487,
+        "localAet": "ORTHANC",
+        "remoteAet": "WORKSTATION",
+        "targetAet": "ARCHIVE",
+        "instances": 2,
+        "failedInstances": 0,
+        "parentResources": ["st"],
+    }
+
+
+@pytest.mark.parametrize("content", [None, [], "text", {}, {"Peer": []}, {"Peer": {}}, {"Peer": 5}])
+def test_snapshot_of_a_job_without_the_usual_content(content: object) -> None:
+    assert job_snapshot({"State": "Failure", "Content": content}) == {"state": "Failure"}
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [
+        ["https://alice:CANARY@peer.example.org:8042/orthanc/?key=CANARY", "alice", "CANARY"],
+        {"Url": "https://peer.example.org:8042/orthanc/", "Username": "alice", "Password": "CANARY"},
+        "https://peer.example.org:8042/orthanc/#CANARY",
+    ],
+)
+def test_peer_is_told_without_user_and_password(peer: object) -> None:
+    snapshot = job_snapshot({"Content": {"Peer": peer}})
+    assert snapshot == {"peer": "https://peer.example.org:8042/orthanc/"}
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://h", "http://h"),
+        ("http://u:p@h:1/x?y#z", "http://h:1/x"),
+        ("http://u:p@ss@h/", "http://h/"),
+        ("http://u:p/w@h/", "http://h/"),
+        ("u:p@h:8042", "h:8042"),
+        ("name", "name"),
+        ("http://[broken", "http://[broken"),
+        ("http://h?u:p@x", "http://h"),
+        ("", ""),
+    ],
+)
+def test_without_user(url: str, told: str) -> None:
+    assert without_user(url) == told
+
+
+# -- tags and metadata ---------------------------------------------------------------------------------------
+
+
+def described(made: Lookup, change: str, level: str, resource: str | None) -> dict[str, Any]:
+    fact = Fact(change, level, resource, 0)
+    made.describe([fact])
+    return fact.extra
+
+
+def test_nothing_is_added_and_nothing_asked_by_default() -> None:
+    made, orthanc = lookup()
+    assert described(made, "NewInstance", "instance", "i") == {}
+    assert orthanc.asked == []
+
+
+def test_empty_allow_lists_add_nothing() -> None:
+    made, orthanc = lookup(tags=[], metadata=[])
+    assert described(made, "NewInstance", "instance", "i") == {}
+    assert orthanc.asked == []
+
+
+def test_allowed_tags_come_from_the_resource_and_its_parents_nearest_first() -> None:
+    made, _ = lookup(tags=["StudyDescription", "Modality", "SOPInstanceUID", "Absent"])
+    extra = described(made, "NewInstance", "instance", "i")
+    assert extra == {"tags": {"StudyDescription": "study's", "Modality": "CT", "SOPInstanceUID": "1.1.1"}}
+    assert list(extra["tags"]) == [
+        "StudyDescription",
+        "Modality",
+        "SOPInstanceUID",
+    ]  # the same bytes each time
+
+
+def test_only_what_is_allowed_is_added() -> None:
+    made, _ = lookup(tags=["Modality"], metadata=["RemoteAET"])
+    assert described(made, "NewSeries", "series", "se") == {
+        "tags": {"Modality": "CT"},
+        "metadata": {"RemoteAET": "SCANNER"},
+    }
+
+
+def test_patient_tags_of_a_study_when_they_are_allowed() -> None:
+    made, _ = lookup(tags=["PatientName"])
+    assert described(made, "StableStudy", "study", "st") == {"tags": {"PatientName": "CANARY^ONE"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "resource"),
+    [("Deleted", "study", "st"), ("JobSuccess", "job", "job"), ("OrthancStarted", "server", None)],
+)
+def test_what_is_no_resource_any_more_is_not_asked_for(change: str, level: str, resource: str | None) -> None:
+    made, orthanc = lookup(tags=["Modality"], metadata=["RemoteAET"])
+    assert described(made, change, level, resource) == {}
+    assert orthanc.asked == []
+
+
+def test_resource_that_is_gone_has_no_tags_and_is_no_error() -> None:
+    made, _ = lookup(tags=["Modality"], metadata=["RemoteAET"])
+    assert described(made, "StableSeries", "series", "gone") == {"tags": {}, "metadata": {}}
+
+
+def test_resource_is_asked_once_in_a_batch() -> None:
+    alone, orthanc_of_one = lookup(tags=["Modality"])
+    described(alone, "NewSeries", "series", "se")
+    made, orthanc = lookup(tags=["Modality"])
+    facts = [Fact("NewSeries", "series", "se", 0), Fact("NewChildInstance", "series", "se", 0)]
+    made.describe(facts)
+    assert orthanc.asked == orthanc_of_one.asked
+    assert facts[0].extra == facts[1].extra == {"tags": {"Modality": "CT"}}
+
+
+def test_orthanc_that_can_not_answer_is_asked_again_later() -> None:
+    made, orthanc = lookup(tags=["Modality"])
+    orthanc.broken = True
+    with pytest.raises(LogUnavailableError):
+        described(made, "NewSeries", "series", "se")
+
+
+def test_text_that_is_no_utf_8_does_not_stop_the_record() -> None:
+    made, _ = lookup(
+        {"/patients/pa": b'{"MainDicomTags": {"PatientName": "M\xfcller"}}'}, tags=["PatientName"]
+    )
+    assert described(made, "NewPatient", "patient", "pa") == {"tags": {"PatientName": "M\ufffdller"}}
+
+
+def test_allow_lists_are_replaced() -> None:
+    made, _ = lookup(tags=["Modality"])
+    made.allow("{}")
+    assert described(made, "NewSeries", "series", "se") == {}
