@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,8 +21,6 @@ from benchmarks.report import Row, Section, say
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.servers import scratch_folder
-
-_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
 class Subscriber:
@@ -106,25 +105,29 @@ def _measure(folder: Path, singles: int, burst: int) -> Section:
         say(f"latency: burst, {quantile(burst_answer, 0.5):.1f} ms behind the answer")
     took = quantile([1000 * (answered - sent) for _, sent, answered in idle.answers], 0.5)
     p50 = quantile(from_request, 0.5)
-    lines = [("ms", "p50", "p90", "p99", "longest")]
+    lines: list[Sequence[str]] = [("ms", "p50", "p90", "p99", "longest")]
     for name, values in (
         ("idle, from the request", from_request),
         ("idle, from the answer", from_answer),
         ("burst, from the request", burst_request),
         ("burst, from the answer", burst_answer),
     ):
-        lines.append((name, *(f"{quantile(values, share):.1f}" for share in _QUANTILES)))
+        lines.append((name, *(f"{quantile(values, share):.1f}" for share in (0.5, 0.9, 0.99, 1.0))))
     return Section(
         "Latency",
         [
-            "A plain consumer of the JetStream stream notes when it receives `instance.created`; it gets what NATS has"
-            " stored. The client that uploads, another process on the same clock, notes when it begins the request and"
-            " when it has Orthanc's answer. Orthanc commits between the two, and queues its callback before it answers;"
-            " so the time from the answer is slightly too short, and the time from the request too long by what Orthanc"
-            f" takes to store the instance (p50 of the whole request: {took:.1f} ms). The target is held against the"
-            " longer one.",
-            f"Idle: {singles} instances, one each 200 ms. Burst: {burst} instances by four clients as fast as Orthanc"
-            f" takes them ({many.rate:.0f}/s, {4 * many.rate:.0f} events/s).",
+            (
+                "A plain consumer of the JetStream stream, which gets what NATS has stored, notes when it receives"
+                " `instance.created`. The client that uploads, another process on the same clock, notes when it"
+                " begins the request and when it has Orthanc's answer. Orthanc commits between the two and queues its"
+                " callback before it answers: the time from the answer is slightly too short, and the time from the"
+                f" request too long by what Orthanc takes to store the instance (p50 of the whole request:"
+                f" {took:.1f} ms). The target is held against the longer one."
+            ),
+            (
+                f"Idle: {singles} instances, one each 200 ms. Burst: {burst} instances by four clients, as fast as"
+                f" Orthanc takes them ({many.rate:.0f}/s, which is {4 * many.rate:.0f} events/s)."
+            ),
         ],
         [
             Row(
@@ -132,16 +135,16 @@ def _measure(folder: Path, singles: int, burst: int) -> Section:
                 "≤ 10 ms",
                 f"{p50:.1f} ms",
                 p50 <= 10,
-                f"{took:.1f} ms of it are Orthanc's own storing of the instance, before anything is to be told.",
+                f"{took:.1f} ms of it are Orthanc's own, before there is anything to tell.",
             ),
-            Row("latency when idle, from the request, p99", "–", f"{quantile(from_request, 0.99):.1f} ms"),
-            Row("latency when idle, from Orthanc's answer, p50", "–", f"{quantile(from_answer, 0.5):.1f} ms"),
+            Row("latency when idle, from the request, p99", "-", f"{quantile(from_request, 0.99):.1f} ms"),
+            Row("latency when idle, from Orthanc's answer, p50", "-", f"{quantile(from_answer, 0.5):.1f} ms"),
             Row(
                 "latency in a burst, from Orthanc's answer, p50 and p99",
-                "–",
+                "-",
                 f"{quantile(burst_answer, 0.5):.0f} ms, {quantile(burst_answer, 0.99):.0f} ms",
             ),
-            Row("burst: last answer until its last instance is in the stream", "–", f"{1000 * behind:.0f} ms"),
+            Row("burst: last answer until the last instance is in the stream", "-", f"{1000 * behind:.0f} ms"),
         ],
         [lines],
     )

@@ -1,7 +1,7 @@
 """Outboxes with as many rows as are wanted, filled by the product's own writer in a process of its own.
 
-``python -m benchmarks.outboxes FOLDER CONFIG ROWS`` appends rows to an outbox, as capture does under ingest, and
-prints what that took.
+``python -m benchmarks.outboxes FOLDER CONFIG ROWS`` appends rows to an outbox, as capture does under ingest,
+and prints what that took.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
 from orthanc_events_bridge.testing.bridged import SMALLEST, SOURCE
 
-#: Rows in a transaction: seven instances, which is what a linger of 20 ms gathers at 350 instances per second.
-BATCH = 28
+#: Rows in a transaction: those of ten instances, such as gather while capture waits for more.
+BATCH = 40
 _STUDY, _SERIES = 200, 100
 _SETTINGS = 1
 
@@ -41,8 +41,8 @@ def write_config(path: Path, url: str) -> Path:
 def append(folder: Folder, config: Path, rows: int) -> dict[str, Any]:
     """Append rows in a process of its own.
 
-    :return: ``rate`` in rows per second, ``memory`` of the process in MiB, and ``retain``, the milliseconds of one look
-        for rows that are old enough to go, with none that are.
+    :return: ``rate`` in rows per second, ``memory`` of the process in MiB, and ``retain``, the milliseconds of
+        one look for rows that are old enough to go, with none that are.
     """
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.outboxes", str(folder.path), str(config), str(rows)],

@@ -6,11 +6,11 @@ import os
 import platform
 import sqlite3
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
 
 from orthanc_events_bridge.testing.servers import find_nats, find_orthanc
 
@@ -58,9 +58,7 @@ def say(text: str) -> None:
 def table(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first line is its heading."""
     heading, *rest = lines
-    return "\n".join(
-        f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rest)
-    )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rest))
 
 
 def page(sections: Sequence[Section], *, quick: bool, seconds: float) -> str:
@@ -68,37 +66,46 @@ def page(sections: Sequence[Section], *, quick: bool, seconds: float) -> str:
     lines: list[Sequence[str]] = [("what", "target", "measured", "met")]
     for section in sections:
         lines += [
-            (row.what, row.target, row.measured, {True: "yes", False: "**no**", None: "–"}[row.met])
+            (row.what, row.target, row.measured, {True: "yes", False: "**no**", None: "-"}[row.met])
             for row in section.rows
         ]
-    text = ["# Benchmark results", "", *_about(seconds), ""]
+    text = ["# Benchmark results", ""]
+    for paragraph in _about(seconds):
+        text += [_filled(paragraph), ""]
     if quick:
         text += ["**Small sizes (`--quick`): these numbers only show that the benchmarks run.**", ""]
     text += [table(lines), ""]
     short = [row for section in sections for row in section.rows if row.met is False]
     if short:
         text += ["## Where it falls short", ""]
-        text += [f"- **{row.what}** ({row.measured}; wanted {row.target}): {row.why}" for row in short]
-        text += [""]
+        for row in short:
+            text += [_filled(f"- **{row.what}** ({row.measured}; wanted {row.target}): {row.why}"), ""]
     for section in sections:
         text += [f"## {section.title}", ""]
-        for part in (*section.how, *map(table, section.tables), *section.notes):
+        for part in (*map(_filled, section.how), *map(table, section.tables), *map(_filled, section.notes)):
             text += [part, ""]
     return "\n".join(text)
 
 
+def _filled(paragraph: str) -> str:
+    hanging = "  " if paragraph.startswith("- ") else ""
+    return textwrap.fill(paragraph, 110, subsequent_indent=hanging, break_on_hyphens=False)
+
+
 def _about(seconds: float) -> list[str]:
-    now = datetime.now(timezone.utc)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    orthanc = _output(str(find_orthanc()), "--version").split()[1]
+    nats = _output(str(find_nats()), "--version").replace(": v", " ")
     return [
-        f"Written by `make bench` on {now:%Y-%m-%d}, {seconds / 60:.0f} minutes. Everything ran on one machine over",
-        f"loopback: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {_system()}, {platform.machine()}. Orthanc,",
-        "NATS, the bridge and the clients that load them share these cores.",
-        "",
-        f"Orthanc {_output(str(find_orthanc()), '--version').split()[1]},"
-        f" {_output(str(find_nats()), '--version').replace(': v', ' ')},"
-        f" Python {platform.python_version()}, nats-py {version('nats-py')}, SQLite {sqlite3.sqlite_version},"
-        f" orthanc-events-bridge {version('orthanc-events-bridge')}.",
+        (
+            f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}, in {seconds / 60:.0f} minutes. Everything"
+            f" ran on one machine, over loopback: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {_system()},"
+            f" {platform.machine()}. Orthanc, NATS, the bridge and the clients that load them share these cores."
+        ),
+        (
+            f"Orthanc {orthanc}, {nats}, Python {platform.python_version()}, nats-py {version('nats-py')},"
+            f" SQLite {sqlite3.sqlite_version}, orthanc-events-bridge {version('orthanc-events-bridge')}."
+        ),
     ]
 
 
@@ -110,5 +117,4 @@ def _system() -> str:
 
 
 def _output(*command: str) -> str:
-    run: subprocess.CompletedProcess[Any] = subprocess.run(command, capture_output=True, text=True, check=True)
-    return str(run.stdout).splitlines()[0]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]

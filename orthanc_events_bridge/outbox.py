@@ -26,6 +26,9 @@ VERSION: Final = 1
 #: After a start that no clean stop came before, positions go on this much further: a power cut may have taken
 #: rows whose positions the world has seen, and no number may ever name two facts.
 JUMP: Final = 1_000_000
+#: What a resource takes in the file, as measured.
+_RESOURCE_BYTES: Final = 70
+_KNOWN: Final = 10_000
 
 _SCHEMA: Final = """
 PRAGMA auto_vacuum = INCREMENTAL;
@@ -108,6 +111,9 @@ class OutboxWriter:
     def __init__(self, path: Path, now: Callable[[], float]) -> None:
         self._path = path
         self._now = now
+        #: Series, studies and patients that are in the tree with their parents: most facts are about them again.
+        self._known: set[str] = set()
+        self._resources = 0
         with translated(path):
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -140,6 +146,7 @@ class OutboxWriter:
                 self._db.execute("INSERT INTO jumps VALUES (?, ?)", (self.position, self.position + JUMP))
                 self.position += JUMP
             self._set(recorder=self.recorder, open=1, position=self.position)
+        self._resources = self._db.execute("SELECT count(*) FROM resources").fetchone()[0]
         self._db.execute("PRAGMA synchronous = NORMAL")
         #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable;
         #: SQLite takes no POSIX lock on it, so that another descriptor of it may be closed freely.
@@ -153,11 +160,14 @@ class OutboxWriter:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        resources = self._resources
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
+            self._resources = resources
+            self._known.clear()
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -205,13 +215,16 @@ class OutboxWriter:
             self._set(cursor=cursor, position=position)
         self.cursor, self.position = cursor, position
 
-    def move_cursor(self, cursor: int) -> None:
+    def move_cursor(self, cursor: int, *, another_log: bool = False) -> None:
         """Pass over a part of the log without recording it.
 
+        :param another_log: from here on it is another one, and the remembered rows say nothing of it.
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
             self._set(cursor=cursor)
+            if another_log:
+                self._db.execute("DELETE FROM tail")
         self.cursor = cursor
 
     # -- who is whose child ----------------------------------------------------------------------------------
@@ -224,7 +237,9 @@ class OutboxWriter:
             return fact.extra
         if fact.change == "Deleted":
             last_parents, known_uids = self._parents(fact.resource)
-            self._db.execute("DELETE FROM resources WHERE id = ?", (_packed(fact.resource),))
+            gone = self._db.execute("DELETE FROM resources WHERE id = ?", (_packed(fact.resource),))
+            self._resources -= gone.rowcount
+            self._known.discard(fact.resource)
             tags = {k: v for k, v in known_uids.items() if k in self._allowed_tags(settings)}
             return {"parents": last_parents, **({"tags": tags} if tags else {}), **fact.extra}
         parents = fact.parents
@@ -246,13 +261,22 @@ class OutboxWriter:
         while (level := _PARENT_OF.get(level, "")) and level in parents:
             chain.append((level, parents[level], {}))
         for index, (at_level, identifier, own_uids) in enumerate(chain):
+            if identifier in self._known and not own_uids:
+                continue
             parent = _packed(chain[index + 1][1]) if index + 1 < len(chain) else None
-            self._db.execute(
-                "INSERT INTO resources VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET"
-                " parent = coalesce(excluded.parent, parent), uids = coalesce(excluded.uids, uids)"
-                " WHERE excluded.uids IS NOT NULL OR (parent IS NULL AND excluded.parent IS NOT NULL)",
-                (_packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None),
-            )
+            values = _packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None
+            new = self._db.execute("INSERT OR IGNORE INTO resources VALUES (?,?,?,?)", values).rowcount
+            self._resources += new
+            if not new:
+                self._db.execute(
+                    "UPDATE resources SET parent = coalesce(?3, parent), uids = coalesce(?4, uids)"
+                    " WHERE id = ?1 AND (?4 IS NOT NULL OR (parent IS NULL AND ?3 IS NOT NULL))",
+                    values,
+                )
+            if at_level != "instance" and (parent is not None or at_level == "patient"):
+                self._known.add(identifier)
+        if len(self._known) > _KNOWN:
+            self._known.clear()
 
     def _parents(self, resource: str) -> tuple[dict[str, str], dict[str, str]]:
         """What we know of a resource: level → id of its parents, and its UIDs if they were allowed."""
@@ -280,11 +304,6 @@ class OutboxWriter:
         with translated(self._path):
             return [Row(*row) for row in self._db.execute("SELECT * FROM tail ORDER BY seq")]
 
-    def clear_tail(self) -> None:
-        """Forget them: from here on it is another log."""
-        with translated(self._path):
-            self._db.execute("DELETE FROM tail")
-
     def _write_tail(self, facts: Sequence[Fact]) -> None:
         read = [(f.seq, f.date, f.change, f.level, f.resource) for f in facts if f.date is not None and f.seq]
         if read:
@@ -297,6 +316,14 @@ class OutboxWriter:
         """Copy the settings that rows will name, when they are first used."""
         with translated(self._path):
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (number, document))
+
+    def newest_settings(self) -> tuple[int, str] | None:
+        """The last that were used; none before any."""
+        with translated(self._path):
+            row: tuple[int, str] | None = self._db.execute(
+                "SELECT number, document FROM settings ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+        return row
 
     def note(self, key: str, document: Mapping[str, Any]) -> None:
         """Keep what only Orthanc's process knows where the command line can read it.
@@ -314,9 +341,9 @@ class OutboxWriter:
     # -- bounds ----------------------------------------------------------------------------------------------
 
     def bytes_used(self) -> int:
-        """The size of what is kept, free pages not counted."""
+        """About the size of the rows: without free pages, and without the tree of resources, which no limit binds."""
         with translated(self._path):
-            return used_bytes(self._db)
+            return max(0, used_bytes(self._db) - self._resources * _RESOURCE_BYTES)
 
     def retain(self, delivered: int, recorded_before: int, limit: int = 5000) -> int:
         """Delete the oldest rows that every transport has delivered and that are old enough.

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import sqlite3
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,29 @@ class BridgeView:
         rows = self._read("SELECT document FROM notes WHERE key = ?", key)
         return dict(json.loads(rows[0][0])) if rows else {}
 
-    def delivered(self, recorder: str) -> int:
-        """The position of an outbox up to which every transport has delivered; 0 where there is no transport."""
-        rows = self._read("SELECT min(iif(recorder = ?, position, 0)) FROM transports", recorder)
+    def delivered(self, recorder: str, names: Sequence[str] | None) -> int:
+        """The position of an outbox up to which transports have delivered; 0 where there is none.
+
+        :param names: of the configured ones: a transport that is gone must not hold the outbox for ever.
+        """
+        rows = self._read(
+            "SELECT min(iif(recorder = ?1, position, 0)) FROM transports"
+            " WHERE ?2 IS NULL OR name IN (SELECT value FROM json_each(?2))",
+            recorder,
+            None if names is None else json.dumps(names),
+        )
         return rows[0][0] or 0 if rows else 0
 
-    def acknowledged_seq(self) -> int | None:
-        """The Seq up to which every transport has delivered, whichever outbox it came from."""
-        rows = self._read("SELECT min(coalesce(seq, 0)) FROM transports")
+    def acknowledged_seq(self, names: Sequence[str] | None) -> int | None:
+        """The Seq up to which transports have delivered, whichever outbox it came from; none before any has.
+
+        :param names: of the configured ones.
+        """
+        rows = self._read(
+            "SELECT min(coalesce(seq, 0)) FROM transports"
+            " WHERE ?1 IS NULL OR name IN (SELECT value FROM json_each(?1)) HAVING max(seq) IS NOT NULL",
+            None if names is None else json.dumps(names),
+        )
         return rows[0][0] if rows else None
 
     def transports(self) -> list[dict[str, Any]]:

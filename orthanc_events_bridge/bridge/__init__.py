@@ -187,12 +187,17 @@ class Bridge:
 
     async def _outbox(self) -> OutboxReader | None:
         """Capture makes the outbox, once it has read our settings; none when told to stop before."""
+        patient_until = time.monotonic() + 5.0  # it may be in the making
         while not self._stop.is_set():
-            with contextlib.suppress(OutboxError):
+            try:
                 reader = OutboxReader(self._folder.outbox)
                 if reader.recorder:
                     return reader
                 reader.close()
+            except OutboxError as error:
+                if self._folder.outbox.exists() and time.monotonic() > patient_until:
+                    if line := self._repeats.line("outbox", str(error)):
+                        log.error(line)
             await self._pause(0.05)
         return None
 

@@ -304,4 +304,5 @@ class Settings(Options):
             "max_bytes": self.outbox.max_bytes,
             "on_full": self.outbox.on_full,
             "keep": self.outbox.keep,
+            "transports": [transport.name for transport in self.transports],
         }

@@ -25,10 +25,10 @@ from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.folder import Folder, find
 from orthanc_events_bridge.plugin.capture import Capture
 from orthanc_events_bridge.plugin.guest import Guest, OnChange, StorageAreas
+from orthanc_events_bridge.plugin.host import OrthancHost
 from orthanc_events_bridge.plugin.lookup import GoneError
 from orthanc_events_bridge.plugin.supervisor import Supervisor, interpreter
 
-PREFIX: Final = "orthanc-events: "
 STATUS_ROUTE: Final = "/orthanc-events/status"
 #: Seconds by which stopping may take longer, all in all.
 STOP_WITHIN: Final = 5.0
@@ -38,22 +38,6 @@ _GUEST_WITHIN: Final = 2.0
 #: And how many there are in any case for all threads to end, behind Orthanc's own stopping.
 _AT_LEAST: Final = 1.0
 _UNKNOWN_RESOURCE: Final = 17  # OrthancPluginErrorCode_UnknownResource
-
-
-class OrthancHost:
-    """Orthanc's own log, behind our prefix."""
-
-    def __init__(self, orthanc: Any) -> None:
-        self._orthanc = orthanc
-
-    def info(self, message: str) -> None:
-        self._orthanc.LogInfo(PREFIX + message)
-
-    def warning(self, message: str) -> None:
-        self._orthanc.LogWarning(PREFIX + message)
-
-    def error(self, message: str) -> None:
-        self._orthanc.LogError(PREFIX + message)
 
 
 def start(
@@ -94,10 +78,10 @@ def start(
             for leave in leaving:
                 leave()
 
-    orthanc.RegisterOnChangeCallback(on_every_change)
-    guest.intercept()
     areas.intercept()
     try:
+        _register(orthanc, on_every_change)
+        guest.intercept()
         leaving.append(_start(orthanc, host, queue, bell, guest, areas, python, config))
     except Exception as error:
         problem = f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}"
@@ -107,6 +91,15 @@ def start(
             orthanc.RegisterRestCallback(STATUS_ROUTE, _answering(lambda: {"problem": problem}))
     if script:
         guest.load(script)
+
+
+def _register(orthanc: Any, on_change: OnChange) -> None:
+    try:
+        orthanc.RegisterOnChangeCallback(on_change)
+    except Exception as error:
+        raise BridgeError(
+            f"Orthanc has an OnChange callback already ({error})", "hand yours to start(on_change=…) instead"
+        ) from error
 
 
 def _start(

@@ -6,12 +6,11 @@ Whatever goes wrong is healed in the same way: the batch goes back to the queue,
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import TAIL, OrthancLog, common_seq, same_log
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
@@ -20,8 +19,10 @@ from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, Outbo
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.lookup import Lookup
-from orthanc_events_bridge.status import BridgeView, iso
+from orthanc_events_bridge.plugin.upkeep import Upkeep
+from orthanc_events_bridge.status import iso
 
 #: Callbacks that may wait in memory while the outbox can't be written.
 MAX_WAITING: Final = 100_000
@@ -30,16 +31,6 @@ FIRST_SETTINGS: Final = 10.0
 #: Seconds to gather more after a batch of several instances: half the cost of acting at once.
 _LINGER: Final = 0.020
 _TICK: Final = 1.0
-_RETAIN_EVERY: Final = 10.0
-_DEFAULTS: Final[dict[str, Any]] = {"start": "now", "max_bytes": None, "on_full": "pause", "keep": 7 * 86400.0}
-
-
-class Host(Protocol):
-    """Where messages go: Orthanc's own log."""
-
-    def info(self, message: str) -> None: ...
-    def warning(self, message: str) -> None: ...
-    def error(self, message: str) -> None: ...
 
 
 class Waiting:
@@ -94,15 +85,12 @@ class Capture:
         self._blocked = blocked
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
-        self._bridge = BridgeView(folder.bridge)
+        self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
         self._all_taken = threading.Event()
         self._anchored = False
-        self._options = dict(_DEFAULTS)
-        self._settings = 0
-        self._next_tick = self._next_retain = 0.0
-        self._limit = 0
+        self._next_tick = 0.0
         self._dirty = threading.Event()
         self._counts = {"vanished": 0, "dropped": 0, "reanchored": 0, "discontinuities": 0, "jobs_missed": 0}
         self._state = "starting"
@@ -152,7 +140,7 @@ class Capture:
             "state": self._state,
             "waiting": len(self._queue),
             **self._counts,
-            "limit": self._limit,
+            "limit": self._upkeep.limit,
             "problem": self._problem,
         }
 
@@ -171,7 +159,7 @@ class Capture:
             self._failed(error)
             if self._outbox is not None:
                 self._outbox.abandon()
-        self._bridge.close()
+        self._upkeep.close()
 
     def _failed(self, error: Exception) -> None:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
@@ -204,7 +192,7 @@ class Capture:
         outbox = self._outbox
         self._await_settings(outbox)
         self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
-        reason = self._blocked()
+        reason = self._blocked() or self._other_database()
         if reason:
             self._state, self._problem = "off", {"message": reason, "at": iso(time.time() * 1000)}
             self._host.error(reason)
@@ -222,14 +210,14 @@ class Capture:
             self._host.warning(
                 f"Orthanc was too busy to tell exactly where its callbacks join its log; taken: Seq {anchor.seq}"
             )
-        if cursor is None and self._options["start"] == "now":
+        if cursor is None and self._upkeep.options["start"] == "now":
             outbox.move_cursor(anchor.seq)
             merge.cursor = anchor.seq
         for facts in merge.backlog(anchor.seq):
             self._append(facts, merge)
             if self._stop.is_set():
                 return
-        if merge.vanished:
+        if merge.vanished and cursor is not None:  # on a first start, they were never ours to see
             self._counts["vanished"] += merge.vanished
             self._host.info(f"{merge.vanished} logged changes vanished before they were read (their resources are gone)")
         self._anchored = True
@@ -238,7 +226,18 @@ class Capture:
                 self._follow(merge)
             except OutboxFullError as error:  # the batch is back in the queue, and the anchor still holds
                 self._failed(error)
+                self._upkeep.take_settings(outbox)  # outbox.max_bytes may have been raised
                 self._stop.wait(0.1)
+
+    def _other_database(self) -> str:
+        """Why this Orthanc's log can't be followed: with several writers, Seq is not the order of commits there."""
+        backend = self._look_up.database()
+        if backend is None:
+            return ""
+        return (
+            f"changes are NOT recorded: Orthanc keeps its index in another database than SQLite ({backend}), which this"
+            " version does not support yet"
+        )
 
     def _follow(self, merge: Merge) -> None:
         """One batch, or one wait."""
@@ -257,9 +256,9 @@ class Capture:
             self._bell.wait(_TICK)
             return
         batch = merge.take()
-        self._snapshot_jobs(batch)
         cursor = merge.cursor
         try:
+            self._snapshot_jobs(batch)
             facts = merge.facts(batch)
             for callback, fact in zip(batch, facts, strict=True):
                 job = self._look_up.job_taken(callback)
@@ -294,8 +293,8 @@ class Capture:
         outbox = self._outbox
         assert outbox is not None
         self._look_up.describe(facts)
-        self._make_room(outbox)
-        outbox.append(facts, merge.cursor, self._settings, self._look_up.parents)
+        self._upkeep.make_room(outbox)
+        outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents)
         self._dirty.set()
         self._ring()
 
@@ -308,7 +307,7 @@ class Capture:
         batch = [callback for callback in self._queue if not callback.logged]
         if batch and outbox.cursor is not None:
             facts = [from_callback(callback, None) for callback in batch]
-            outbox.append(facts, outbox.cursor, self._settings, lambda _level, _resource: None)
+            outbox.append(facts, outbox.cursor, self._upkeep.settings, lambda _level, _resource: None)
         self._state = "stopped"
         self._write_notes(outbox)
         outbox.close()
@@ -321,14 +320,11 @@ class Capture:
         if outbox is None or now < self._next_tick:
             return
         self._next_tick = now + _TICK
-        self._take_settings(outbox)
+        self._upkeep.take_settings(outbox)
         self._write_notes(outbox)
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
-        if now >= self._next_retain:
-            self._next_retain = now + _RETAIN_EVERY
-            before = int((time.time() - self._options["keep"]) * 1000)
-            outbox.retain(self._bridge.delivered(outbox.recorder), before)
+        self._upkeep.retain(outbox)
 
     def _write_notes(self, outbox: OutboxWriter) -> None:
         for key, current in {"capture": self.status, **self.notes}.items():
@@ -340,71 +336,30 @@ class Capture:
     def _await_settings(self, outbox: OutboxWriter) -> None:
         """On a first start, give the bridge time to say which settings apply; later the last good ones do."""
         until = time.monotonic() + FIRST_SETTINGS
-        while not self._take_settings(outbox) and outbox.cursor is None and time.monotonic() < until:
+        while not self._upkeep.take_settings(outbox) and outbox.cursor is None and time.monotonic() < until:
             self._state = "waiting for the settings"
             if self._leaving.is_set() or self._stop.wait(0.05):
                 return
-
-    def _take_settings(self, outbox: OutboxWriter) -> bool:
-        """Use the newest settings that the bridge has numbered; the ones in use stay when there are none."""
-        found = self._bridge.settings()
-        if found is None:
-            return False
-        number, document = found
-        if number != self._settings:
-            outbox.keep_settings(number, document)
-            self._settings = number
-            self._look_up.allow(document)
-        self._options = {**_DEFAULTS, **self._bridge.note("capture")}
-        free = shutil.disk_usage(self._folder.path).free
-        self._limit = self._options["max_bytes"] or self._limit or min(10 * 2**30, free // 10)
-        return True
-
-    def _make_room(self, outbox: OutboxWriter) -> None:
-        """Keep the outbox within its limit: first by what was delivered, then as `outbox.on_full` says.
-
-        :raises OutboxFullError: nothing that may go is left.
-        """
-        if not self._limit or outbox.bytes_used() < self._limit:
-            return
-        delivered = self._bridge.delivered(outbox.recorder)
-        while outbox.bytes_used() > self._limit * 0.95:
-            if outbox.retain(delivered, 2**62):
-                continue
-            if self._options["on_full"] == "pause":
-                if outbox.bytes_used() < self._limit:
-                    return
-                raise OutboxFullError(
-                    f"the outbox has reached its limit of {self._limit} bytes and every row is still needed",
-                    "bring the transport back that is behind, or raise outbox.max_bytes",
-                )
-            if not outbox.detach(delivered):
-                return
-            line = self._repeats.line(
-                "detach", "the outbox is full: its oldest rows go, and the transports that needed them have a gap"
-            )
-            if line:
-                self._host.error(line)
 
     def _recognise(self, outbox: OutboxWriter) -> int | None:
         """The cursor to go on from: is this the log that was read before? None on a first start."""
         cursor = outbox.cursor
         if cursor is None:
-            return self._bridge.acknowledged_seq()
+            return self._upkeep.acknowledged_seq()
+        waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
         tail, tip = outbox.tail(), self._log.tip()
         rows = self._log.page(tail[0].seq - 1, TAIL) if tail else []
         if same_log(tail, rows, tip, cursor):
             return cursor
-        common = min(common_seq(tail, rows), tip)
+        going_on = min(common_seq(tail, rows), tip) or max(0, tip - waiting)
         self._counts["discontinuities"] += 1
         self._host.error(
             f"Orthanc's change log is not the one that was read before (its counter is {tip}, {cursor} was recorded):"
-            f" another or a restored database. Going on behind Seq {common or tip}; compare what exists with what was"
+            f" another or a restored database. Going on behind Seq {going_on}; compare what exists with what was"
             " announced"
         )
-        outbox.clear_tail()
-        outbox.move_cursor(common or tip)
-        return common or tip
+        outbox.move_cursor(going_on, another_log=True)
+        return going_on
 
     # -- durability -----------------------------------------------------------------------------------------------------
 

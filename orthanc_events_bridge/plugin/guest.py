@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orthanc_events_bridge.plugin.capture import Host
+from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.plugin.host import Host
 
 OnChange = Callable[[int, int, str], object]
 
@@ -35,6 +36,7 @@ class Guest:
         self._bell = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._repeats = Repeats(time.monotonic)
 
     @property
     def wanted(self) -> bool:
@@ -85,7 +87,12 @@ class Guest:
                 assert self._on_change is not None
                 self._on_change(*change)
             except (Exception, SystemExit) as error:
-                self._host.error(f"your OnChange callback raised {type(error).__name__}: {error}")
+                name = type(error).__name__
+                line = self._repeats.line(
+                    f"{name} {_raised_at(error)}", f"your OnChange callback raised {name}: {error}"
+                )
+                if line:
+                    self._host.error(line)
 
     def stop(self, deadline: float) -> None:
         """Let the callback see what waits, as far as the time reaches.
@@ -102,6 +109,14 @@ class Guest:
                 f"your OnChange callback was too slow: {len(self._queue)} changes were not shown to it"
             )
             self._queue.clear()
+
+
+def _raised_at(error: BaseException) -> str:
+    """File and line: what makes two exceptions the same, since messages name ids."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
 
 
 class StorageAreas:

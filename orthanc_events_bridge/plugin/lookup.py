@@ -74,6 +74,14 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for {path.split('/')[1]}: {error}") from error
 
+    def database(self) -> str | None:
+        """The plugin that keeps Orthanc's index; none for Orthanc's own SQLite.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        backend = (self._ask("/system") or {}).get("DatabaseBackendPlugin")
+        return str(backend) if backend else None
+
     # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from orthanc_events_bridge.logs import Repeats
-from orthanc_events_bridge.plugin.capture import Host
+from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.status import iso
 
 #: Seconds before the bridge is started again: the first time, at most, and at most when a person has to change something.
@@ -100,7 +100,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 self._host.warning("the bridge did not end in time and was killed; it goes on from its position")
                 process.send_signal(signal.SIGKILL)
-                process.wait(1.0)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
         self._thread.join(max(0.1, deadline - time.monotonic()))
 
     # -- the thread -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def _minting() -> None:
 
     from orthanc_events_bridge.events import mapping
 
-    mapping.event_id = lambda row, source: str(uuid.uuid4())  # type: ignore[assignment]
+    mapping.event_id = lambda row, source: str(uuid.uuid4())
 
 
 def _dropping_one() -> None:

@@ -142,10 +142,16 @@ class Transport(ABC):
     def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         """Yield what the broker receives, live, to look at: nothing is acknowledged, no trace is left on the broker.
 
+        It begins when the first event is asked for, and is ended by ``aclose`` (`contextlib.aclosing`).
+
         :param oldest: begin with the oldest kept event in place of the next one.
         :raises NotConnectedError: not connected, or the connection was lost.
+        :raises TransportConfigurationError: the broker does not permit it.
         """
 
     @abstractmethod
     async def describe(self) -> list[str]:
-        """Say in a few lines what was found at the broker (server version, limits); for ``check --connect``."""
+        """Say in a few lines what was found at the broker (server version, limits); for ``check --connect``.
+
+        :raises TransportError: not connected, or as `connect`.
+        """

@@ -87,9 +87,7 @@ class MemoryTransport(Transport):
         await asyncio.sleep(self.broker.latency)
         while self.broker.up and self.broker.frozen:
             if left <= 0:
-                raise NotConnectedError(
-                    f"the broker has not answered within {self.broker.deadline:g} s", "thaw it"
-                )
+                raise NotConnectedError(f"the broker has not answered within {self.broker.deadline:g} s", "thaw it")
             left -= _LOOK
             await asyncio.sleep(_LOOK)
 

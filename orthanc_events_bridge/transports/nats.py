@@ -74,9 +74,7 @@ class _Batch:
 class NatsTransport(Transport):
     """Publishes to one stream, with the event's id for JetStream to remove duplicates by."""
 
-    capabilities = Capabilities(
-        durable=True, deduplicates=True, replayable=True, ordered=True, declares_topology=True
-    )
+    capabilities = Capabilities(durable=True, deduplicates=True, replayable=True, ordered=True, declares_topology=True)
     #: A seam for `make test-mutants`: protections that are left out.
     without: frozenset[str] = frozenset()
 
@@ -97,9 +95,7 @@ class NatsTransport(Transport):
             await self.close()
             connection = self._connection = await self._open()
             self._inbox = connection.new_inbox()
-            await connection.ask(
-                connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1)
-            )
+            await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
         info = await open_stream(connection, self._options)
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
@@ -114,9 +110,7 @@ class NatsTransport(Transport):
                 )
             except TransportError as error:
                 self._server += 1
-                if not isinstance(
-                    problem, TransportConfigurationError
-                ):  # what a person has to mend is said first
+                if not isinstance(problem, TransportConfigurationError):  # what a person has to mend is said first
                     problem = error
         assert problem is not None
         raise problem
@@ -305,8 +299,7 @@ class NatsTransport(Transport):
         largest = connection.max_payload - _HEADERS
         return [
             f"NATS {connection.connected_server_version}, {tls}, takes events of up to {largest} bytes",
-            f"stream {config.name}: {state.messages} events, {state.bytes} bytes, "
-            + f"{config.num_replicas} replicas",
+            f"stream {config.name}: {state.messages} events, {state.bytes} bytes, {config.num_replicas} replicas",
             f"limits: age {age}, size {size}, number {count}; a full stream refuses new events",
             f"duplicates are removed within {config.duplicate_window:g} s",
         ]

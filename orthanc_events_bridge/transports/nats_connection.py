@@ -76,9 +76,7 @@ class Connection(Client):
                 ),
                 options.connect_timeout + 1,
             )
-            if (
-                not connection.is_connected
-            ):  # nats-py takes an end of file in place of the last answer for a success
+            if not connection.is_connected:  # nats-py takes an end of file in place of the last answer for a success
                 raise ConnectionResetError("the server closed the connection while logging in")
         except TransportError:
             await connection.give_up()
@@ -95,9 +93,7 @@ class Connection(Client):
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """What the server says of itself: first, before anything is sent to it, and whenever it changes."""
-        self._max_payload = info.get(
-            "max_payload", self._max_payload
-        )  # an account's limit comes after the login
+        self._max_payload = info.get("max_payload", self._max_payload)  # an account's limit comes after the login
         wish = self._ours.tls
         if initial_connection and not wish.handshake_first:
             if self._ours.tls_required and info.get("tls_available"):
@@ -132,9 +128,7 @@ class Connection(Client):
     def lost(self, error: BaseException | None = None) -> NotConnectedError:
         """The error that says so."""
         text = f": {error}" if error and str(error) else ""
-        return NotConnectedError(
-            f"the connection to NATS at {self._url} was lost{text}", "it is made again by itself"
-        )
+        return NotConnectedError(f"the connection to NATS at {self._url} was lost{text}", "it is made again by itself")
 
     def check(self) -> None:
         """Is it still there?
@@ -170,6 +164,7 @@ class Connection(Client):
         :raises nats.js.errors.Error: JetStream refuses.
         """
         asking = asyncio.ensure_future(question)
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, also if nobody waits
         try:
             if await self.wait(asking, self._ours.connect_timeout):
                 return asking.result()
@@ -247,9 +242,7 @@ class Connection(Client):
             )
         if isinstance(error, OSError | nats.errors.Error):  # with them TimeoutError
             return NotConnectedError(f"{place} can't be reached: {text}", "start NATS, or check `servers`")
-        return TransportConfigurationError(
-            f"{place}: {type(error).__name__}: {text}", "check the transport's options"
-        )
+        return TransportConfigurationError(f"{place}: {type(error).__name__}: {text}", "check the transport's options")
 
 
 def _tls(options: NatsOptions) -> ssl.SSLContext | None:

@@ -123,16 +123,12 @@ def refused(error: dict[str, Any]) -> TransportError:
     """Which of our errors an error acknowledgement of JetStream is."""
     code, text = error.get("err_code", 0), error.get("description", "")
     if code in _TOO_LARGE:
-        return EventRejectedError(
-            f"the NATS stream refuses an event as too large: {text}", "raise its max_msg_size"
-        )
+        return EventRejectedError(f"the NATS stream refuses an event as too large: {text}", "raise its max_msg_size")
     if code in _FULL:
         return RefusedError(
             f"the NATS stream is full: {text} ({code})",
             "raise its limits or the account's, purge it, or wait until its oldest events have aged out",
         )
     if code in _NOT_ALLOWED:
-        return TransportConfigurationError(
-            f"NATS refuses: {text} ({code})", "check the account and the stream"
-        )
+        return TransportConfigurationError(f"NATS refuses: {text} ({code})", "check the account and the stream")
     return RefusedError(f"NATS refuses: {text} ({code})", "see the NATS server's log")

@@ -108,9 +108,7 @@ class RawNats:
 def _stored(message: dict[str, Any]) -> StoredMessage:
     lines = base64.b64decode(message.get("hdrs", "")).decode().split("\r\n")[1:]
     headers = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines if line)]
-    return StoredMessage(
-        message["seq"], message["subject"], headers, base64.b64decode(message.get("data", ""))
-    )
+    return StoredMessage(message["seq"], message["subject"], headers, base64.b64decode(message.get("data", "")))
 
 
 def ask(port: int, what: str, login: dict[str, str] | None = None, **document: Any) -> dict[str, Any]:

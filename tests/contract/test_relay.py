@@ -164,9 +164,7 @@ def test_a_broker_that_dies_and_freezes_in_between(harness: Harness, seed: int, 
         await relay.run()
         await asyncio.to_thread(disturbing.join)
         assert len(done) == len(moments)
-        if (
-            relay.position == count and not harness.read()
-        ):  # the last kill took all, and nobody was there to notice
+        if relay.position == count and not harness.read():  # the last kill took all, and nobody was there to notice
             await relay_for(harness, rows, notebook).run()
 
     run(main(), seconds=120)

@@ -160,9 +160,7 @@ def test_what_was_published_is_there_unchanged(harness: Harness) -> None:
     assert [one.body for one in stored] == [one.body for one in sent]
     assert {one.content_type for one in stored} == {CONTENT_TYPE}
     assert [one.dedupe_key for one in stored] == [one.id for one in sent]
-    assert [one.address for one in stored] == [
-        f"{one.site}.{one.level}.{one.verb}.{one.partition}" for one in sent
-    ]
+    assert [one.address for one in stored] == [f"{one.site}.{one.level}.{one.verb}.{one.partition}" for one in sent]
     # In structured mode an attribute in a header would make some SDKs take the event for a binary one.
     assert not [name for one in stored for name in one.headers if name.startswith(("ce-", "ce_"))]
 
@@ -528,9 +526,7 @@ def test_a_place_that_is_deleted_underneath_is_made_again(harness: Harness) -> N
 
 @pytest.mark.needs("declares_topology")
 @pytest.mark.parametrize("over_the_same_connection", [True, False])
-def test_a_place_that_was_made_again_by_someone_else(
-    harness: Harness, over_the_same_connection: bool
-) -> None:
+def test_a_place_that_was_made_again_by_someone_else(harness: Harness, over_the_same_connection: bool) -> None:
     async def main() -> None:
         transport = harness.transport()
         first = await transport.connect()
@@ -604,9 +600,7 @@ def test_a_subscriber_begins_with_the_oldest(harness: Harness) -> None:
 def check_incoming(found: list[Incoming], sent: list[Outgoing]) -> None:
     assert [one.body for one in found] == [one.body for one in sent]
     for incoming, outgoing in zip(found, sent, strict=True):
-        assert incoming.address.endswith(
-            f"{outgoing.site}.{outgoing.level}.{outgoing.verb}.{outgoing.partition}"
-        )
+        assert incoming.address.endswith(f"{outgoing.site}.{outgoing.level}.{outgoing.verb}.{outgoing.partition}")
         assert incoming.headers["content-type"] == CONTENT_TYPE
         assert all(name == name.lower() for name in incoming.headers)
 

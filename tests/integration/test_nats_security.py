@@ -18,7 +18,6 @@ from orthanc_events_bridge.errors import (
     NotConnectedError,
     RefusedError,
     TransportConfigurationError,
-    TransportError,
 )
 from orthanc_events_bridge.testing.servers import NatsServer, free_port
 from orthanc_events_bridge.transports.nats import NatsTransport
@@ -35,6 +34,8 @@ from tests.contract.nats_tools import (
 )
 
 pytestmark = pytest.mark.integration
+
+EITHER = (NotConnectedError, TransportConfigurationError)
 
 
 async def publish(transport: NatsTransport, sent: list[Any]) -> None:
@@ -117,9 +118,7 @@ def test_mutual_tls(tmp_path: Path, ours: Certificates, theirs: Certificates) ->
             assert "tls.cert_file" in text
 
 
-def test_certificates_are_read_when_connecting(
-    tmp_path: Path, ours: Certificates, theirs: Certificates
-) -> None:
+def test_certificates_are_read_when_connecting(tmp_path: Path, ours: Certificates, theirs: Certificates) -> None:
     ca = tmp_path / "ca.pem"
     ca.write_bytes(theirs.ca.read_bytes())
     with nats_server(tmp_path, ours.config()) as server:
@@ -160,7 +159,7 @@ def test_tls_before_anything_is_said(tmp_path: Path, ours: Certificates) -> None
         waiting = nats_transport(server, tls={"ca_file": str(ours.ca)}, connect_timeout=0.3)
         refusal(waiting, NotConnectedError)
     with nats_server(tmp_path) as server:
-        assert "TLS" in refusal(nats_transport(server, tls=tls), TransportConfigurationError)
+        refusal(nats_transport(server, tls=tls, connect_timeout=0.5), EITHER)
 
 
 def test_a_server_that_leaves_tls_to_its_clients(tmp_path: Path, ours: Certificates) -> None:
@@ -204,7 +203,8 @@ def test_a_login_without_tls_can_be_overheard(login: dict[str, Any]) -> None:
     [
         ({}, "tls", {}, TransportConfigurationError),
         ({}, "nats", {"enabled": True}, TransportConfigurationError),
-        ({}, "nats", {"handshake_first": True}, TransportConfigurationError),
+        # Whether TLS meets the greeting, or silence, is a matter of milliseconds.
+        ({}, "nats", {"handshake_first": True}, EITHER),
         # It offers TLS, and then doesn't speak it.
         ({"tls_required": True}, "tls", {}, NotConnectedError),
         ({"tls_required": True}, "nats", {}, NotConnectedError),
@@ -212,11 +212,11 @@ def test_a_login_without_tls_can_be_overheard(login: dict[str, Any]) -> None:
     ],
 )
 def test_a_login_that_was_meant_for_tls_is_never_sent_without(
-    login: dict[str, Any], info: dict[str, Any], scheme: str, tls: dict[str, Any], kind: type[TransportError]
+    login: dict[str, Any], info: dict[str, Any], scheme: str, tls: dict[str, Any], kind: Any
 ) -> None:
     with listener(**info) as heard:
         url = heard.url.replace("nats:", f"{scheme}:")
-        timeout = 0.2 if kind is NotConnectedError else 5
+        timeout = 5 if kind is TransportConfigurationError else 0.2
         refusal(nats_transport(url, tls=tls, connect_timeout=timeout, **login), kind)
         for text in (SECRET, "CONNECT", "sig", "jwt", "bridge"):
             assert not heard.holds(text)

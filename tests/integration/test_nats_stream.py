@@ -96,9 +96,7 @@ async def publish(transport: NatsTransport, sent: list[Any], *, close: bool = Fa
         ),
     ],
 )
-def test_the_stream_is_made_as_configured(
-    server: NatsServer, limits: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_the_stream_is_made_as_configured(server: NatsServer, limits: dict[str, Any], expected: dict[str, Any]) -> None:
     async def read_back() -> Any:
         client = await nats.connect(server.url)
         try:

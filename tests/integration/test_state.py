@@ -61,7 +61,7 @@ def test_new_outbox_begins_anew_and_keeps_what_belongs_to_the_broker(opened: Ope
     state.gap("nats", 3, 4)
     assert state.progress("nats", "new") == Progress(0, 7, "made then", 5)
     assert view.transports()[0]["gap_through"] is None
-    assert view.acknowledged_seq() == 7
+    assert view.acknowledged_seq(None) == 7
 
 
 def test_gap_grows_and_keeps_its_beginning(opened: Open, view: BridgeView) -> None:
@@ -75,12 +75,15 @@ def test_gap_grows_and_keeps_its_beginning(opened: Open, view: BridgeView) -> No
 
 def test_delivered_is_what_all_transports_have_of_this_outbox(opened: Open, view: BridgeView) -> None:
     state = opened()
-    assert view.delivered("r") == 0
+    assert view.delivered("r", None) == 0
     for name, position in (("a", 12), ("b", 5)):
         state.progress(name, "r")
         state.save(name, Progress(position, None, "", 0))
-    assert view.delivered("r") == 5
-    assert view.delivered("another") == 0
+    assert view.delivered("r", None) == 5
+    assert view.delivered("another", None) == 0
+    # A transport that is configured no longer must not hold the outbox for ever.
+    assert view.delivered("r", ["a"]) == 12
+    assert view.acknowledged_seq(["a"]) is None, "nothing of the log was delivered yet"
 
 
 def test_settings_keep_their_number(opened: Open) -> None:
@@ -171,4 +174,4 @@ def test_folder_that_is_not_there_is_said_as_such(tmp_path: Path) -> None:
 
 def test_view_of_nothing(view: BridgeView) -> None:
     assert view.transports() == [] and view.set_aside() == [] and view.settings() is None
-    assert view.acknowledged_seq() is None and view.delivered("r") == 0
+    assert view.acknowledged_seq(None) is None and view.delivered("r", None) == 0

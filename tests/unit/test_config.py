@@ -106,10 +106,12 @@ class TestSmallest:
 
     def test_what_capture_needs(self) -> None:
         document = settings(SMALLEST).capture_document()
-        assert document == {"start": "now", "max_bytes": None, "on_full": "pause", "keep": 604800}
+        rest = {"max_bytes": None, "on_full": "pause", "keep": 604800, "transports": ["nats"]}
+        assert document == {"start": "now", **rest}
         text = "capture: {start: log}\noutbox: {max_bytes: 1.5GiB, on_full: detach, keep: 12h}\n"
         document = settings(SMALLEST + text).capture_document()
-        assert document == {"start": "log", "max_bytes": 3 * 2**29, "on_full": "detach", "keep": 43200}
+        rest = {"max_bytes": 3 * 2**29, "on_full": "detach", "keep": 43200, "transports": ["nats"]}
+        assert document == {"start": "log", **rest}
         assert json.loads(json.dumps(document)) == document
 
     def test_settings_are_frozen(self) -> None:
