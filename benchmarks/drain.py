@@ -42,7 +42,7 @@ def run(*, quick: bool) -> Section:
 
 def _section(runs: dict[str, list[Drained]], rounds: int, events: int) -> Section:
     rates = {name: [one.rate for one in drained] for name, drained in runs.items()}
-    cpu = {name: [1e6 * one.cpu / events for one in drained] for name, drained in runs.items()}
+    cpu = {name: [one.cpu for one in drained] for name, drained in runs.items()}
     against = {name: ratios(rates["bridge"], theirs) for name, theirs in rates.items()}
     titles = {
         "bridge": "bridge: outbox, mapping, NATS",
@@ -65,8 +65,7 @@ def _section(runs: dict[str, list[Drained]], rounds: int, events: int) -> Sectio
                 " `publish_async` (4000 under way at most, its default), once by a loop with an own reply inbox."
                 " Every run gets a new stream with the bridge's settings. All are timed by NATS' clock, from when a"
                 " tenth is stored until all is, so that starting up does not count."
-                f" {rounds} rounds, the order reversed in every other one; medians, with the middle half. The CPU of"
-                " the bridge has its start in it, that of the plain client has not."
+                f" {rounds} rounds, the order reversed in every other one; medians, with the middle half."
             )
         ],
         [

@@ -94,7 +94,7 @@ def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> 
             "drain, events/s",
             "bridge's peak memory, MiB",
             "append, rows/s",
-            "writer's memory, MiB",
+            "appending process's memory, MiB",
             "status, ms",
             "retention's look, ms",
         )
@@ -137,9 +137,10 @@ def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> 
                 "≥ 0.9",
                 spread(append),
                 median(append) >= 0.9,
-                "each new instance goes into an index of random ids (`resources`, kept until the deletion), and"
-                " SQLite's page cache holds a smaller part of a larger one. Even so one writer takes"
-                f" {median(one['rate'] for one in large.appended):.0f} rows/s, four of which are an instance.",
+                "each new instance goes to a random place of an index (`resources`, kept until the deletion): the more"
+                " it holds, the more of its pages a transaction has to write; a larger page cache does not change that."
+                f" Even so one writer takes {median(one['rate'] for one in large.appended):.0f} rows/s, and an instance"
+                " is four.",
             ),
             Row(
                 f"draining all {total:,} rows: last tenth / first tenth",
@@ -156,7 +157,7 @@ def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> 
                 "something grows with the rows.",
             ),
             Row(
-                "memory of capture's writer: largest outbox above smallest",
+                "memory of the process that appends: largest outbox above smallest",
                 "≤ 50 MiB",
                 f"{writer:+.1f} MiB",
                 writer <= 50,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Drained:
     """What one filling of the stream took.
 
     :param rate: events per second, behind the first tenth.
-    :param cpu: seconds of the process that sent them, its start included.
+    :param cpu: microseconds per event of the process that sent them, without its start.
     :param memory: its peak, MiB.
     :param parts: events per second in the first and in the last tenth.
     """
@@ -85,16 +86,23 @@ def by_bridge(url: str, folder: Folder, config: Path, events: int, last: int) ->
     """
     asyncio.run(_delete_stream(url))
     view = BridgeView(folder.bridge)
+    begun: tuple[int, float] | None = None
     with BridgeProcess(folder, config) as bridge:
 
         def done() -> bool:
-            return any(transport["position"] >= last for transport in view.transports())
+            nonlocal begun
+            position = max((transport["position"] for transport in view.transports()), default=0)
+            if begun is None and position > last - events:  # its start is over
+                begun = position, cpu_seconds(bridge.pid)
+            return position >= last
 
         if not wait_until(done, 600, every=0.05):
             raise TimeoutError(f"the bridge did not drain the outbox:\n{bridge.log_text()[-2000:]}")
         cpu, peak = cpu_seconds(bridge.pid), memory(bridge.pid, "VmHWM")
     view.close()
-    return asyncio.run(_result(url, events, cpu, peak))
+    position, cpu_before = begun or (last, cpu)
+    each = 1e6 * (cpu - cpu_before) / (last - position) if position < last else math.nan
+    return asyncio.run(_result(url, events, each, peak))
 
 
 def by_plain_client(kind: str, url: str, folder: Folder, config: Path, events: int) -> Drained:
@@ -114,7 +122,7 @@ def by_plain_client(kind: str, url: str, folder: Folder, config: Path, events: i
         cwd=ROOT,
     )
     used = json.loads(run.stdout)
-    return asyncio.run(_result(url, events, used["cpu"], used["memory"]))
+    return asyncio.run(_result(url, events, 1e6 * used["cpu"] / events, used["memory"]))
 
 
 # What the stream says.

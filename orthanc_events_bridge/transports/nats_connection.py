@@ -78,6 +78,7 @@ class Connection(Client):
             )
             if not connection.is_connected:  # nats-py takes an end of file in place of the last answer for a success
                 raise ConnectionResetError("the server closed the connection while logging in")
+            connection.check()
         except TransportError:
             await connection.give_up()
             raise
@@ -135,7 +136,8 @@ class Connection(Client):
 
         :raises TransportError: no.
         """
-        if self.fault is None and not self.is_connected:
+        reading: asyncio.Task[None] | None = self._reading_task
+        if self.fault is None and (not self.is_connected or reading is None or reading.done()):
             self.fail(self.lost(self.last_error))
         if self.fault is not None:
             raise self.fault
@@ -182,7 +184,7 @@ class Connection(Client):
 
     async def _on_error(self, error: Exception) -> None:
         """Without it nats-py would log tracebacks, and try a server again that refused the connection."""
-        if self._opening:
+        if self._opening and not self.is_connected:
             raise error
         text = str(error)
         if "permissions violation" in text.lower():
@@ -194,6 +196,13 @@ class Connection(Client):
                 )
             )
         elif not isinstance(error, nats.errors.SlowConsumerError):
+            self.fail(self.lost(error))
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        """As nats-py closes, in tasks of which nobody looks at the end: what it can't send any more is no news."""
+        try:
+            await super()._close(status, do_cbs)
+        except OSError as error:
             self.fail(self.lost(error))
 
     async def _on_closed(self) -> None:

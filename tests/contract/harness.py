@@ -6,9 +6,9 @@ A new transport needs one class here, and its line in `TABLE`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,9 +37,14 @@ CONTENT_TYPE: Final = "application/cloudevents+json"
 
 
 def run(main: Coroutine[Any, Any, _T], *, seconds: float = 60.0) -> _T:
-    """Run a coroutine in an event loop of its own; it must end in time, and leave no task behind."""
+    """Run a coroutine in an event loop of its own.
+
+    It must end in time, leave no task behind, and no error that only the loop would have seen.
+    """
+    unseen: list[dict[str, Any]] = []
 
     async def guarded() -> _T:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
         async with asyncio.timeout(seconds):
             result = await main
         for _ in range(20):  # what was cancelled needs a moment to end
@@ -48,9 +53,12 @@ def run(main: Coroutine[Any, Any, _T], *, seconds: float = 60.0) -> _T:
                 break
             await asyncio.sleep(0.05)
         assert not left, f"left behind: {left}"
+        gc.collect()  # only then a task says that nobody has looked at its error
         return result
 
-    return asyncio.run(guarded())
+    result = asyncio.run(guarded())
+    assert not unseen
+    return result
 
 
 def event(number: int, key: str = "key", *, size: int = 0, content: object = None) -> Outgoing:
@@ -408,10 +416,3 @@ def check_text(error: BaseException) -> None:
     while chain is not None:
         assert SECRET not in f"{chain} {chain!r} {chain.args}"
         chain = chain.__cause__ or chain.__context__
-
-
-def in_thread(work: Callable[[], object]) -> threading.Thread:
-    """Begin something beside the event loop."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread

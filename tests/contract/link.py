@@ -51,10 +51,12 @@ class Link:
             except OSError:
                 client.close()
                 continue
+            with contextlib.suppress(OSError):
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                broker.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets |= {client, broker}
             for source, target in ((client, broker), (broker, client)):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 chunks: queue.Queue[tuple[float, bytes]] = queue.Queue(256)
                 self._start(self._read, source, chunks, source is client)
                 self._start(self._write, target, chunks)

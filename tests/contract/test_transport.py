@@ -414,7 +414,7 @@ def test_nothing_confirmed_is_lost_when_the_broker_is_killed(harness: Harness) -
 
 @pytest.mark.parametrize("size", [0, 50_000])
 def test_a_broker_that_is_frozen(harness: Harness, size: int) -> None:
-    sent = events(600, keys=KEYS, size=size)  # 30 MB are more than the sockets take
+    sent = events(400, keys=KEYS, size=size)  # 15 MB are more than the sockets take
 
     async def main() -> None:
         transport, other = harness.transport(impatient=True), harness.transport(impatient=True)

@@ -20,7 +20,9 @@ _SHORT = ["ack_timeout: 1s", "connect_timeout: 1s"]
 
 def kill_the_broker(line: Line) -> Report:
     with Clients(line, adders=2, loopers=1):
-        for _ in range(4):
+        for _ in range(3):
+            time.sleep(0.5)
+            line.broker.freeze()  # so that something is on its way for certain
             time.sleep(0.5)
             line.broker.kill()
             time.sleep(0.3)

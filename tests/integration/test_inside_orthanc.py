@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 import orthanc_events_bridge
+from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.bridged import BridgedOrthanc
 from orthanc_events_bridge.testing.processes import wait_until
@@ -236,7 +237,7 @@ def test_changes_are_recorded_while_the_yaml_is_broken_and_told_when_it_is_mende
         pid = orthanc.status()["bridge"]["pid"]
         second = dicom.make_study()
         assert wait_until(lambda: pending(orthanc) == 0, 10, every=0.1), orthanc.status()
-        time.sleep(1.1)  # capture looks for new settings once a second
+        assert wait_until(lambda: settings_in_use(orthanc) == 1, 10, every=0.1)
         orthanc.upload(second.instances[0].data)
 
         # It breaks again: the last good settings stay, also over a restart of Orthanc's own.
@@ -252,6 +253,15 @@ def test_changes_are_recorded_while_the_yaml_is_broken_and_told_when_it_is_mende
         assert "tags" not in told[first.series[0]], "nobody had allowed any"
         for study in (second, third):
             assert told[study.series[0]]["tags"] == {"Modality": "CT"}
+
+
+def settings_in_use(orthanc: BridgedOrthanc) -> int:
+    """How many different ones capture has recorded with. It looks for new ones about once a second."""
+    reader = OutboxReader(orthanc.outbox / "outbox.db")
+    try:
+        return len(reader.settings())
+    finally:
+        reader.close()
 
 
 def has(orthanc: BridgedOrthanc, part: str, key: str, value: object) -> bool:
