@@ -27,7 +27,7 @@ try:
     from orthanc_events_bridge.plugin import start
 except Exception as error:
     orthanc.LogError("orthanc-events: changes are NOT recorded: " + PACKAGE + " can't be loaded: " + repr(error)
-                     + "; install the package again, then run `orthanc-events init --force`")
+                     + "; install the package again, then run `orthanc-events init --shim`")
     if SCRIPT:
         raise  # your script can't be loaded either, and Orthanc must not run without it
 else:

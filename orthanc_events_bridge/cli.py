@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there"
     )
-    init.add_argument("--force", action="store_true", help="write over files that are there")
+    init.add_argument("--force", action="store_true", help="write over files that are there, kept as *.bak")
+    init.add_argument("--shim", action="store_true", help="write the shim alone, after the package has moved, say")
     init.add_argument(
         "--script", type=Path, metavar="FILE", help="a Python script of yours that Orthanc shall load too"
     )
@@ -152,7 +153,7 @@ def _settings(path: Path | None) -> Any:
 def _init(options: argparse.Namespace) -> int:
     from orthanc_events_bridge import cli_init
 
-    config, shim = cli_init.write(options.folder, force=options.force, script=options.script)
+    config, shim = cli_init.write(options.folder, force=options.force, only_shim=options.shim, script=options.script)
     print(
         f"{config}  the configuration: name your broker there, then `orthanc-events check {config} --connect`"
     )

@@ -44,7 +44,7 @@ try:
     from orthanc_events_bridge.plugin import start
 except Exception as error:
     orthanc.LogError("orthanc-events: changes are NOT recorded: " + PACKAGE + " can't be loaded: " + repr(error)
-                     + "; install the package again, then run `orthanc-events init --force`")
+                     + "; install the package again, then run `orthanc-events init --shim`")
     if SCRIPT:
         raise  # your script can't be loaded either, and Orthanc must not run without it
 else:
@@ -63,23 +63,33 @@ def shim_text(python: str, package: str, config: str, script: str | None = None)
     return _SHIM.format(python=python, package=package, config=config, script=script)
 
 
-def write(folder: Path, *, force: bool, script: Path | None = None) -> tuple[Path, Path]:
-    """Write both files.
+def write(folder: Path, *, force: bool, only_shim: bool = False, script: Path | None = None) -> tuple[Path, Path]:
+    """Write both files, or the shim alone. What is written over is kept beside it, as ``*.bak``.
 
+    :param only_shim: leave the configuration as it is, and with it the source, which every event's id is made of.
     :return: the configuration, and the shim.
-    :raises BridgeError: one of them is there already and `force` isn't given, or the folder can't be written.
+    :raises BridgeError: one of them is there already and neither `force` nor `only_shim` is given, or the folder can't
+        be written.
     """
     folder = folder.absolute()
     config, shim = folder / CONFIG_NAME, folder / SHIM_NAME
     there = [str(path) for path in (config, shim) if path.exists()]
-    if there and not force:
-        raise BridgeError(f"{' and '.join(there)} exist already", "say --force to write over them")
+    if there and not force and not only_shim:
+        raise BridgeError(
+            f"{' and '.join(there)} exist already",
+            "say --shim to write the shim alone, or --force to write over both (the source would be a new one)",
+        )
     package = str(Path(orthanc_events_bridge.__file__).parent)
-    text = shim_text(sys.executable, package, str(config), str(script.absolute()) if script else None)
+    own = str(script.absolute()) if script else None
+    texts = {shim: shim_text(sys.executable, package, str(config), own)}
+    if not only_shim:
+        texts[config] = template()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(template(), encoding="utf-8")
-        shim.write_text(text, encoding="utf-8")
+        for path, text in texts.items():
+            if path.exists():
+                path.replace(path.with_name(f"{path.name}.bak"))
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BridgeError(f"{folder} can't be written: {error.strerror}") from error
     return config, shim

@@ -268,10 +268,11 @@ class OutboxWriter:
             new = self._db.execute("INSERT OR IGNORE INTO resources VALUES (?,?,?,?)", values).rowcount
             self._resources += new
             if not new:
+                known, _, above, uid_text = values
                 self._db.execute(
-                    "UPDATE resources SET parent = coalesce(?3, parent), uids = coalesce(?4, uids)"
-                    " WHERE id = ?1 AND (?4 IS NOT NULL OR (parent IS NULL AND ?3 IS NOT NULL))",
-                    values,
+                    "UPDATE resources SET parent = coalesce(:parent, parent), uids = coalesce(:uids, uids)"
+                    " WHERE id = :id AND (:uids IS NOT NULL OR (parent IS NULL AND :parent IS NOT NULL))",
+                    {"id": known, "parent": above, "uids": uid_text},
                 )
             if at_level != "instance" and (parent is not None or at_level == "patient"):
                 self._known.add(identifier)

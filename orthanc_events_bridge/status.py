@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class BridgeView:
         self._path = path
         self._db: sqlite3.Connection | None = None
 
-    def _read(self, query: str, *arguments: object) -> list[Any]:
+    def _read(self, query: str, arguments: Mapping[str, object] | None = None) -> list[Any]:
         """:raises OutboxError: the file is there and can't be read."""
         if self._db is None:
             if not self._path.exists():
@@ -40,7 +40,7 @@ class BridgeView:
                 self._db.execute("PRAGMA query_only = 1")
         try:
             with translated(self._path):
-                return self._db.execute(query, arguments).fetchall()
+                return self._db.execute(query, arguments or {}).fetchall()
         except OutboxError as error:
             if "no such table" in str(error):  # it is being made
                 return []
@@ -56,7 +56,7 @@ class BridgeView:
 
     def note(self, key: str) -> dict[str, Any]:
         """A document that the bridge keeps for the others."""
-        rows = self._read("SELECT document FROM notes WHERE key = ?", key)
+        rows = self._read("SELECT document FROM notes WHERE key = :key", {"key": key})
         return dict(json.loads(rows[0][0])) if rows else {}
 
     def delivered(self, recorder: str, names: Sequence[str] | None) -> int:
@@ -65,10 +65,9 @@ class BridgeView:
         :param names: of the configured ones: a transport that is gone must not hold the outbox for ever.
         """
         rows = self._read(
-            "SELECT min(iif(recorder = ?1, position, 0)) FROM transports"
-            " WHERE ?2 IS NULL OR name IN (SELECT value FROM json_each(?2))",
-            recorder,
-            None if names is None else json.dumps(names),
+            "SELECT min(iif(recorder = :recorder, position, 0)) FROM transports"
+            " WHERE :names IS NULL OR name IN (SELECT value FROM json_each(:names))",
+            {"recorder": recorder, "names": None if names is None else json.dumps(names)},
         )
         return rows[0][0] or 0 if rows else 0
 
@@ -79,8 +78,8 @@ class BridgeView:
         """
         rows = self._read(
             "SELECT min(coalesce(seq, 0)) FROM transports"
-            " WHERE ?1 IS NULL OR name IN (SELECT value FROM json_each(?1)) HAVING max(seq) IS NOT NULL",
-            None if names is None else json.dumps(names),
+            " WHERE :names IS NULL OR name IN (SELECT value FROM json_each(:names)) HAVING max(seq) IS NOT NULL",
+            {"names": None if names is None else json.dumps(names)},
         )
         return rows[0][0] if rows else None
 

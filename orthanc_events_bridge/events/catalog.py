@@ -63,6 +63,7 @@ class EventType(NamedTuple):
 def _resource_types() -> list[EventType]:
     types = []
     for level in LEVELS:
+        created = "The instance was stored." if level == "instance" else f"The {level} began, with its first instance."
         types += [
             EventType(
                 level, "created", f"The {level} was stored, or came into being with its first instance."

@@ -115,7 +115,7 @@ def _start(
     """Start everything; what is returned is to be called at ORTHANC_STOPPED."""
     if sys.platform == "win32":
         raise BridgeError(
-            "the plugin does not run on Windows", "run `orthanc-events run --orthanc URL` on a Linux host instead"
+            "the plugin does not run on Windows", "run Orthanc on Linux, in a container say"
         )
     configuration = json.loads(orthanc.GetConfiguration())
     own = Path(orthanc.GetConfigurationPath() or ".")

@@ -343,9 +343,9 @@ class Capture:
 
     def _recognise(self, outbox: OutboxWriter) -> int | None:
         """The cursor to go on from: is this the log that was read before? None on a first start."""
-        cursor = outbox.cursor
+        cursor = outbox.cursor if outbox.cursor is not None else self._upkeep.acknowledged_seq()
         if cursor is None:
-            return self._upkeep.acknowledged_seq()
+            return None
         waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
         tail, tip = outbox.tail(), self._log.tip()
         rows = self._log.page(tail[0].seq - 1, TAIL) if tail else []

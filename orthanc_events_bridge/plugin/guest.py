@@ -148,7 +148,7 @@ class StorageAreas:
         if not self._registered:
             return ""
         return (
-            f"changes are NOT recorded: a Python script calls orthanc.{self._registered}, and reading"
-            ' Orthanc\'s log beside it would deadlock Orthanc. Set "Python": {"AllowThreads": true} where the'
-            " Python plugin has it (4.3 and later), or run `orthanc-events run --orthanc URL` outside Orthanc"
+            f"changes are NOT recorded: a Python script calls orthanc.{self._registered}, and reading Orthanc's log"
+            ' beside it would deadlock Orthanc. Set "Python": {"AllowThreads": true} where the Python plugin has it'
+            " (4.3 and later), or keep the storage area out of Python"
         )

@@ -53,7 +53,7 @@ class Lookup:
         self._tags: list[str] = []
         self._metadata: list[str] = []
         self._above: OrderedDict[str, str] = OrderedDict()
-        self._jobs: dict[Callback, dict[str, Any]] = {}
+        self._jobs: dict[Callback, dict[str, Any] | None] = {}
 
     def allow(self, settings: str) -> None:
         """Take over the allow-lists of the settings (a JSON document)."""
@@ -108,15 +108,15 @@ class Lookup:
     # -- jobs ------------------------------------------------------------------------------------------------
 
     def take_job(self, callback: Callback) -> bool:
-        """Snapshot the job of a callback; false when Orthanc has forgotten it already."""
+        """Snapshot the job of a callback, once; false when Orthanc has forgotten it already."""
         if callback in self._jobs:
             return True
         answer = self._ask(f"/jobs/{callback.resource}")
-        if answer is not None:
-            self._jobs[callback] = job_snapshot(answer)
+        self._jobs[callback] = job_snapshot(answer) if answer is not None else None
         return answer is not None
 
     def job_taken(self, callback: Callback) -> dict[str, Any] | None:
+        """The snapshot; none where there is none."""
         return self._jobs.get(callback)
 
     def forget_jobs(self) -> None:

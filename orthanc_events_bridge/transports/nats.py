@@ -29,6 +29,7 @@ from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoi
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_stream import open_stream, refused
 from orthanc_events_bridge.transports.options import NatsOptions, TransportOptions
+from orthanc_events_bridge.values import format_duration, format_size
 
 #: Room for headers in the server's max_payload: id, content type, and NATS' own line.
 _HEADERS: Final = 256
@@ -292,14 +293,15 @@ class NatsTransport(Transport):
         connection = self._connected()
         info = await open_stream(connection, self._options)
         config, state = info.config, info.state
-        age = f"{config.max_age:g} s" if config.max_age else "unlimited"
-        size = f"{config.max_bytes} bytes" if config.max_bytes and config.max_bytes > 0 else "unlimited"
+        age = format_duration(config.max_age) if config.max_age else "unlimited"
+        size = format_size(config.max_bytes) if config.max_bytes and config.max_bytes > 0 else "unlimited"
         count = f"{config.max_msgs} events" if config.max_msgs and config.max_msgs > 0 else "unlimited"
+        version = connection._server_info.get("version", "of unknown version")
         tls = "with TLS" if connection.encrypted else "without TLS"
         largest = connection.max_payload - _HEADERS
         return [
-            f"NATS {connection.connected_server_version}, {tls}, takes events of up to {largest} bytes",
+            f"NATS {version}, {tls}, takes events of up to {largest} bytes",
             f"stream {config.name}: {state.messages} events, {state.bytes} bytes, {config.num_replicas} replicas",
             f"limits: age {age}, size {size}, number {count}; a full stream refuses new events",
-            f"duplicates are removed within {config.duplicate_window:g} s",
+            f"duplicates are removed within {format_duration(config.duplicate_window)}",
         ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any, Final
 
 import nats.js.errors
+from nats.js import JetStreamManager
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 
 from orthanc_events_bridge.errors import (
@@ -27,6 +29,9 @@ _FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
 _NOT_ALLOWED: Final = frozenset({10035, 10039, 10076, 10109})
 #: It has no leader at the moment.
 _PASSING: Final = frozenset({10008, 10009})
+#: Its store can't be made: at times for a moment only, while that of a deleted stream of this name is cleared away.
+_NO_STORE: Final = 10049
+_STORE_PAUSES: Final = (0.1, 0.3, 1.0)
 
 #: Settings with which a stream would lose events, or never confirm them.
 _NEEDED: Final = ("retention", "discard", "no_ack", "max_msgs_per_subject")
@@ -50,11 +55,22 @@ async def open_stream(connection: Connection, options: NatsOptions) -> StreamInf
                     f"NATS has no stream {options.stream}, and declare is false",
                     "make it, or set declare to true",
                 ) from error
-            return await connection.ask(manager.add_stream(_wanted(options)))
+            return await _make(connection, manager, _wanted(options))
     except nats.js.errors.APIError as error:
         raise _no_stream(error, options.stream) from error
     _check(info.config, options)
     return info
+
+
+async def _make(connection: Connection, manager: JetStreamManager, wanted: StreamConfig) -> StreamInfo:
+    for pause in _STORE_PAUSES:
+        try:
+            return await connection.ask(manager.add_stream(wanted))
+        except nats.js.errors.ServerError as error:
+            if error.err_code != _NO_STORE:
+                raise
+            await asyncio.sleep(pause)
+    return await connection.ask(manager.add_stream(wanted))
 
 
 def _no_stream(error: nats.js.errors.APIError, stream: str) -> TransportError:

@@ -179,6 +179,16 @@ def test_init_never_writes_over_a_file_without_force(name: str, tmp_path: Path, 
     assert (tmp_path / name).read_text("utf-8") == "mine"
     assert run("init", tmp_path, "--force")[0] == 0
     assert (tmp_path / name).read_text("utf-8") != "mine"
+    assert (tmp_path / f"{name}.bak").read_text("utf-8") == "mine"
+
+
+def test_init_can_write_the_shim_alone_so_that_the_source_stays(tmp_path: Path, run: Run) -> None:
+    run("init", tmp_path)
+    before = (tmp_path / CONFIG_NAME).read_text("utf-8")
+    (tmp_path / SHIM_NAME).write_text("old", "utf-8")
+    assert run("init", tmp_path, "--shim")[0] == 0
+    assert (tmp_path / CONFIG_NAME).read_text("utf-8") == before
+    assert "spec_from_file_location" in (tmp_path / SHIM_NAME).read_text("utf-8")
 
 
 def test_init_where_nothing_can_be_written(tmp_path: Path, run: Run) -> None:
@@ -308,7 +318,7 @@ def test_shim_without_its_package_says_so_and_orthanc_starts(tmp_path: Path, con
     shim = shim_text(sys.executable, str(tmp_path / "gone"), str(config))
     done, _ = drive(tmp_path, shim, wanted=0)
     assert "E orthanc-events: changes are NOT recorded" in done.stdout
-    assert "init --force" in done.stdout
+    assert "init --shim" in done.stdout
 
 
 def test_shim_with_an_interpreter_that_is_gone_still_records(tmp_path: Path, config: Path) -> None:

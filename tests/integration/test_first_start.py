@@ -55,3 +55,23 @@ def test_a_lost_outbox_goes_on_where_the_transports_are(tmp_path: Path) -> None:
     created = [event for event in events if event.kind == "instance.created"]
     assert len(created) == 4
     assert len({event.id for event in events}) == len(events)
+
+
+def test_an_older_database_behind_a_lost_outbox_is_recognised(tmp_path: Path) -> None:
+    require("nats-server", "orthanc", "orthanc-python")
+    with Line(tmp_path / "line", stable_age=60) as line:
+        for instance in dicom.make_study(instances=5):
+            line.orthanc.upload(instance.data)
+        line.settle()
+        line.orthanc.stop()
+        for path in line.folder.path.glob("outbox.db*"):
+            path.unlink()
+        for path in line.orthanc.database.glob("index*"):
+            path.unlink()
+        line.orthanc.start()
+        line.wait(lambda document: document["capture"]["state"] == "following")
+        answer = line.orthanc.upload(dicom.make_study().instances[0].data)
+        line.settle()
+        assert line.status()["capture"]["discontinuities"] == 1
+        assert "not the one that was read before" in line.orthanc.log_text()
+        assert answer["ID"] in {event.resource for event in line.events()}

@@ -415,7 +415,7 @@ def test_beside_a_storage_area_in_python_capture_does_not_start_and_orthanc_work
         orthanc.start()
         assert wait_until(lambda: orthanc.status()["capture"]["state"] == "off", 20)
         for text in (orthanc.status()["capture"]["problem"]["message"], *ours(orthanc, "E")[:1]):
-            for word in ("NOT recorded", "RegisterStorageArea", "AllowThreads", "run --orthanc"):
+            for word in ("NOT recorded", "RegisterStorageArea", "AllowThreads", "out of Python"):
                 assert word in text
         study = dicom.make_study(instances=20)
         with ThreadPoolExecutor(4) as pool:

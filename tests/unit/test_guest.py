@@ -143,7 +143,7 @@ def test_storage_area_in_python_is_noticed_and_still_registered() -> None:
     orthanc.RegisterStorageArea(1, 2, 3)
     assert registered == [(1, 2, 3)]
     assert "orthanc.RegisterStorageArea" in areas.reason()
-    assert "AllowThreads" in areas.reason() and "run --orthanc" in areas.reason()
+    assert "AllowThreads" in areas.reason() and "out of Python" in areas.reason()
 
 
 def test_other_ways_to_register_one_are_noticed_too() -> None:
