@@ -104,8 +104,8 @@ def run(*, quick: bool) -> Section:
                 "≤ 100 µs",
                 f"{p99:.1f} µs",
                 p99 <= 100,
-                "in these calls capture's thread holds the bell's lock or takes the interpreter over, or the system"
-                " runs something else on this core.",
+                "what these calls wait for is not known; capture's thread (the bell's lock, the interpreter) and"
+                " whatever else ran on this core are the candidates.",
             ),
         ],
         [lines],

@@ -130,15 +130,16 @@ def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> 
                 "≥ 0.9",
                 spread(rate),
                 median(rate) >= 0.9,
-                "the rows are read by primary key, which does not depend on their number; look for the disk.",
+                "the cause is not known: the rows are read by primary key, so that their number should not matter.",
             ),
             Row(
                 f"append to {names}",
                 "≥ 0.9",
                 spread(append),
                 median(append) >= 0.9,
-                "each new instance goes to a random place of an index (`resources`, kept until the deletion): the more"
-                " it holds, the more of its pages a transaction has to write; a larger page cache does not change that."
+                "probably because each new instance goes to a random place of an index (`resources`, kept until the"
+                " deletion): the more that holds, the more of its pages a transaction writes. A larger page cache did"
+                " not change it."
                 f" Even so one writer takes {median(one['rate'] for one in large.appended):.0f} rows/s, and an instance"
                 " is four.",
             ),
@@ -147,7 +148,7 @@ def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> 
                 "≥ 0.9",
                 f"{final / first:.2f}",
                 final / first >= 0.9,
-                "this has NATS' own work in it, which remembers the ids of ten minutes to remove duplicates.",
+                "the cause is not known; NATS' own work is in it, which remembers the ids of ten minutes.",
             ),
             Row(
                 "memory of the bridge: largest outbox, drained whole too, above smallest",

@@ -159,6 +159,17 @@ class Connection(Client):
             await asyncio.wait(both, timeout=min(left, _LOOK), return_when=asyncio.FIRST_COMPLETED)
         return True
 
+    async def send(self, commands: bytes) -> None:
+        """Hand over messages as the protocol spells them; waits while too much is under way to the socket.
+
+        :raises nats.errors.Error: the connection is closed.
+        """
+        if not self.is_connected:
+            raise nats.errors.ConnectionClosedError
+        self._pending.append(commands)
+        self._pending_data_size += len(commands)
+        await self._flush_pending(force_flush=self._pending_data_size > self._max_pending_size)
+
     async def ask(self, question: Awaitable[_T]) -> _T:
         """The answer to a request, within ``connect_timeout``.
 

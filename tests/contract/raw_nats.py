@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -79,13 +80,17 @@ class RawNats:
 
         :raises NatsRefusalError: it refuses.
         """
-        (answer,) = self.requests([(f"$JS.API.{what}", json.dumps(document).encode() if document else b"")])
-        if not answer:
-            raise NatsRefusalError(f"{what}: nobody answers")
-        decoded: dict[str, Any] = json.loads(answer)
-        if "error" in decoded:
-            raise NatsRefusalError(f"{what}: {decoded['error']}")
-        return decoded
+        for _ in range(10):
+            (answer,) = self.requests([(f"$JS.API.{what}", json.dumps(document).encode() if document else b"")])
+            if not answer:
+                raise NatsRefusalError(f"{what}: nobody answers")
+            decoded: dict[str, Any] = json.loads(answer)
+            if "error" not in decoded:
+                return decoded
+            if decoded["error"]["err_code"] != 10049:  # else a deleted stream's store is being cleared away
+                break
+            time.sleep(0.2)
+        raise NatsRefusalError(f"{what}: {decoded['error']}")
 
     def read(self, stream: str) -> list[StoredMessage]:
         """Everything that a stream holds, in its order."""

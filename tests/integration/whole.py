@@ -23,16 +23,20 @@ _BEFORE_IMPORT = "\ntry:\n    spec = "
 
 
 @contextlib.contextmanager
-def started(folder: Path, *, before: str = "", behind: str = "", **options: Any) -> Iterator[Line]:
+def started(
+    folder: Path, *, before: str = "", behind: str = "", verbose: bool = False, **options: Any
+) -> Iterator[Line]:
     """A running line. At its end Orthanc is killed, not stopped: that takes more than two seconds.
 
     :param before: Python for the shim, before the package is imported.
     :param behind: Python for the shim, behind it.
+    :param verbose: Orthanc logs everything.
     :param options: of `Line`.
     """
     require("nats-server", "orthanc", "orthanc-python")
     line = Line(folder, **options)
     prepare(line.orthanc.shim_path, before=before, behind=behind)
+    line.orthanc.verbose = verbose
     line.__enter__()
     try:
         yield line
