@@ -69,16 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str, text: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {text}"
-        )
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {text}")
         sub.set_defaults(run=run)
         return sub
 
     init = command("init", _init, "write a commented configuration, and the shim that Orthanc loads")
-    init.add_argument(
-        "folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there"
-    )
+    init.add_argument("folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there")
     init.add_argument("--force", action="store_true", help="write over files that are there, kept as *.bak")
     init.add_argument("--shim", action="store_true", help="write the shim alone, after the package has moved, say")
     init.add_argument(
@@ -87,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check, "check a configuration", "One line per mistake, and exit code 2.")
     check.add_argument("file", metavar="FILE", type=Path, nargs="?", help="default: $ORTHANC_EVENTS_CONFIG")
-    check.add_argument(
-        "--connect", action="store_true", help="connect to every broker too, and say what was found"
-    )
+    check.add_argument("--connect", action="store_true", help="connect to every broker too, and say what was found")
 
     run = command("run", _run, "run the bridge beside Orthanc", "Orthanc's plugin does this by itself.")
     _outbox_options(run)
@@ -107,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     tail = command("tail", _tail, "print events live, as a subscriber of the broker receives them")
     tail.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     tail.add_argument("--transport", metavar="NAME", help="default: the first one")
-    tail.add_argument(
-        "--oldest", action="store_true", help="begin with the oldest event that the broker keeps"
-    )
+    tail.add_argument("--oldest", action="store_true", help="begin with the oldest event that the broker keeps")
     tail.add_argument("--json", action="store_true", help="whole events, one per line")
 
     aside = command("set-aside", _set_aside, "list events that a broker can never take, and send them again")
@@ -154,9 +146,7 @@ def _init(options: argparse.Namespace) -> int:
     from orthanc_events_bridge import cli_init
 
     config, shim = cli_init.write(options.folder, force=options.force, only_shim=options.shim, script=options.script)
-    print(
-        f"{config}  the configuration: name your broker there, then `orthanc-events check {config} --connect`"
-    )
+    print(f"{config}  the configuration: name your broker there, then `orthanc-events check {config} --connect`")
     print(f"{shim}  loads the bridge into Orthanc\n\nAdd to Orthanc's configuration, and start it again:\n")
     print(f'  "Plugins": [{json.dumps(_python_plugin())}],\n  "PythonScript": {json.dumps(str(shim))}')
     return 0
@@ -256,24 +246,17 @@ def _status_text(document: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += [
         "",
-        *(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ),
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]
     for transport in document["transports"]:
         error = transport.get("last_error")
         if error:
-            lines.append(
-                f"{transport['name']}: last error {error['at']} ({error['count']} times): {error['message']}"
-            )
+            lines.append(f"{transport['name']}: last error {error['at']} ({error['count']} times): {error['message']}")
             if error["remedy"]:
                 lines.append(f"{' ' * len(transport['name'])}  what to do: {error['remedy']}")
         if transport["gap"]:
             first, last = transport["gap"]
-            lines.append(
-                f"{transport['name']}: LOST its place: positions {first} to {last} were given up undelivered"
-            )
+            lines.append(f"{transport['name']}: LOST its place: positions {first} to {last} were given up undelivered")
     return "\n".join(lines)
 
 

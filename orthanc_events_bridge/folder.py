@@ -111,16 +111,12 @@ def read_orthanc_configuration(path: Path) -> dict[str, Any]:
 
 def _with_variables(text: str, environment: Mapping[str, str]) -> str:
     """``${VAR}`` and ``${VAR:-default}``, as Orthanc's ``Toolbox::SubstituteVariables`` does."""
-    return re.sub(
-        r"\$\{([^${}:]+)(?::-([^${}]*))?\}", lambda match: environment.get(match[1], match[2] or ""), text
-    )
+    return re.sub(r"\$\{([^${}:]+)(?::-([^${}]*))?\}", lambda match: environment.get(match[1], match[2] or ""), text)
 
 
 def _without_comments(text: str) -> str:
     """JsonCpp, which Orthanc reads its configuration with, allows ``//`` and ``/* */``."""
-    return re.sub(
-        r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda match: match[1] or "", text, flags=re.DOTALL
-    )
+    return re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda match: match[1] or "", text, flags=re.DOTALL)
 
 
 def file_system(path: Path, mounts: str | None = None) -> str:

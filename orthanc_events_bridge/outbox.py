@@ -413,9 +413,7 @@ class OutboxReader:
             remedy = "start Orthanc with the bridge once, or name its folder"
             raise OutboxError(f"there is no outbox at {path}", remedy) from None
         except OSError as error:
-            raise OutboxError(
-                f"{path} can't be opened: {error.strerror}", "be the user that owns it"
-            ) from error
+            raise OutboxError(f"{path} can't be opened: {error.strerror}", "be the user that owns it") from error
         with translated(path):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
@@ -464,9 +462,7 @@ class OutboxReader:
     def extent(self) -> tuple[int, int, int]:
         """(position of the oldest row, when it was recorded in ms, position of the last one), or zeros."""
         with translated(self._path):
-            oldest = self._db.execute(
-                "SELECT position, recorded FROM rows ORDER BY position LIMIT 1"
-            ).fetchone()
+            oldest = self._db.execute("SELECT position, recorded FROM rows ORDER BY position LIMIT 1").fetchone()
             last = self._db.execute("SELECT max(position) FROM rows").fetchone()[0]
         return (*oldest, last) if oldest else (0, 0, 0)
 
@@ -478,11 +474,7 @@ class OutboxReader:
         start = max(after, oldest - 1)
         with translated(self._path):
             jumps: Iterable[tuple[int, int]] = self._db.execute("SELECT origin, target FROM jumps").fetchall()
-        return (
-            last
-            - start
-            - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
-        )
+        return last - start - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
 
     def bytes_used(self) -> int:
         with translated(self._path):

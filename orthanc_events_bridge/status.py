@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -172,5 +172,5 @@ def read(folder: Folder) -> dict[str, Any]:
 
 def iso(milliseconds: float) -> str:
     """Milliseconds since the epoch as RFC 3339, UTC."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -50,9 +50,7 @@ _SIZES = {"b": 1} | {
 }
 
 
-def mistake(
-    wrong: str, right: str, *, shown: object = None, options: tuple[Place, ...] = ()
-) -> PydanticCustomError:
+def mistake(wrong: str, right: str, *, shown: object = None, options: tuple[Place, ...] = ()) -> PydanticCustomError:
     """Say what is wrong with a value, for the operator.
 
     :param wrong: what is wrong, without the value; where `options` are given, ``{0}``, ``{1}`` … stand for
@@ -92,9 +90,7 @@ class Options(BaseModel):
     def _every_mistake(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, Mapping):
             return handler(data)
-        given = {
-            key: value for key, value in data.items() if value is not None or key not in cls.model_fields
-        }
+        given = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         found = [_at(place, error) for place, error in cls.conflicts(given)]
         try:
             options = handler(given)
@@ -120,9 +116,7 @@ class Options(BaseModel):
 def _at(place: Place, error: PydanticCustomError) -> InitErrorDetails:
     # How many steps lead back to the block, to which the mistake's `options` refer.
     context = {**(error.context or {}), "depth": len(place)}
-    return InitErrorDetails(
-        type=PydanticCustomError(MISTAKE, "{wrong}; {right}", context), loc=place, input=None
-    )
+    return InitErrorDetails(type=PydanticCustomError(MISTAKE, "{wrong}; {right}", context), loc=place, input=None)
 
 
 @dataclass(frozen=True)
@@ -146,9 +140,7 @@ class Duration:
         """Read a duration in seconds. ``None`` stays ``None``."""
         if value is None:
             return None
-        right = (
-            'write seconds as a number, or text with a unit (ms, s, m, h, d, w) such as "90s", "12h" or "7d"'
-        )
+        right = 'write seconds as a number, or text with a unit (ms, s, m, h, d, w) such as "90s", "12h" or "7d"'
         number = _number(value)
         if number is None and isinstance(value, str):
             parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)", value)
@@ -163,9 +155,7 @@ class Duration:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.parse, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": self.pattern}]}
 
 
@@ -207,9 +197,7 @@ class Size:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.parse, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": self.pattern}]}
 
 

@@ -1,7 +1,7 @@
 """The process beside Orthanc: outbox → mapping → one relay per transport.
 
-Run by the plugin's supervisor (``--supervised``), whose pipe is our standard input: a byte means new rows, its end means
-that Orthanc is gone. Exit codes: 0 ended as told, 1 failed, 2 wrong configuration, 75 another bridge works here.
+Run by the plugin's supervisor (``--supervised``), whose pipe is our standard input: a byte means new rows, its end
+means that Orthanc is gone. Exit codes: 0 ended as told, 1 failed, 2 wrong configuration, 75 another bridge works here.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ class Bridge:
                     return reader
                 reader.close()
             except OutboxError as error:
-                if self._folder.outbox.exists() and time.monotonic() > patient_until:
-                    if line := self._repeats.line("outbox", str(error)):
-                        log.error(line)
+                late = self._folder.outbox.exists() and time.monotonic() > patient_until
+                if late and (line := self._repeats.line("outbox", str(error))):
+                    log.error(line)
             await self._pause(0.05)
         return None
 
@@ -270,6 +270,8 @@ class Bridge:
             state.taken_back(command.transport, command.argument)
             log.warning("transport %s: the event at %s was sent again", command.transport, command.argument)
         except TransportError as error:
-            log.error("transport %s: the event at %s was not taken again: %s", command.transport, command.argument, error)
+            log.error(
+                "transport %s: the event at %s was not taken again: %s", command.transport, command.argument, error
+            )
         finally:
             await transport.close()

@@ -110,10 +110,7 @@ def parse(text: str, file_name: str, environment: Mapping[str, str]) -> Settings
     :raises ConfigError: with every mistake in the text.
     """
     document = read(text, environment)
-    problems = [
-        Problem(file_name, line, spell(place), wrong, right)
-        for place, line, wrong, right in document.mistakes
-    ]
+    problems = [Problem(file_name, line, spell(place), wrong, right) for place, line, wrong, right in document.mistakes]
     if document.data is None:
         problems.append(Problem(file_name, 1, "", "the file is empty", _SMALLEST))
     elif not isinstance(document.data, dict):

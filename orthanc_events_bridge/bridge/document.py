@@ -108,9 +108,7 @@ def read(text: str, environment: Mapping[str, str]) -> Document:
             mark = error.context_mark  # where it begins, and not where the search for its end was given up
         document.mistakes.append(((), mark.line + 1 if mark else 1, *_plain(said)))
     except RecursionError:
-        document.mistakes.append(
-            ((), 1, "blocks are nested too deeply", "no option needs more than four levels")
-        )
+        document.mistakes.append(((), 1, "blocks are nested too deeply", "no option needs more than four levels"))
     return document
 
 
@@ -134,9 +132,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, place)
         if id(node) in self._open:
-            return self._unknown(
-                node, place, "an alias (`*`) refers to the block that it is in", "write the block out"
-            )
+            return self._unknown(node, place, "an alias (`*`) refers to the block that it is in", "write the block out")
         standard = "seq" if isinstance(node, yaml.SequenceNode) else "map"
         if node.tag != f"tag:yaml.org,2002:{standard}":
             return self._tag(node, place)
@@ -223,9 +219,7 @@ class _Reader:
         return tag
 
     def _tag(self, node: yaml.Node, place: Place) -> Any:
-        return self._unknown(
-            node, place, "begins with a YAML tag (`!`)", "put text that begins with ! in quotes"
-        )
+        return self._unknown(node, place, "begins with a YAML tag (`!`)", "put text that begins with ! in quotes")
 
     def _unknown(self, node: yaml.Node, place: Place, wrong: str, right: str) -> Any:
         self._document.mistakes.append((place, node.start_mark.line + 1, wrong, right))

@@ -166,11 +166,7 @@ def _field(place: Place, data: Any) -> FieldInfo | None:
 
 def options_class(annotation: Any) -> type[Options] | None:
     return next(
-        (
-            part
-            for part in annotation_parts(annotation)
-            if isinstance(part, type) and issubclass(part, Options)
-        ),
+        (part for part in annotation_parts(annotation) if isinstance(part, type) and issubclass(part, Options)),
         None,
     )
 

@@ -335,9 +335,7 @@ class Relay:
     def _healthy(self) -> None:
         ended = [state for state in (*_FAULTS.values(), _REFUSED) if self._repeats.over(state)]
         if ended:
-            log.warning(
-                "transport %s is well again after %.0f s", self.name, time.monotonic() - self._faulty_since
-            )
+            log.warning("transport %s is well again after %.0f s", self.name, time.monotonic() - self._faulty_since)
         if self._state != "connected":
             self._state, self._since = "connected", time.time()
 

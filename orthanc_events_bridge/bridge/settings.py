@@ -39,9 +39,7 @@ def _absolute_uri(value: str) -> str:
     except ValueError:
         raise mistake("is no absolute URI", right) from None
     if url.username is not None or url.password is not None:
-        raise mistake(
-            "holds credentials, which every event would carry", "leave out what stands before the @"
-        )
+        raise mistake("holds credentials, which every event would carry", "leave out what stands before the @")
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[!#-;=?-\[\]_a-z~]+", value) is None or re.search(
         r"%(?![0-9A-Fa-f]{2})", value
     ):
@@ -50,10 +48,7 @@ def _absolute_uri(value: str) -> str:
         raise mistake("is a host and a port, but no absolute URI", right, shown=value)
     if url.scheme in ("http", "https") and not (value[len(url.scheme) :].startswith("://") and url.hostname):
         raise mistake("is a URL without a host", right, shown=value)
-    if (
-        url.scheme == "urn"
-        and re.fullmatch(r"urn:[A-Za-z0-9][A-Za-z0-9-]{0,31}:.+", value, re.IGNORECASE) is None
-    ):
+    if url.scheme == "urn" and re.fullmatch(r"urn:[A-Za-z0-9][A-Za-z0-9-]{0,31}:.+", value, re.IGNORECASE) is None:
         raise mistake("is no URN", right, shown=value)
     return value
 
@@ -62,9 +57,7 @@ def _source(value: str) -> str:
     _absolute_uri(value)
     if value.lower().startswith("urn:uuid:"):
         if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value[9:], re.IGNORECASE) is None:
-            raise mistake(
-                "has no UUID behind urn:uuid:", "put the output of the command `uuidgen` there", shown=value
-            )
+            raise mistake("has no UUID behind urn:uuid:", "put the output of the command `uuidgen` there", shown=value)
         if not UUID(value[9:]).int:
             raise mistake(
                 "is still the placeholder",
@@ -77,9 +70,7 @@ def _source(value: str) -> str:
 def _schema_base(value: str) -> str:
     _absolute_uri(value)
     if value[-1] not in ":/#":
-        raise mistake(
-            "has to end in :, / or #", "append one of them, because a schema's name follows", shown=value
-        )
+        raise mistake("has to end in :, / or #", "append one of them, because a schema's name follows", shown=value)
     return value
 
 
@@ -204,12 +195,8 @@ def _transport(value: object, info: ValidationInfo) -> TransportOptions:
 class _ByType:
     """The JSON Schema of a transport: one of the registered ones."""
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        schemas = [
-            handler(registration.options.__pydantic_core_schema__) for registration in REGISTERED.values()
-        ]
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schemas = [handler(registration.options.__pydantic_core_schema__) for registration in REGISTERED.values()]
         return {"type": "object", "required": ["type"], "oneOf": schemas}
 
 
@@ -224,8 +211,7 @@ class Settings(Options):
     )
     site: Annotated[str, AfterValidator(_site)] = Field(
         default="main",
-        description="Short name of this Orthanc in the broker's addresses, to tell several on one broker "
-        "apart.",
+        description="Short name of this Orthanc in the broker's addresses, to tell several on one broker apart.",
         examples=["north"],
     )
     type_prefix: Annotated[str, AfterValidator(_type_prefix)] = Field(
@@ -238,15 +224,11 @@ class Settings(Options):
         description="Beginning of `dataschema`; `study.stable.v1`, say, is appended.",
         examples=["https://schemas.example.org/orthanc/"],
     )
-    data: DataSettings = Field(
-        default_factory=DataSettings, description="What events carry besides Orthanc's ids."
-    )
+    data: DataSettings = Field(default_factory=DataSettings, description="What events carry besides Orthanc's ids.")
     events: EventFilter = Field(default_factory=EventFilter, description="Which events are sent.")
     capture: CaptureSettings = Field(default_factory=CaptureSettings, description="How changes are recorded.")
     outbox: OutboxSettings = Field(default_factory=OutboxSettings, description="Where changes wait.")
-    transports: tuple[
-        Annotated[SerializeAsAny[TransportOptions], BeforeValidator(_transport), _ByType()], ...
-    ] = Field(
+    transports: tuple[Annotated[SerializeAsAny[TransportOptions], BeforeValidator(_transport), _ByType()], ...] = Field(
         min_length=1,
         description="Where the events go: at least one broker. Each has its own position in the outbox, so "
         "that one that is down doesn't hold up another.",

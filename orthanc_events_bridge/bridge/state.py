@@ -100,13 +100,10 @@ class State:
         document = json.dumps(shape, sort_keys=True)
         with translated(self._path):
             self._db.execute(
-                "INSERT OR IGNORE INTO settings"
-                " SELECT max(coalesce((SELECT max(number) FROM settings), 0) + 1, ?), ?",
+                "INSERT OR IGNORE INTO settings SELECT max(coalesce((SELECT max(number) FROM settings), 0) + 1, ?), ?",
                 (int(time.time()), document),
             )
-            return int(
-                self._db.execute("SELECT number FROM settings WHERE document = ?", (document,)).fetchone()[0]
-            )
+            return int(self._db.execute("SELECT number FROM settings WHERE document = ?", (document,)).fetchone()[0])
 
     def settings(self) -> dict[int, dict[str, Any]]:
         """All settings that were ever numbered."""
@@ -161,9 +158,7 @@ class State:
     def taken_back(self, transport: str, position: int) -> None:
         """An event is set aside no longer."""
         with translated(self._path):
-            self._db.execute(
-                "DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position)
-            )
+            self._db.execute("DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position))
 
     # -- commands --------------------------------------------------------------------------------------------
 
@@ -179,9 +174,7 @@ class State:
         """What was asked and isn't done yet, oldest first."""
         with translated(self._path):
             rows = self._db.execute("SELECT * FROM commands ORDER BY number").fetchall()
-        return [
-            Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows
-        ]
+        return [Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows]
 
     def done(self, command: Command) -> None:
         with translated(self._path):

@@ -142,9 +142,7 @@ class Merge:
                 kept.append(callback)
         self.put_back(kept)
 
-    def _by_content(
-        self, waiting: Sequence[Callback], highest: int, rows: dict[int, Row]
-    ) -> tuple[list[int], bool]:
+    def _by_content(self, waiting: Sequence[Callback], highest: int, rows: dict[int, Row]) -> tuple[list[int], bool]:
         """The anchors that no live row contradicts, ascending; and whether one spoke for the last of them."""
         compared = waiting[:_COMPARED]
         lowest = max(self.cursor, highest - _CANDIDATES)

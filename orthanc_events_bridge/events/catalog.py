@@ -65,9 +65,7 @@ def _resource_types() -> list[EventType]:
     for level in LEVELS:
         created = "The instance was stored." if level == "instance" else f"The {level} began, with its first instance."
         types += [
-            EventType(
-                level, "created", f"The {level} was stored, or came into being with its first instance."
-            ),
+            EventType(level, "created", created),
             EventType(level, "deleted", f"The {level} was deleted."),
             EventType(level, "attachment-updated", f"A file attached to the {level} was written."),
             EventType(level, "metadata-updated", f"A metadata of the {level} was written."),
@@ -77,12 +75,8 @@ def _resource_types() -> list[EventType]:
             types += [
                 EventType(level, "instance-added", f"The {level} received one more instance."),
                 EventType(level, "stable", f"The {level} has received nothing for Orthanc's StableAge."),
-                EventType(
-                    level, "anonymized", f"The {level} is an anonymization's result (logs of old Orthancs)."
-                ),
-                EventType(
-                    level, "modified", f"The {level} is a modification's result (logs of old Orthancs)."
-                ),
+                EventType(level, "anonymized", f"The {level} is an anonymization's result (logs of old Orthancs)."),
+                EventType(level, "modified", f"The {level} is a modification's result (logs of old Orthancs)."),
             ]
     return types
 

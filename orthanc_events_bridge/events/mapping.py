@@ -69,9 +69,7 @@ def event_id(row: OutboxRow, source: str) -> str:
     number = "inferred" if row.extra.get("inferred") else str(row.seq)
     spelt = (source, number, row.date or "", row.change, row.level.capitalize(), row.resource or "")
     # As uuid.uuid5 does (RFC 9562, section 5.5), without its detours.
-    digest = bytearray(
-        hashlib.sha1(NAMESPACE.bytes + "\n".join(spelt).encode(), usedforsecurity=False).digest()
-    )
+    digest = bytearray(hashlib.sha1(NAMESPACE.bytes + "\n".join(spelt).encode(), usedforsecurity=False).digest())
     digest[6] = digest[6] & 0x0F | 0x50
     digest[8] = digest[8] & 0x3F | 0x80
     text = digest.hex()

@@ -1,7 +1,7 @@
 """What runs inside Orthanc's process: `start`, called by the shim that ``orthanc-events init`` writes.
 
-Standard library only: Orthanc tears its Python interpreter down and up again on ``POST /tools/reset``, and a C extension
-that is imported a second time makes Orthanc exit (`docs/decisions/0001-two-processes.md`).
+Standard library only: Orthanc tears its Python interpreter down and up again on ``POST /tools/reset``, and a C
+extension that is imported a second time makes Orthanc exit (`docs/decisions/0001-two-processes.md`).
 """
 
 from __future__ import annotations
@@ -114,9 +114,7 @@ def _start(
 ) -> Callable[[], None]:
     """Start everything; what is returned is to be called at ORTHANC_STOPPED."""
     if sys.platform == "win32":
-        raise BridgeError(
-            "the plugin does not run on Windows", "run Orthanc on Linux, in a container say"
-        )
+        raise BridgeError("the plugin does not run on Windows", "run Orthanc on Linux, in a container say")
     configuration = json.loads(orthanc.GetConfiguration())
     own = Path(orthanc.GetConfigurationPath() or ".")
     folder = find(configuration, own if own.is_dir() else own.parent, os.environ)

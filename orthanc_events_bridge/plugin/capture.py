@@ -110,8 +110,8 @@ class Capture:
     def leave(self, seconds: float) -> None:
         """Orthanc is stopping: record what came until now, and ask it nothing any more.
 
-        To be called at ORTHANC_STOPPED, in Orthanc's own thread, which waits. Behind it Orthanc takes its parts away one
-        by one, and a request that meets that aborts the process (1.10.1: about 1 of 60 resets).
+        To be called at ORTHANC_STOPPED, in Orthanc's own thread, which waits. Behind it Orthanc takes its parts away
+        one by one, and a request that meets that aborts the process (1.10.1: about 1 of 60 resets).
 
         :param seconds: how long Orthanc may be kept waiting; what isn't recorded then, the next start reads in the log.
         """
@@ -219,7 +219,9 @@ class Capture:
                 return
         if merge.vanished and cursor is not None:  # on a first start, they were never ours to see
             self._counts["vanished"] += merge.vanished
-            self._host.info(f"{merge.vanished} logged changes vanished before they were read (their resources are gone)")
+            self._host.info(
+                f"{merge.vanished} logged changes vanished before they were read (their resources are gone)"
+            )
         self._anchored = True
         while not self._stop.is_set() and self._anchored:
             try:
@@ -361,7 +363,7 @@ class Capture:
         outbox.move_cursor(going_on, another_log=True)
         return going_on
 
-    # -- durability -----------------------------------------------------------------------------------------------------
+    # -- durability ----------------------------------------------------------------------------------------------------
 
     def _sync(self) -> None:
         """Flush what is dirty, at most once a second, on a thread of its own: a slow disk must not hold up capture."""

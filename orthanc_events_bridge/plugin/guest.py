@@ -105,9 +105,7 @@ class Guest:
         self._bell.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._host.warning(
-                f"your OnChange callback was too slow: {len(self._queue)} changes were not shown to it"
-            )
+            self._host.warning(f"your OnChange callback was too slow: {len(self._queue)} changes were not shown to it")
             self._queue.clear()
 
 

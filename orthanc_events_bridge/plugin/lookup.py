@@ -169,13 +169,7 @@ def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
         snapshot.update((name, content[field]) for field, name in _JOB_CONTENT.items() if field in content)
         peer = content.get("Peer")
         # Orthanc spells a peer as a list whose first item is the URL, or, with options, as an object.
-        url = (
-            peer.get("Url")
-            if isinstance(peer, Mapping)
-            else peer[0]
-            if isinstance(peer, list) and peer
-            else peer
-        )
+        url = peer.get("Url") if isinstance(peer, Mapping) else peer[0] if isinstance(peer, list) and peer else peer
         if isinstance(url, str):
             snapshot["peer"] = without_user(url)
     return snapshot

@@ -21,7 +21,8 @@ from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.status import iso
 
-#: Seconds before the bridge is started again: the first time, at most, and at most when a person has to change something.
+#: Seconds before the bridge is started again: the first time, at most, and at most when a person has to
+#: change something.
 _FIRST_WAIT: Final = 0.1
 _LONGEST_WAIT: Final = 5.0
 _LONGEST_WAIT_FOR_A_PERSON: Final = 30.0
@@ -104,7 +105,7 @@ class Supervisor:
                     process.wait(1.0)
         self._thread.join(max(0.1, deadline - time.monotonic()))
 
-    # -- the thread -----------------------------------------------------------------------------------------------------
+    # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         wait = _FIRST_WAIT

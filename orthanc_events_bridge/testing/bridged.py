@@ -52,9 +52,7 @@ class BridgedOrthanc(OrthancServer):
         self.config_path.write_text(smallest + yaml, "utf-8")
         package = Path(orthanc_events_bridge.__file__).parent
         script = str(user_script) if user_script else None
-        self.shim_path.write_text(
-            shim_text(python, str(package), str(self.config_path), script=script), "utf-8"
-        )
+        self.shim_path.write_text(shim_text(python, str(package), str(self.config_path), script=script), "utf-8")
         super().__init__(folder, script=self.shim_path, config=config, **options)
 
     @property

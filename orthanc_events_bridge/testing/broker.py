@@ -72,9 +72,7 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
     try:
         document = json.loads(body)
         if document["specversion"] != "1.0":
-            raise MalformedEventError(
-                f"message {position} at {address}: specversion {document['specversion']!r}"
-            )
+            raise MalformedEventError(f"message {position} at {address}: specversion {document['specversion']!r}")
         level, verb, version = document["type"].rsplit(".", 3)[-3:]
         data = document["data"]
         resource = data["id"] or ""
@@ -99,9 +97,7 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
             position=position,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MalformedEventError(
-            f"message {position} at {address}: {type(error).__name__}: {error}"
-        ) from error
+        raise MalformedEventError(f"message {position} at {address}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +108,7 @@ class StreamState:
     last: int
 
 
-def read_nats(
-    url: str, *, stream: str = STREAM, after: int = 0, timeout: float = 60.0, **options: Any
-) -> list[Event]:
+def read_nats(url: str, *, stream: str = STREAM, after: int = 0, timeout: float = 60.0, **options: Any) -> list[Event]:
     """Read everything that a stream holds now, in its order.
 
     :param after: only what is behind this position.

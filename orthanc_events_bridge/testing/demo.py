@@ -78,9 +78,7 @@ class Subscriber:
                 continue
             event = json.loads(message.data)
             self.received.append(event)
-            print(
-                f"  {event['time']:<24}  {event['type']:<44}  {event.get('subject', '')}".rstrip(), flush=True
-            )
+            print(f"  {event['time']:<24}  {event['type']:<44}  {event.get('subject', '')}".rstrip(), flush=True)
         await client.close()
 
     def told(self) -> Counter[Told]:
@@ -106,9 +104,7 @@ class Expected:
 
     def stored(self, answer: dict[str, str]) -> None:
         """The answer of an upload."""
-        self.stored_instance(
-            answer["ID"], answer["ParentSeries"], answer["ParentStudy"], answer["ParentPatient"]
-        )
+        self.stored_instance(answer["ID"], answer["ParentSeries"], answer["ParentStudy"], answer["ParentPatient"])
 
     def stored_instance(self, instance: str, series: str, study: str, patient: str) -> None:
         self.facts["instance.created", f"instances/{instance}"] += 1
@@ -153,9 +149,7 @@ def _ingest(orthanc: OrthancServer, expected: Expected, folder: Path) -> str:
     for instance in study:
         if sent[folder / "dicom" / f"{instance.sop_uid}.dcm"]:
             expected.stored_instance(instance.id, instance.series, instance.study, instance.patient)
-    everything = [("series", i) for i in orthanc.get("/series")] + [
-        ("studies", i) for i in orthanc.get("/studies")
-    ]
+    everything = [("series", i) for i in orthanc.get("/series")] + [("studies", i) for i in orthanc.get("/studies")]
     everything += [("patients", i) for i in orthanc.get("/patients")]
     _say("Nothing comes for a while, so Orthanc calls them stable:")
     _wait("IsStable", lambda: all(orthanc.get(f"/{plural}/{i}")["IsStable"] for plural, i in everything))

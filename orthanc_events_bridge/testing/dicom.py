@@ -141,9 +141,7 @@ def make_study(
         series_uid = new_uid()
         for _ in range(instances):
             sop_uid = new_uid()
-            data = instance_bytes(
-                patient, study, series_uid, sop_uid, modality=modality, rows=rows, tags=tags
-            )
+            data = instance_bytes(patient, study, series_uid, sop_uid, modality=modality, rows=rows, tags=tags)
             made.append(Instance(patient, study, series_uid, sop_uid, data))
     return Study(patient, study, tuple(made))
 
@@ -180,9 +178,7 @@ def instance_bytes(
         "study": _element(b"\x20\x00\x0d\x00UI", study_uid, b"\0"),
         "series": _element(b"\x20\x00\x0e\x00UI", series_uid, b"\0"),
     }
-    values["length"] = b"\x02\x00\x00\x00UL\x04\x00" + (pieces.meta_length + len(values["media"])).to_bytes(
-        4, "little"
-    )
+    values["length"] = b"\x02\x00\x00\x00UL\x04\x00" + (pieces.meta_length + len(values["media"])).to_bytes(4, "little")
     return b"".join(piece if isinstance(piece, bytes) else values[piece] for piece in pieces.parts)
 
 

@@ -319,9 +319,7 @@ class Ledger:
         :raises ValueError: there were kills, and ``existing`` is not given.
         """
         if kills and existing is None:
-            raise ValueError(
-                "with kills, nothing can be called lost unless it is known what exists at the end"
-            )
+            raise ValueError("with kills, nothing can be called lost unless it is known what exists at the end")
         with self._lock:
             comparison = Comparison(
                 {fact: n for fact, n in self._required.items() if n > 0},

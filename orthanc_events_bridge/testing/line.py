@@ -83,8 +83,9 @@ class Line:
             self.broker._kill_all()
             raise
         self.wait(
-            lambda document: document["capture"]["state"] == "following"
-            and document["transports"][0]["state"] == "connected",
+            lambda document: (
+                document["capture"]["state"] == "following" and document["transports"][0]["state"] == "connected"
+            ),
             what="the started line",
         )
         return self
@@ -95,7 +96,7 @@ class Line:
         self.orthanc.__exit__(kind, error, trace)
         self.broker.__exit__(kind, error, trace)
 
-    # -- looking at it --------------------------------------------------------------------------------------------------
+    # -- looking at it -------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """The status from Orthanc's own REST API, or from the folder while Orthanc is down."""

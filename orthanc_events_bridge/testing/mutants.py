@@ -1,8 +1,8 @@
 """Protections switched off on purpose, to show that the tests would notice.
 
 Test-only. A bridge with mutants is started in place of the real one: ``ORTHANC_EVENTS_PYTHON`` names a script that runs
-this module (`wrapper`), and ``ORTHANC_EVENTS_MUTANTS`` says which. Those of Orthanc's process are put into a test's shim
-(`in_orthanc`).
+this module (`wrapper`), and ``ORTHANC_EVENTS_MUTANTS`` says which. Those of Orthanc's process are put into a test's
+shim (`in_orthanc`).
 """
 
 from __future__ import annotations

@@ -175,9 +175,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._forget()
-            raise ServerError(
-                self._message(f"did not stop within {self.deadline:.0f} s; it was killed")
-            ) from None
+            raise ServerError(self._message(f"did not stop within {self.deadline:.0f} s; it was killed")) from None
         self._forget()
         if code not in (0, -signal.SIGTERM):
             raise ServerError(self._message(f"stopped with exit code {code}"))
@@ -232,9 +230,7 @@ class Server:
             while (left := self.children()) and time.monotonic() < end:
                 time.sleep(_POLL)
             if left:
-                raise ServerError(
-                    self._message(f"left {len(left)} processes behind for {self.grace:.0f} s: {left}")
-                )
+                raise ServerError(self._message(f"left {len(left)} processes behind for {self.grace:.0f} s: {left}"))
         finally:
             self._kill_all()
 

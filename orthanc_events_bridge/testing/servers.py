@@ -73,9 +73,7 @@ class NatsServer(Server):
 
     title = "nats-server"
 
-    def __init__(
-        self, folder: Path, *, port: int | None = None, config: str = "", binary: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, port: int | None = None, config: str = "", binary: Path | None = None) -> None:
         super().__init__(folder)
         self.binary = binary or find_nats()
         self.port = port or free_port()
@@ -219,9 +217,7 @@ class OrthancServer(Server):
             if not self.running:
                 self._ended_by_itself()
             if time.monotonic() > end:
-                raise ServerError(
-                    self._message(f"did not come back from a reset within {self.deadline:.0f} s")
-                )
+                raise ServerError(self._message(f"did not come back from a reset within {self.deadline:.0f} s"))
             time.sleep(0.01)
         self._renew_client()
         return time.monotonic() - began
@@ -294,9 +290,7 @@ class OrthancServer(Server):
         :raises NotAcknowledgedError: no answer, or a status of 500 and above.
         :raises httpx.HTTPStatusError: Orthanc refuses the file.
         """
-        answer = self._request(
-            "POST", "/instances", content=data, headers={"Content-Type": "application/dicom"}
-        )
+        answer = self._request("POST", "/instances", content=data, headers={"Content-Type": "application/dicom"})
         answer.raise_for_status()
         return cast(dict[str, Any], answer.json())
 

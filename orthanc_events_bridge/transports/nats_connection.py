@@ -36,6 +36,10 @@ _CREDENTIALS: Final = re.compile(
 )
 
 
+class _HungUpError(TransportConfigurationError):
+    """The server ended the connection in place of answering the login."""
+
+
 class Connection(Client):
     """nats-py's client; made by `open`, used once, and ended by `give_up`.
 
@@ -57,6 +61,18 @@ class Connection(Client):
         :raises NotConnectedError: it can't be reached.
         :raises TransportConfigurationError: it refuses us, or we refuse it.
         """
+        try:
+            return await cls._open(options, url)
+        except _HungUpError:
+            # It was on its way down, or its answer got lost behind the end of the connection.
+            pass
+        try:
+            return await cls._open(options, url)
+        except _HungUpError as error:
+            raise TransportConfigurationError(error.message, error.remedy) from error
+
+    @classmethod
+    async def _open(cls, options: NatsOptions, url: str) -> Connection:
         connection = cls(options, url)
         try:
             await asyncio.wait_for(
@@ -77,7 +93,7 @@ class Connection(Client):
                 options.connect_timeout + 1,
             )
             if not connection.is_connected:  # nats-py takes an end of file in place of the last answer for a success
-                raise ConnectionResetError("the server closed the connection while logging in")
+                raise ConnectionResetError("no answer")
             connection.check()
         except TransportError:
             await connection.give_up()
@@ -254,11 +270,11 @@ class Connection(Client):
             )
         if isinstance(error, TimeoutError):
             text = f"no answer within {self._ours.connect_timeout:g} s"
-        elif isinstance(error, OSError) and self.encrypted:
+        elif isinstance(error, OSError) and self._server_info:
             # From TLS 1.3 on a server looks at our certificate when the handshake is over for us.
-            return TransportConfigurationError(
-                f"{place} ended the connection after the TLS handshake: {text}",
-                "if it verifies its clients, give tls.cert_file and tls.key_file that it trusts; see its log",
+            return _HungUpError(
+                f"{place} ended the connection while we logged in: {text}",
+                "check the credentials, and tls.cert_file if it verifies its clients; see its log",
             )
         if isinstance(error, OSError | nats.errors.Error):  # with them TimeoutError
             return NotConnectedError(f"{place} can't be reached: {text}", "start NATS, or check `servers`")

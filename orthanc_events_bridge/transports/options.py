@@ -265,9 +265,7 @@ class NatsOptions(TransportOptions):
     )
     limits: NatsLimits = Field(default_factory=NatsLimits, description="How much the stream keeps.")
     user: str | None = Field(default=None, description="User name. Needs a password.", examples=["orthanc"])
-    password: SecretStr | None = Field(
-        default=None, description="Password of `user`.", examples=["${NATS_PASSWORD}"]
-    )
+    password: SecretStr | None = Field(default=None, description="Password of `user`.", examples=["${NATS_PASSWORD}"])
     password_file: FileName | None = Field(
         default=None, description="File with the password of `user`.", examples=["/run/secrets/nats-password"]
     )
@@ -294,9 +292,7 @@ class NatsOptions(TransportOptions):
         default=5.0,
         description="How long the stream can take to confirm an event, before the event is sent again.",
     )
-    batch: int = Field(
-        default=500, ge=1, le=10000, description="How many events can be under way, not confirmed yet."
-    )
+    batch: int = Field(default=500, ge=1, le=10000, description="How many events can be under way, not confirmed yet.")
 
     @property
     def tls_required(self) -> bool:
@@ -317,9 +313,7 @@ class NatsOptions(TransportOptions):
         )
         # The first option of each way that is given, in the order of the file.
         order = list(given)
-        firsts = [
-            next(option for option in order if option in way) for way in ways if set(way) & given.keys()
-        ]
+        firsts = [next(option for option in order if option in way) for way in ways if set(way) & given.keys()]
         firsts.sort(key=order.index)
         for option in firsts[1:]:
             yield (

@@ -106,7 +106,9 @@ CASES: list[Any] = [
     pytest.param(["log"], kill_orthanc, "lost", id="log"),
     pytest.param(["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
     pytest.param(["position", "dedupe"], kill_the_bridge, "duplicated", id="position", marks=pytest.mark.slow),
-    pytest.param(["cursor", "dedupe"], kill_orthanc_without_cursor, "unexpected duplicated", id="cursor", marks=pytest.mark.slow),
+    pytest.param(
+        ["cursor", "dedupe"], kill_orthanc_without_cursor, "unexpected duplicated", id="cursor", marks=pytest.mark.slow
+    ),
     pytest.param(["identity"], delete_the_stream, "lost", id="identity", marks=pytest.mark.slow),
     pytest.param(["anchor"], hammer_orthanc, "lost repeated unexpected", id="anchor", marks=pytest.mark.slow),
     pytest.param(["rules"], hammer_orthanc, "lost repeated unexpected", id="rules", marks=pytest.mark.slow),

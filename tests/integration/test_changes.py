@@ -12,7 +12,7 @@ import time
 import uuid
 import zlib
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ PLURALS = {
     "instance": "instances",
     "job": "jobs",
 }
-ABOVE = {"patient": set(), "study": {"patient"}, "series": {"patient", "study"}, "instance": {"patient", "study", "series"}}
+ABOVE = {
+    "patient": set(),
+    "study": {"patient"},
+    "series": {"patient", "study"},
+    "instance": {"patient", "study", "series"},
+}
 
 #: Orthanc's ChangeType → its name, the levels at which the story below shows it, and the verb.
 KINDS: dict[int, tuple[str, set[str], str]] = {
@@ -103,7 +108,7 @@ class Story:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     future: list[tuple[int, int, str]] = field(default_factory=list)
     told: list[Message] = field(default_factory=list)
-    began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
     recorder: str = ""
 
     def of(self, change: str) -> list[Message]:
@@ -170,7 +175,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         ):
             put(line, f"/{level}/{resource}/attachments/1025", "an attachment")
             put(line, f"/{level}/{resource}/metadata/1024", "a metadata")
-        put(line, "/peers/away", json.dumps({"Url": f"http://who:secret-1@127.0.0.1:{free_port()}/", "Username": "who", "Password": "secret-2"}))
+        put(
+            line,
+            "/peers/away",
+            json.dumps(
+                {"Url": f"http://who:secret-1@127.0.0.1:{free_port()}/", "Username": "who", "Password": "secret-2"}
+            ),
+        )
         put(line, "/modalities/away", json.dumps(["AWAY", "127.0.0.1", free_port()]))
         for path, body in (
             (f"/studies/{study.id}/archive", {"Asynchronous": True}),
@@ -199,9 +210,15 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 def test_every_kind_of_change_becomes_its_event(story: Story, kind: int) -> None:
     change, levels, verb = KINDS[kind]
     told = story.of(change)
-    called = [(LEVELS.get(level, "job" if kind in JOBS else "server"), resource) for k, level, resource in story.calls if k == kind]
+    called = [
+        (LEVELS.get(level, "job" if kind in JOBS else "server"), resource)
+        for k, level, resource in story.calls
+        if k == kind
+    ]
     assert called, f"Orthanc never called back for {change}"
-    assert [(m.event["data"]["level"], m.event["data"]["id"] or "") for m in told] == called, "as often, and in Orthanc's order"
+    assert [(m.event["data"]["level"], m.event["data"]["id"] or "") for m in told] == called, (
+        "as often, and in Orthanc's order"
+    )
     assert {level for level, _ in called} == levels
     if kind in LOGGED:
         rows = [row for row in story.rows.values() if row["ChangeType"] == change]
@@ -238,14 +255,14 @@ def check(story: Story, message: Message, verb: str) -> None:
         spelt = [SOURCE, str(row["Seq"]), row["Date"], row["ChangeType"], row["ResourceType"], row["ID"]]
         assert (data["change"], resource) == (row["ChangeType"], row["ID"])
         assert event["id"] == str(uuid.uuid5(NAMESPACE, "\n".join(spelt)))
-        at = datetime.strptime(row["Date"], "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
+        at = datetime.strptime(row["Date"], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
         assert event["time"] == at.strftime("%Y-%m-%dT%H:%M:%SZ")
     else:
         assert uuid.UUID(event["id"]).version == 4
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["recordedtime"])
     at, recorded = (datetime.fromisoformat(event[attribute]) for attribute in ("time", "recordedtime"))
-    assert story.began - timedelta(seconds=1) <= at <= recorded <= datetime.now(timezone.utc)
+    assert story.began - timedelta(seconds=1) <= at <= recorded <= datetime.now(UTC)
     trace = hashlib.sha256(b"trace" + event["id"].encode()).hexdigest()
     assert event["traceparent"] == f"00-{trace[:32]}-{trace[32:48]}-01"
 

@@ -177,9 +177,7 @@ def seconds_to_start(server: OrthancServer, times: int = 3) -> float:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_orthanc_starts_as_fast_as_ever_and_says_what_is_wrong(
-    tmp_path: Path, usual_start: float, name: str
-) -> None:
+def test_orthanc_starts_as_fast_as_ever_and_says_what_is_wrong(tmp_path: Path, usual_start: float, name: str) -> None:
     wrong = WRONG[name]
     orthanc = BridgedOrthanc(tmp_path / "orthanc", nats="nats://127.0.0.1:9", **wrong.options)
     prepare(orthanc.shim_path, behind=wrong.behind.format(place=orthanc.database))
@@ -248,8 +246,14 @@ def test_changes_are_recorded_while_the_yaml_is_broken_and_told_when_it_is_mende
         third = dicom.make_study()
         orthanc.upload(third.instances[0].data)
         orthanc.config_path.write_text(good, "utf-8")
-        assert wait_until(lambda: pending(orthanc) == 0 and has(orthanc, "capture", "state", "following"), 30, every=0.1)
-        told = {message.event["data"]["id"]: message.event["data"] for message in messages(broker.url) if message.kind == "series.created"}
+        assert wait_until(
+            lambda: pending(orthanc) == 0 and has(orthanc, "capture", "state", "following"), 30, every=0.1
+        )
+        told = {
+            message.event["data"]["id"]: message.event["data"]
+            for message in messages(broker.url)
+            if message.kind == "series.created"
+        }
         assert "tags" not in told[first.series[0]], "nobody had allowed any"
         for study in (second, third):
             assert told[study.series[0]]["tags"] == {"Modality": "CT"}

@@ -74,8 +74,7 @@ def under_load(folder: Path, resets: int) -> None:
         pid, seconds = line.orthanc.pid, list[float]()
         with Bursts(line) as bursts:
             for _ in range(resets):
-                before = bursts.count
-                assert wait_until(lambda before=before: bursts.count > before or bursts.ended, 30)
+                bursts.wait()
                 reset(line, pid, seconds)
         # What only callbacks show of the last second of each life is lost to all: Orthanc calls nobody any more.
         finish("under load", line, seconds, kills=resets).assert_clean(unrecoverable=resets * 400)
@@ -103,9 +102,10 @@ class Bursts:
         self._work.result()
         self._pool.shutdown()
 
-    @property
-    def ended(self) -> bool:
-        return self._work.done()
+    def wait(self) -> None:
+        """Until one more burst has been."""
+        before = self.count
+        assert wait_until(lambda: self.count > before or self._work.done(), 30)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +57,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 def recently(text: str) -> bool:
     """Whether it is a time in UTC, and of this test."""
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text)
-    return datetime.now(timezone.utc) - datetime.fromisoformat(text) < timedelta(minutes=2)
+    return datetime.now(UTC) - datetime.fromisoformat(text) < timedelta(minutes=2)
 
 
 def work(line: Line) -> dicom.Study:
@@ -158,6 +159,10 @@ class Tail:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
 
+    def has(self, text: str) -> bool:
+        """Whether a text has been printed."""
+        return any(text in line for line in self.lines)
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for text in self._process.stdout:
@@ -189,7 +194,7 @@ def test_tail_prints_events_live_and_from_the_oldest(line: Line) -> None:
         assert wait_until(lambda: len(oldest.lines) >= before and len(whole.lines) >= before, 15)
         for _ in range(50):  # until the live one has subscribed
             study = work(line)
-            if wait_until(lambda study=study: any(study.id in text for text in live.lines), 0.5):
+            if wait_until(partial(live.has, study.id), 0.5):
                 break
         told = messages(line.broker.url)
         assert wait_until(lambda: len(oldest.lines) >= len(told) <= len(whole.lines), 15)

@@ -72,9 +72,7 @@ def test_a_kind_of_the_future_is_unknown_and_no_error(change: str) -> None:
 
 def test_each_type_is_there_once_and_explained() -> None:
     assert len(NAMES) == len(TYPES)
-    specified = set(SPECIFIED.values()) | {
-        f"{level}.{word}" for word, levels in BY_LEVEL.values() for level in levels
-    }
+    specified = set(SPECIFIED.values()) | {f"{level}.{word}" for word, levels in BY_LEVEL.values() for level in levels}
     assert {f"{level}.{UNKNOWN}" for level in (*LEVELS, "job", "server")} | specified == NAMES
     assert all(event_type.meaning.endswith(").") or event_type.meaning.endswith(".") for event_type in TYPES)
 
@@ -107,8 +105,7 @@ def test_schema_refuses_what_is_not_the_contract(event_type: EventType) -> None:
 
 def test_schema_of_parents_has_the_levels_above() -> None:
     levels = {
-        event_type.level: set(schema(event_type, BASE)["properties"]["parents"]["properties"])
-        for event_type in TYPES
+        event_type.level: set(schema(event_type, BASE)["properties"]["parents"]["properties"]) for event_type in TYPES
     }
     assert levels == {
         "instance": {"patient", "study", "series"},

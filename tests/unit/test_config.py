@@ -192,15 +192,11 @@ class TestWholeFile:
         assert "quotes" in found.right
 
     def test_an_alias_to_itself(self) -> None:
-        found = problem(
-            SMALLEST + indented("events: &a\n  include: [x]\n  exclude: *a").replace("[x]", "['*']")
-        )
+        found = problem(SMALLEST + indented("events: &a\n  include: [x]\n  exclude: *a").replace("[x]", "['*']"))
         assert found.line == 5  # the node that the alias stands for
         assert "refers to the block that it is in" in found.wrong
 
-    @pytest.mark.parametrize(
-        "tag", ["!secret x", "!!python/object:os.system x", "!!set {a}", "!!binary aGk="]
-    )
+    @pytest.mark.parametrize("tag", ["!secret x", "!!python/object:os.system x", "!!set {a}", "!!binary aGk="])
     def test_tags(self, tag: str) -> None:
         assert problem(SMALLEST + f"site: {tag}\n").line == 5
 
@@ -422,10 +418,7 @@ class TestOptions:
         ],
     )
     def test_sources(self, source: str) -> None:
-        assert (
-            settings(SMALLEST.replace("urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e", source)).source
-            == source
-        )
+        assert settings(SMALLEST.replace("urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e", source)).source == source
 
     @pytest.mark.parametrize(
         ("source", "wrong"),
@@ -486,9 +479,7 @@ class TestOptions:
 
 
 class TestNats:
-    @pytest.mark.parametrize(
-        "server", ["nats://h", "nats://h:4222/", "tls://10.0.0.1:4443", "nats://[::1]:4222"]
-    )
+    @pytest.mark.parametrize("server", ["nats://h", "nats://h:4222/", "tls://10.0.0.1:4443", "nats://[::1]:4222"])
     def test_servers(self, server: str) -> None:
         options = settings(SMALLEST.replace("nats://127.0.0.1:4222", server)).transports[0]
         assert isinstance(options, NatsOptions)
@@ -648,9 +639,7 @@ class TestSecrets:
     )
     def test_are_taken_as_they_are_written(self, password: str) -> None:
         if password in ("null", "~"):
-            assert (
-                problem(SMALLEST + indented(f"user: a\npassword: {password}")).option == "transports[0].user"
-            )
+            assert problem(SMALLEST + indented(f"user: a\npassword: {password}")).option == "transports[0].user"
             assert nats('user: a\npassword: "${P}"', P=password).secret("password") == password
         else:
             assert nats(f"user: a\npassword: {password}").secret("password") == password
@@ -770,9 +759,7 @@ class TestQuantities:
     def test_sizes(self, value: object, size: int) -> None:
         assert Size().parse(value) == size
 
-    @pytest.mark.parametrize(
-        "value", ["", "10G", "10K", "GiB", "-1", -1, True, [], float("inf"), "10 GiB free"]
-    )
+    @pytest.mark.parametrize("value", ["", "10G", "10K", "GiB", "-1", -1, True, [], float("inf"), "10 GiB free"])
     def test_no_sizes(self, value: object) -> None:
         with pytest.raises(ValueError, match="is no size"):
             Size().parse(value)
@@ -781,10 +768,7 @@ class TestQuantities:
         found = problem(SMALLEST + "outbox: {max_bytes: 1KiB}\n")
         assert (found.wrong, found.right) == ("'1KiB' is out of range", "the least is 64KiB")
         assert problem(SMALLEST + "drain_timeout: 1m\n").right == "it can be 0s to 4.5s"
-        assert (
-            problem(SMALLEST + indented("limits: {max_bytes: 5}")).right
-            == "the least is 64KiB (or 0: unlimited)"
-        )
+        assert problem(SMALLEST + indented("limits: {max_bytes: 5}")).right == "the least is 64KiB (or 0: unlimited)"
         assert "larger than any disk" in problem(SMALLEST + "outbox: {max_bytes: 99999999TiB}\n").wrong
 
     @pytest.mark.parametrize("text", ["7d", "12h", "90s", "1m", "4.5s", "500ms", "0s"])

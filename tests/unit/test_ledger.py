@@ -38,9 +38,7 @@ class Told:
         seq = None
         if kind in CHANGES:
             seq = 100 + number
-            self.rows.append(
-                {"Seq": seq, "ChangeType": CHANGES[kind], "ResourceType": level.title(), "ID": resource}
-            )
+            self.rows.append({"Seq": seq, "ChangeType": CHANGES[kind], "ResourceType": level.title(), "ID": resource})
         self.events.append(
             Event(
                 id=f"event-{number}",
@@ -119,9 +117,7 @@ class Run:
     def index(self, kind: str, resource: str | None = None) -> int:
         """Where the last event of a kind is."""
         return max(
-            i
-            for i, event in enumerate(self.told.events)
-            if event.kind == kind and resource in (None, event.resource)
+            i for i, event in enumerate(self.told.events) if event.kind == kind and resource in (None, event.resource)
         )
 
     def drop(self, kind: str, resource: str | None = None) -> Event:
@@ -288,9 +284,7 @@ def test_a_fact_told_again_under_another_id_is_repeated(run: Run) -> None:
         assert numbers(run.compare()) == {"repeated": 1}, event
 
 
-def test_a_row_of_the_log_told_twice_is_repeated_even_if_its_kind_is_not_judged(
-    run: Run, study: Study
-) -> None:
+def test_a_row_of_the_log_told_twice_is_repeated_even_if_its_kind_is_not_judged(run: Run, study: Study) -> None:
     run.ledger.allow("*.stable")
     run.told.tell("study.stable", study.id)
     run.told.events.append(replace(run.told.events[-1], id="another", sequence=1_000))

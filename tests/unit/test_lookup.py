@@ -288,9 +288,7 @@ def test_orthanc_that_can_not_answer_is_asked_again_later() -> None:
 
 
 def test_text_that_is_no_utf_8_does_not_stop_the_record() -> None:
-    made, _ = lookup(
-        {"/patients/pa": b'{"MainDicomTags": {"PatientName": "M\xfcller"}}'}, tags=["PatientName"]
-    )
+    made, _ = lookup({"/patients/pa": b'{"MainDicomTags": {"PatientName": "M\xfcller"}}'}, tags=["PatientName"])
     assert described(made, "NewPatient", "patient", "pa") == {"tags": {"PatientName": "M\ufffdller"}}
 
 

@@ -202,9 +202,7 @@ def test_id_of_a_logged_change_is_derived_from_its_row(level: str, spelt: str) -
 
 def test_id_does_not_depend_on_what_a_second_capture_would_see_differently() -> None:
     one = row("NewStudy", "study")
-    other = one._replace(
-        position=7, recorded=1, extra={"parents": {}, "tags": {"Modality": "CT"}}, settings=3
-    )
+    other = one._replace(position=7, recorded=1, extra={"parents": {}, "tags": {"Modality": "CT"}}, settings=3)
     assert event_id(one, SOURCE) == event_id(other, SOURCE)
 
 
@@ -315,9 +313,7 @@ def attributes(each: OutboxRow) -> dict[str, Any]:
         (951782400000, True, "2000-02-29T00:00:00Z"),
     ],
 )
-def test_time_is_in_seconds_if_logged_and_in_milliseconds_if_not(
-    milliseconds: int, logged: bool, text: str
-) -> None:
+def test_time_is_in_seconds_if_logged_and_in_milliseconds_if_not(milliseconds: int, logged: bool, text: str) -> None:
     each = row("NewStudy", "study", at=milliseconds, date="20261123T200627" if logged else None, minted="id")
     assert attributes(each)["time"] == text
 
@@ -325,9 +321,7 @@ def test_time_is_in_seconds_if_logged_and_in_milliseconds_if_not(
 def test_every_millisecond_of_a_second_is_told_exactly() -> None:
     for millisecond in range(1000):
         each = row("Deleted", "study", at=AT + millisecond)
-        assert to_event(each, SHAPE, RECORDER).get_attributes()["time"] == (
-            f"2026-11-23T20:06:27.{millisecond:03d}Z"
-        )
+        assert to_event(each, SHAPE, RECORDER).get_attributes()["time"] == (f"2026-11-23T20:06:27.{millisecond:03d}Z")
 
 
 def test_recorded_time_has_always_three_digits() -> None:

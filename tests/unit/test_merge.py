@@ -93,9 +93,7 @@ def scene(
 
 
 def test_proof_nothing_is_behind_the_cursor_but_what_waits() -> None:
-    s = scene(
-        [row(6), row(7)], [new_instance("i6"), new_instance("i7")], cursor=5, without=EVERY_RULE - {"proof"}
-    )
+    s = scene([row(6), row(7)], [new_instance("i6"), new_instance("i7")], cursor=5, without=EVERY_RULE - {"proof"})
     assert s.merge.anchor() == Anchor(5, "proof")
     assert s.clock.waits == 0
     assert len(s.queue) == 2  # looked at, not drained
@@ -397,9 +395,7 @@ def test_vanished_row_gets_its_number_and_no_date() -> None:
 def test_rows_ahead_of_their_callbacks_are_left() -> None:
     """Recorded early they would put a Deleted behind the re-creation."""
     deleted = Callback(K.DELETED, ResourceLevel.INSTANCE, "a", 1.0)
-    s = scene(
-        [row(7, resource="a")], [new_instance("a"), deleted], cursor=5
-    )  # Seq 6 is gone, 7 is the re-creation
+    s = scene([row(7, resource="a")], [new_instance("a"), deleted], cursor=5)  # Seq 6 is gone, 7 is the re-creation
     s.clock.stopped = True
     facts = s.merge.facts(s.merge.take())
     assert [(fact.change, fact.seq) for fact in facts] == [("NewInstance", 6), ("Deleted", None)]
@@ -502,9 +498,7 @@ def test_batch_of_deletions_is_bounded_too() -> None:
 @pytest.mark.parametrize("kind", list(ChangeKind))
 def test_every_kind_becomes_a_fact(kind: ChangeKind) -> None:
     level = ResourceLevel.NONE if kind >= K.ORTHANC_STARTED and kind not in LOGGED else ResourceLevel.STUDY
-    callback = Callback(
-        kind, level, "" if level is ResourceLevel.NONE and kind < K.JOB_SUBMITTED else "id", 2.0
-    )
+    callback = Callback(kind, level, "" if level is ResourceLevel.NONE and kind < K.JOB_SUBMITTED else "id", 2.0)
     rows = [row(1, callback.change, "id", "study")] if callback.logged else []
     s = scene(rows, [callback])
     s.clock.stopped = True
@@ -804,9 +798,7 @@ def simulated(seed: int) -> Orthanc:
 
 def churning(seed: int) -> Orthanc:
     """For longer than a guess takes, much is in flight (slow callbacks), and what is stored soon goes."""
-    return Orthanc(
-        seed, pause=0.0008, flight=0.040, operations=1600, history=12, lifetime=(0.05, 0.15), late=0.02
-    )
+    return Orthanc(seed, pause=0.0008, flight=0.040, operations=1600, history=12, lifetime=(0.05, 0.15), late=0.02)
 
 
 @pytest.mark.parametrize("block", range(10))

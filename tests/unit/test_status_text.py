@@ -131,9 +131,7 @@ def test_what_is_wrong_is_shown_with_its_remedy() -> None:
 
 def test_remedy_is_left_out_where_there_is_none() -> None:
     error = {"at": "then", "count": 1, "message": "gone", "remedy": ""}
-    assert "what to do" not in _status_text(
-        document(transports=[{**document()["transports"][0], "last_error": error}])
-    )
+    assert "what to do" not in _status_text(document(transports=[{**document()["transports"][0], "last_error": error}]))
 
 
 @pytest.mark.parametrize(
