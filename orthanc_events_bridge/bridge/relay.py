@@ -41,6 +41,8 @@ _SLICE: Final = 50
 #: Seconds after which the outbox is looked at although nobody rang.
 _LOOK: Final = 1.0
 _RATE_WINDOW: Final = 10.0
+#: So many idle looks later, the connection and the place at the broker are looked at too.
+_IDLE_LOOKS: Final = 10
 #: What the status calls a fault; any that isn't named here is a refusal.
 _FAULTS: Final = {TransportConfigurationError: "needs attention", NotConnectedError: "not connected"}
 _REFUSED: Final = "refused"
@@ -200,7 +202,12 @@ class Relay:
         :raises TransportError: what stopped it; the position says how far it came.
         """
         batch = await self._read(self._progress.position)
+        idle = 0
         while True:
+            idle = 0 if batch.read else idle + 1
+            if idle >= _IDLE_LOOKS:  # nobody would notice otherwise, until the next event
+                self._same_place(await self._transport.connect())
+                idle = 0
             if not batch.read:
                 self._healthy()
                 draining = self._draining  # asked before the last look: what came until then is sent

@@ -78,19 +78,29 @@ def start(
             for leave in leaving:
                 leave()
 
+    def give_up(error: Exception) -> None:
+        nonlocal append
+        append = bool  # nobody empties the queue
+        problem = f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}"
+        host.error(problem)
+        with contextlib.suppress(Exception):  # where it is registered already, this is no news
+            orthanc.RegisterRestCallback(STATUS_ROUTE, _answering(lambda: {"problem": problem}))
+
     areas.intercept()
+    registered = False
     try:
         _register(orthanc, on_every_change)
         guest.intercept()
-        leaving.append(_start(orthanc, host, queue, bell, guest, areas, python, config))
+        registered = True
     except Exception as error:
-        problem = f"changes are NOT recorded: {error if isinstance(error, BridgeError) else repr(error)}"
-        host.error(problem)
-        append = bool  # nobody empties the queue
-        with contextlib.suppress(Exception):  # where it is registered already, this is no news
-            orthanc.RegisterRestCallback(STATUS_ROUTE, _answering(lambda: {"problem": problem}))
+        give_up(error)
     if script:
-        guest.load(script)
+        guest.load(script)  # before any thread of ours runs: where it raises, Orthanc exits at once
+    if registered:
+        try:
+            leaving.append(_start(orthanc, host, queue, bell, guest, areas, python, config))
+        except Exception as error:
+            give_up(error)
 
 
 def _register(orthanc: Any, on_change: OnChange) -> None:

@@ -414,7 +414,8 @@ def test_beside_a_storage_area_in_python_capture_does_not_start_and_orthanc_work
     store, script = tmp_path / "store", tmp_path / "storage.py"
     store.mkdir()
     script.write_text(STORAGE.format(folder=str(store)), "utf-8")
-    orthanc = BridgedOrthanc(tmp_path / "orthanc", nats="nats://127.0.0.1:9", user_script=script)
+    hasty = "drain_timeout: 100ms\n"
+    orthanc = BridgedOrthanc(tmp_path / "orthanc", nats="nats://127.0.0.1:9", user_script=script, yaml=hasty)
     try:
         orthanc.start()
         assert wait_until(lambda: orthanc.status()["capture"]["state"] == "off", 20)

@@ -494,7 +494,7 @@ def test_a_login_that_is_revoked_while_connected(tmp_path: Path) -> None:
         with pytest.raises(NotConnectedError):
             async with contextlib.aclosing(transport.subscribe()) as subscription, asyncio.timeout(5):
                 await anext(subscription)
-        with pytest.raises(TransportConfigurationError, match="refuses the credentials|while we logged in"):
+        with pytest.raises(TransportConfigurationError, match=r"refuses the credentials|while we logged in"):
             await transport.connect()
         await transport.close()
 

@@ -228,7 +228,8 @@ def test_a_broker_that_is_down_for_an_hour_is_a_few_lines(tmp_path: Path) -> Non
         told = [text for text in line.orthanc.log_text().splitlines() if "orthanc-events: " in text and text[0] in "EW"]
         print(f"\n{error['count']} attempts, {len(told)} lines")
         assert 1 <= len(told) <= 20, told
-        assert len({text.partition("orthanc-events: ")[2].partition(" (and ")[0] for text in told}) == 1
+        kinds = {text.partition("orthanc-events: ")[2].partition(" (and ")[0] for text in told}
+        assert len(kinds) <= 2, "lost, and can't be reached"
         assert "times more since the last line about it" in told[-1]
 
 
