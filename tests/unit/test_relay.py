@@ -307,6 +307,25 @@ def test_bell_wakes_it() -> None:
     asyncio.run(run())
 
 
+def test_idle_connection_is_looked_at_now_and_then() -> None:
+    scene = Scene(facts(2))
+
+    async def run() -> None:
+        task = asyncio.create_task(scene.relay.run())
+        await settle(lambda: scene.broker.stored == ids(1, 2))
+        scene.broker.identity = "2"  # deleted and made again, while nothing was sent
+        for _ in range(20):  # each bell that brings no row is an idle look
+            reads = len(scene.source.reads)
+            scene.relay.wake()
+            await settle(lambda reads=reads: len(scene.source.reads) > reads)  # type: ignore[misc]
+        scene.relay.drain()
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(run())
+    assert scene.memory.saved[-1].identity == "2"
+    assert scene.broker.stored == ids(1, 2, 1, 2)
+
+
 def test_bell_while_it_reads_is_not_forgotten() -> None:
     scene = Scene()
 
