@@ -28,7 +28,9 @@ try:
 except Exception as error:
     orthanc.LogError("orthanc-events: changes are NOT recorded: " + PACKAGE + " can't be loaded: " + repr(error)
                      + "; install the package again, then run `orthanc-events init --shim`")
-    if SCRIPT:
-        raise  # your script can't be loaded either, and Orthanc must not run without it
+    if SCRIPT:  # yours goes on without us
+        sys.path.insert(0, SCRIPT.rpartition("/")[0])
+        spec = importlib.util.spec_from_file_location("orthanc_user_script", SCRIPT)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 else:
     start(python=PYTHON, config=CONFIG, script=SCRIPT)

@@ -57,9 +57,9 @@ def partition(key: str) -> str:
 
 def partition_key(level: str, resource: str | None, parents: Mapping[str, str]) -> str:
     """What events must share to stay in order: instances, series and studies their study."""
-    if level in ("instance", "series"):
-        return parents.get("study") or resource or "server"
-    return resource or "server"
+    if level == "server" or resource is None:
+        return "server"
+    return parents.get("study", resource) if level in ("instance", "series") else resource
 
 
 def event_id(row: OutboxRow, source: str) -> str:

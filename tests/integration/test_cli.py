@@ -321,6 +321,13 @@ def test_shim_without_its_package_says_so_and_orthanc_starts(tmp_path: Path, con
     assert "init --shim" in done.stdout
 
 
+def test_shim_without_its_package_still_loads_the_user_s_script(tmp_path: Path, config: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text("import orthanc\northanc.LogWarning('mine is loaded')\n", "utf-8")
+    done, _ = drive(tmp_path, shim_text(sys.executable, str(tmp_path / "gone"), str(config), str(script)), wanted=0)
+    assert "W mine is loaded" in done.stdout
+
+
 def test_shim_with_an_interpreter_that_is_gone_still_records(tmp_path: Path, config: Path) -> None:
     shim = shim_text(str(tmp_path / "no-python"), str(PACKAGE), str(config))
     (tmp_path / "orthanc-events").mkdir()

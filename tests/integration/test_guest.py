@@ -177,7 +177,7 @@ def test_a_script_that_raises_keeps_orthanc_from_starting_as_it_does_without_us(
         codes += re.findall(r"exit code (-?\d+)", str(caught.value))
         assert "mine is broken" in orthanc.log_text()
         orthanc.close()  # which raises where a bridge is left for longer than this
-    # 255; or -11, which Orthanc 1.10.1 makes of it half the time when such a script has imported sqlite3, with us or not.
+    # 255; or -11, which Orthanc 1.10.1 makes of it half the time where such a script imports sqlite3, also without us.
     assert "0" not in codes and len(codes) == 2
 
 
