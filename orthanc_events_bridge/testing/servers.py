@@ -151,6 +151,7 @@ class OrthancServer(Server):
             "Name": "orthanc-events-bridge test",
             "StorageDirectory": str(self.database),
             "IndexDirectory": str(self.database),
+            "TemporaryDirectory": str(self.folder),
             "HttpPort": self.port,
             "DicomPort": self.dicom_port,
             "DicomAet": self.aet,

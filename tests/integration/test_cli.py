@@ -348,9 +348,7 @@ def test_check_of_a_right_one(config: Path, run: Run) -> None:
     assert "transports memory (memory)" in out
 
 
-def test_check_finds_the_file_in_the_environment(
-    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_finds_the_file_in_the_environment(config: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORTHANC_EVENTS_CONFIG", str(config))
     assert run("check")[0] == 0
 
@@ -401,9 +399,7 @@ def test_check_connects_when_told(config: Path, run: Run) -> None:
 
 def test_check_with_a_broker_that_is_down(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "down.yaml"
-    path.write_text(
-        MEMORY + f'  - {{type: nats, servers: ["nats://127.0.0.1:{free_port()}"]}}\n', encoding="utf-8"
-    )
+    path.write_text(MEMORY + f'  - {{type: nats, servers: ["nats://127.0.0.1:{free_port()}"]}}\n', encoding="utf-8")
     code, out, err = run("check", path, "--connect")
     assert code == 1
     assert "\nmemory: " in out
@@ -432,9 +428,7 @@ def test_status_as_json(outbox: Path, run: Run) -> None:
     assert document["set_aside"][0]["event"] == "the-event-id"
 
 
-def test_status_finds_the_folder_in_the_environment(
-    outbox: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_finds_the_folder_in_the_environment(outbox: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORTHANC_EVENTS_OUTBOX", str(outbox))
     assert run("status")[0] == 0
 
@@ -447,9 +441,7 @@ def test_status_finds_the_folder_in_orthanc_s_configuration(outbox: Path, tmp_pa
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '"text"'])
-def test_status_with_a_configuration_that_can_not_be_read(
-    content: str | None, tmp_path: Path, run: Run
-) -> None:
+def test_status_with_a_configuration_that_can_not_be_read(content: str | None, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "orthanc.json"
     if content is not None:
         path.write_text(content, "utf-8")
@@ -538,9 +530,7 @@ def test_run_with_a_wrong_configuration_ends_with_2(tmp_path: Path, run: Run) ->
 
 
 def test_run_supervised_marks_each_line_with_its_level(tmp_path: Path, run: Run) -> None:
-    code, _, err = run(
-        "run", "--supervised", "--outbox", tmp_path / "box", "--config", tmp_path / "none.yaml"
-    )
+    code, _, err = run("run", "--supervised", "--outbox", tmp_path / "box", "--config", tmp_path / "none.yaml")
     assert code == 2 and all(line.startswith("E ") for line in err.splitlines())
 
 

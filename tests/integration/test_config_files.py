@@ -115,9 +115,7 @@ class TestSecretsInFiles:
             (b"hunter\xff", "is not UTF-8"),
         ],
     )
-    def test_what_is_wrong_is_one_clear_error(
-        self, tmp_path: Path, content: bytes | None, words: str
-    ) -> None:
+    def test_what_is_wrong_is_one_clear_error(self, tmp_path: Path, content: bytes | None, words: str) -> None:
         options = nats(tmp_path, "user: a\npassword_file: p")
         if content is not None:
             (tmp_path / "p").write_bytes(content)
@@ -178,8 +176,7 @@ class TestShippedFiles:
             SMALLEST,
             template(),
             (ROOT / "config" / "orthanc-events.yaml").read_text("utf-8"),
-            SMALLEST
-            + "    batch: ${N}\n    limits: {max_age: 0, replicas: 3}\noutbox: {keep: 7d, max_bytes: 1GiB}\n",
+            SMALLEST + "    batch: ${N}\n    limits: {max_age: 0, replicas: 3}\noutbox: {keep: 7d, max_bytes: 1GiB}\n",
         ):
             jsonschema.validate(yaml.safe_load(text), schema)
 

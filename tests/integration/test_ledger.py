@@ -54,11 +54,7 @@ class Witness:
         found = []
         for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
             name, level, resource = line.split(" ")
-            kind = (
-                f"{LEVELS[int(level)]}.{VERBS.get(name, 'created')}"
-                if name in KINDS
-                else f"other.{name.lower()}"
-            )
+            kind = f"{LEVELS[int(level)]}.{VERBS.get(name, 'created')}" if name in KINDS else f"other.{name.lower()}"
             key = self.study.get(resource, resource)
             found.append(Event(str(number), kind, resource, "orthanc", "witness", number, key))
         return found
@@ -66,9 +62,7 @@ class Witness:
     def balance(self) -> None:
         """Wait until all has been said, and compare."""
         self.ledger.allow("other.*")
-        wait_until(
-            lambda: len([e for e in self.events() if e.kind[:5] != "other"]) >= self.ledger.required, 20
-        )
+        wait_until(lambda: len([e for e in self.events() if e.kind[:5] != "other"]) >= self.ledger.required, 20)
         report = self.ledger.compare(self.events(), existing=self.orthanc.existing())
         report.assert_clean()
         assert report.required > 0
@@ -108,9 +102,7 @@ def test_every_way_to_store_and_delete(witness: Witness, tmp_path: Path) -> None
         ledger.deleted("patients", resource)
     other = make_study(instances=3)
     witness.know([*other])
-    for instance, done in zip(
-        other, orthanc.store_scu(other.write(tmp_path / "dicom")).values(), strict=True
-    ):
+    for instance, done in zip(other, orthanc.store_scu(other.write(tmp_path / "dicom")).values(), strict=True):
         assert done
         ledger.stored_ids(instance.id, instance.series, instance.study, instance.patient)
     witness.balance()

@@ -346,9 +346,7 @@ def test_parents_that_were_only_half_known_are_completed(box: Opened) -> None:
 
 def test_names_that_are_no_orthanc_ids_are_kept_as_they_are(box: Opened) -> None:
     writer = box.writer()
-    fact = Fact(
-        "NewInstance", "instance", "i", 1, 7, DATE, {"series": "se", "study": "ü", "patient": "p" * 21}
-    )
+    fact = Fact("NewInstance", "instance", "i", 1, 7, DATE, {"series": "se", "study": "ü", "patient": "p" * 21})
     writer.append([fact, Fact("Deleted", "instance", "i", 2)], 7, 1, unasked)
     assert box.rows()[1].extra["parents"] == {"series": "se", "study": "ü", "patient": "p" * 21}
 

@@ -52,9 +52,7 @@ def test_what_the_container_mounts_is_there() -> None:
 def test_the_container_runs_the_script_that_init_writes() -> None:
     orthanc = json.loads((ROOT / "config" / "orthanc.json").read_text("utf-8"))
     script = mounts("orthanc")[orthanc["PythonScript"]]
-    config = next(
-        inside for inside, outside in mounts("orthanc").items() if outside.endswith("orthanc-events.yaml")
-    )
+    config = next(inside for inside, outside in mounts("orthanc").items() if outside.endswith("orthanc-events.yaml"))
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text("utf-8")
     assert (ROOT / script).read_text("utf-8") == shim_text(
         "/opt/orthanc-events/bin/python", "/opt/orthanc-events/package", config

@@ -102,9 +102,7 @@ def test_nats_configuration_is_appended(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     require("nats-server")
     server = NatsServer(tmp_path / "nats", config="nonsense: {")
-    with pytest.raises(
-        ServerError, match=r"nats-server ended while it was starting(.|\n)*Parse error on line 4"
-    ):
+    with pytest.raises(ServerError, match=r"nats-server ended while it was starting(.|\n)*Parse error on line 4"):
         server.start()
     assert not server.running
 

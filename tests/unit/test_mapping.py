@@ -166,6 +166,13 @@ def test_attributes_pass_the_checks_of_the_sdk_s_own_class(index: int) -> None:
     assert CloudEvent(attributes, event.get_data()).get_type() == event.get_type()
 
 
+def test_bytes_are_those_that_the_sdk_writes() -> None:
+    awkward = row("NewInstance", "instance", extra={"parents": {}, "tags": {"PatientName": 'Ä "\\\n\u2028 😀'}})
+    for each in [*rows(), awkward]:
+        event = to_event(each, SHAPE, RECORDER)
+        assert to_outgoing(each, SHAPE, RECORDER).body == JSONFormat().write(event)
+
+
 def test_same_row_same_bytes() -> None:
     first = [to_outgoing(each, SHAPE, RECORDER) for each in rows()]
     assert [to_outgoing(each, dict(SHAPE), RECORDER) for each in rows()] == first
