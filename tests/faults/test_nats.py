@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import nats
@@ -115,7 +116,7 @@ def test_a_full_stream_is_named_and_nothing_is_lost_once_it_has_room(make_line: 
             break
         # Only what was read: more may have been stored since.
         last = max(event.position for event in read)
-        on_stream(line, lambda stream, last=last: stream.purge_stream("ORTHANC_EVENTS", seq=last + 1))
+        on_stream(line, partial(_purge, last=last))
         time.sleep(0.2)
     seen = {event.id for event in read}
     read += [event for event in line.events() if event.id not in seen]
@@ -153,6 +154,10 @@ def test_events_that_nats_can_never_take_are_set_aside_and_can_be_sent_again(mak
     line.wait(lambda document: not document["set_aside"])
     report = line.ledger.compare(line.events())
     assert (report.lost, report.repeated, report.unexpected) == (0, 0, 0), report
+
+
+async def _purge(stream: JetStreamContext, last: int) -> None:
+    await stream.purge_stream("ORTHANC_EVENTS", seq=last + 1)
 
 
 async def _largest(stream: JetStreamContext, size: int) -> None:

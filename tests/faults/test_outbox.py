@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.testing.line import Clients, Line
-from orthanc_events_bridge.testing.programs import skip_or_fail
+from orthanc_events_bridge.testing.programs import MissingComponentError, skip_or_fail
 
 pytestmark = pytest.mark.fault
 
@@ -23,7 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        skip_or_fail("a small file system can't be mounted here: that takes root")
+        skip_or_fail(MissingComponentError("a small file system can't be mounted here: that takes root"))
     try:
         yield place
     finally:
