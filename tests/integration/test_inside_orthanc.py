@@ -419,9 +419,10 @@ def test_beside_a_storage_area_in_python_capture_does_not_start_and_orthanc_work
     try:
         orthanc.start()
         assert wait_until(lambda: orthanc.status()["capture"]["state"] == "off", 20)
-        for text in (orthanc.status()["capture"]["problem"]["message"], *ours(orthanc, "E")[:1]):
-            for word in ("NOT recorded", "RegisterStorageArea", "AllowThreads", "out of Python"):
-                assert word in text
+        words = ("NOT recorded", "RegisterStorageArea", "AllowThreads", "out of Python")
+        for texts in ([orthanc.status()["capture"]["problem"]["message"]], ours(orthanc, "E")):
+            # The bridge may say before it that the broker is away.
+            assert any(all(word in text for word in words) for text in texts), texts
         study = dicom.make_study(instances=20)
         with ThreadPoolExecutor(4) as pool:
             for answer in pool.map(orthanc.upload, [instance.data for instance in study]):
