@@ -24,7 +24,7 @@ from orthanc_events_bridge.bridge.state import Progress, State
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
-from orthanc_events_bridge.testing.bridged import SMALLEST, SOURCE
+from orthanc_events_bridge.testing.bridged import smallest
 
 #: Rows in a transaction: those of ten instances, such as gather while capture waits for more.
 BATCH = 40
@@ -34,7 +34,7 @@ _SETTINGS = 1
 
 def write_config(path: Path, url: str) -> Path:
     """The smallest configuration."""
-    path.write_text(SMALLEST.format(source=SOURCE, url=url), "utf-8")
+    path.write_text(smallest("nats", [f'servers: ["{url}"]']), "utf-8")
     return path
 
 

@@ -38,7 +38,7 @@ from orthanc_events_bridge.status import BridgeView
 from orthanc_events_bridge.testing.processes import Server, wait_until
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.transports.nats import NatsTransport
-from orthanc_events_bridge.transports.options import NatsOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 STREAM = "ORTHANC_EVENTS"
 #: What nats-py allows to be under way by default.

@@ -281,7 +281,7 @@ def _tail(options: argparse.Namespace) -> int:
         transport = create(found[0])
         await transport.connect()
         try:
-            async with contextlib.aclosing(transport.subscribe(oldest=options.oldest)) as messages:
+            async with contextlib.aclosing(transport.tail(oldest=options.oldest)) as messages:
                 async for message in messages:
                     print(message.body.decode() if options.json else _event_line(message.body), flush=True)
         finally:

@@ -28,7 +28,8 @@ from orthanc_events_bridge.changes.model import KNOWN_NAMES, LOGGED, NAMES  # no
 from orthanc_events_bridge.events import catalog, mapping  # noqa: E402
 from orthanc_events_bridge.events.catalog import TYPES, EventType  # noqa: E402
 from orthanc_events_bridge.transports import REGISTERED  # noqa: E402
-from orthanc_events_bridge.transports.options import MemoryOptions, NatsOptions, TransportOptions  # noqa: E402
+from orthanc_events_bridge.transports.nats_options import NatsOptions  # noqa: E402
+from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions  # noqa: E402
 from orthanc_events_bridge.values import Duration, Options, Size, format_duration, format_size  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "configuration.md"

@@ -65,6 +65,9 @@ class Source:
     def detached(self) -> int:
         return self.reader.detached()
 
+    def newest(self) -> int:
+        return int(self.reader.meta().get("position", 0))
+
     def shape(self, number: int) -> Mapping[str, Any]:
         """The settings of a number; 0 stands for the first that came, without tags."""
         if number not in self._shapes:
@@ -186,6 +189,8 @@ class Bridge:
             accepts,
             source,
             state,
+            binary=options.mode == "binary",
+            start=options.start,
             replay=getattr(options, "on_recreate", "replay") == "replay",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from orthanc_events_bridge.bridge.document import UNKNOWN, Document
 from orthanc_events_bridge.bridge.settings import Settings
-from orthanc_events_bridge.transports import REGISTERED
+from orthanc_events_bridge.errors import TransportConfigurationError
+from orthanc_events_bridge.transports import registration
+from orthanc_events_bridge.transports import types as transport_types
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.values import MISTAKE, Options, Place
 
@@ -152,8 +155,8 @@ def _block(place: Place, data: Any) -> type[Options] | None:
             field = block.model_fields.get(step) if block else None
             block = options_class(field.annotation) if field else None
         elif block is TransportOptions and isinstance(data, Mapping) and isinstance(data.get("type"), str):
-            registration = REGISTERED.get(data["type"])
-            block = registration.options if registration else block
+            with contextlib.suppress(TransportConfigurationError):  # the mistake at `type` says so
+                block = registration(data["type"]).options
     return block
 
 
@@ -195,7 +198,7 @@ def _sample(place: Place, field: FieldInfo | None) -> str:
     if field is None or not place:
         return "see the documentation of the configuration"
     if place == ("transports",):
-        return f"write a list of blocks, each beginning with `- type: nats` (types: {', '.join(REGISTERED)})"
+        return f"write a list of blocks, each beginning with `- type: nats` (types: {', '.join(transport_types())})"
     if field.examples:
         example = field.examples[0]
         if isinstance(example, list):

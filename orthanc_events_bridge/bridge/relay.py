@@ -56,12 +56,13 @@ class Source(Protocol):
     def rows(self, after: int, limit: int) -> list[OutboxRow]: ...
     def shape(self, number: int) -> Mapping[str, Any]: ...
     def detached(self) -> int: ...
+    def newest(self) -> int: ...
 
 
 class Memory(Protocol):
     """What a relay needs of ``bridge.db``."""
 
-    def progress(self, name: str, recorder: str) -> Progress: ...
+    def progress(self, name: str, recorder: str, position: int) -> Progress: ...
     def save(self, name: str, progress: Progress) -> None: ...
     def gap(self, name: str, first: int, last: int) -> None: ...
     def set_aside(self, transport: str, position: int, event: str, type_name: str, reason: str) -> None: ...
@@ -89,6 +90,8 @@ class Relay:
     :param accepts: whether an event, by its short name, is for this transport.
     :param source: the outbox.
     :param memory: where the position is kept.
+    :param binary: whether events go out in binary mode.
+    :param start: where a transport begins that `memory` doesn't know: ``oldest`` or ``now``.
     :param replay: whether a place that was made again gets everything that the outbox keeps.
     :param sleep: so that tests need not wait.
     """
@@ -106,6 +109,8 @@ class Relay:
         source: Source,
         memory: Memory,
         *,
+        binary: bool = False,
+        start: str = "oldest",
         replay: bool = True,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
@@ -119,7 +124,11 @@ class Relay:
         self._memory = memory
         self._replay = replay
         self._sleep = sleep
-        self._progress = memory.progress(self.name, source.recorder)
+        self._binary = binary
+        self._progress = memory.progress(self.name, source.recorder, source.newest() if start == "now" else 0)
+        # After a refusal the broker is asked with one event, then with twice as many each time.
+        self._allowed = size
+        self._stored: set[int] = set()  # positions behind ours whose events the broker has confirmed already
         self._wake = asyncio.Event()
         self._draining = False
         self._state = "connecting"
@@ -242,7 +251,7 @@ class Relay:
         """The next rows, mapped and filtered; empty when there are none."""
         while True:
             self._wake.clear()
-            rows = self._source.rows(after, self._size)
+            rows = self._source.rows(after, self._allowed)
             detached = self._source.detached()  # asked behind the rows: none of them can be missing unseen
             if after >= detached:
                 break
@@ -268,7 +277,10 @@ class Relay:
             name = short_name(row)
             if not self._accepts(name):
                 continue
-            batch.events.append(to_outgoing(row, self._source.shape(row.settings), self._source.recorder))
+            if row.position in self._stored:
+                continue
+            shape = self._source.shape(row.settings)
+            batch.events.append(to_outgoing(row, shape, self._source.recorder, binary=self._binary))
             batch.positions.append(row.position)
             batch.names.append(name)
         return batch
@@ -286,18 +298,22 @@ class Relay:
                 done = len(batch.events)
             except PublishError as error:
                 done += error.confirmed
-                self._count(error.confirmed)
+                self._count(error.confirmed + len(error.stored))
+                self._stored.update(batch.positions[done - error.confirmed + index] for index in error.stored)
                 if isinstance(error.error, EventRejectedError):
                     self._set_aside(batch, done, error.error)
                     done += 1
                     continue
                 if done:
                     self._move(batch.positions[done - 1], self._progress.seq)
+                if isinstance(error.error, RefusedError):
+                    self._allowed = 1
                 if "replay" in self.without:  # a mutant: what was not confirmed counts as sent
                     self._move(batch.last, batch.seq)
                 raise
         self._move(batch.last, batch.seq)
         if batch.events:
+            self._allowed = min(2 * self._allowed, self._size)
             self._healthy()
 
     def _count(self, events: int) -> None:
@@ -317,6 +333,8 @@ class Relay:
 
     def _move(self, position: int, seq: int | None) -> None:
         self._progress.position = max(self._progress.position, position)
+        if self._stored:
+            self._stored = {stored for stored in self._stored if stored > position}
         if seq is not None:
             self._progress.seq = max(self._progress.seq or 0, seq)
         self._memory.save(self.name, self._progress)
@@ -326,6 +344,7 @@ class Relay:
         if not identity or identity == self._progress.identity:
             return
         if self._progress.identity:
+            self._stored.clear()
             if self._replay:
                 # From the oldest kept row; what was given up before is gone, and was told then.
                 self._progress.position = min(self._progress.position, self._source.detached())

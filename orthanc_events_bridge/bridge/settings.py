@@ -23,7 +23,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError
 
-from orthanc_events_bridge.transports import REGISTERED
+from orthanc_events_bridge.errors import TransportConfigurationError
+from orthanc_events_bridge.transports import REGISTERED, registration, types
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.values import Duration, EventFilter, Options, Place, Size, mistake
 
@@ -173,20 +174,24 @@ def _transport(value: object, info: ValidationInfo) -> TransportOptions:
     """Take the class of options that `type` names."""
     if isinstance(value, TransportOptions):
         return value
-    types = ", ".join(REGISTERED)
     if not isinstance(value, Mapping):
         raise PydanticCustomError("model_type", "a block of options is expected")
-    kind = value.get("type")
-    if isinstance(kind, str) and kind in REGISTERED:
-        return REGISTERED[kind].options.model_validate(value, context=info.context)
-    if kind is None:
-        error = mistake("is required", f"write one of: {types}")
+    kind, known = value.get("type"), ", ".join(types())
+    if isinstance(kind, str) and kind in types():
+        try:
+            options = registration(kind).options
+        except TransportConfigurationError as wrong:
+            error = mistake(wrong.message, wrong.remedy)
+        else:
+            return options.model_validate(value, context=info.context)
+    elif kind is None:
+        error = mistake("is required", f"write one of: {known}")
     elif isinstance(kind, str):
-        near = difflib.get_close_matches(kind.lower(), REGISTERED, 1)
-        right = f"did you mean {near[0]}? The types are: {types}" if near else f"the types are: {types}"
+        near = difflib.get_close_matches(kind.lower(), types(), 1)
+        right = f"did you mean {near[0]}? The types are: {known}" if near else f"the types are: {known}"
         error = mistake("is no type of transport", right, shown=kind)
     else:
-        error = mistake("has to be text", f"write one of: {types}")
+        error = mistake("has to be text", f"write one of: {known}")
     raise ValidationError.from_exception_data(
         "transport", [InitErrorDetails(type=error, loc=("type",), input=None)], hide_input=True
     )
@@ -196,7 +201,7 @@ class _ByType:
     """The JSON Schema of a transport: one of the registered ones."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schemas = [handler(registration.options.__pydantic_core_schema__) for registration in REGISTERED.values()]
+        schemas = [handler(ours.options.__pydantic_core_schema__) for ours in REGISTERED.values()]
         return {"type": "object", "required": ["type"], "oneOf": schemas}
 
 

@@ -117,14 +117,17 @@ class State:
 
     # -- transports ------------------------------------------------------------------------------------------
 
-    def progress(self, name: str, recorder: str) -> Progress:
-        """How far a transport is with this outbox; a new one of either begins with the oldest row."""
+    def progress(self, name: str, recorder: str, position: int = 0) -> Progress:
+        """How far a transport is with this outbox.
+
+        :param position: where it begins if it is new; with another outbox, every one begins with the oldest row.
+        """
         with translated(self._path):
             self._db.execute(
-                "INSERT INTO transports (name, recorder) VALUES (?, ?) ON CONFLICT DO UPDATE SET"
+                "INSERT INTO transports (name, recorder, position) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
                 " recorder = excluded.recorder, position = 0, gap_from = NULL, gap_through = NULL"
                 " WHERE recorder <> excluded.recorder",
-                (name, recorder),
+                (name, recorder, position),
             )
             row = self._db.execute(
                 "SELECT position, seq, identity, published FROM transports WHERE name = ?", (name,)

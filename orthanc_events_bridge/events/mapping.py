@@ -124,18 +124,17 @@ def to_event(row: OutboxRow, shape: Mapping[str, Any], recorder: str) -> Event:
     return Event(attributes, data_of(row))
 
 
-def to_outgoing(row: OutboxRow, shape: Mapping[str, Any], recorder: str) -> Outgoing:
-    """The event of a row, addressed and in structured mode."""
+def to_outgoing(row: OutboxRow, shape: Mapping[str, Any], recorder: str, *, binary: bool = False) -> Outgoing:
+    """The event of a row, addressed, in structured or in binary mode."""
     event = to_event(row, shape, recorder)
     attributes = event.get_attributes()
-    key = attributes["partitionkey"]
-    return Outgoing(
-        attributes["id"],
-        shape["site"],
-        row.level,
-        verb(row.change),
-        key,
-        partition(key),
-        STRUCTURED,
-        _ENCODE({**attributes, "data": event.get_data()}).encode(),
-    )
+    key, identifier = attributes["partitionkey"], attributes["id"]
+    headers: tuple[tuple[str, str], ...] = ()
+    if binary:
+        content_type, content = attributes.pop("datacontenttype"), event.get_data()
+        headers = tuple(attributes.items())
+    else:
+        content_type, content = STRUCTURED, {**attributes, "data": event.get_data()}
+    body = _ENCODE(content).encode()
+    where = shape["site"], row.level, verb(row.change), key, partition(key)
+    return Outgoing(identifier, *where, content_type, body, headers)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from orthanc_events_bridge.testing.broker import Event
+from orthanc_events_bridge.testing.brokers.events import Event
 
 #: A kind of event and a resource: ``("study.created", id)``.
 Fact = tuple[str, str]

@@ -32,30 +32,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthanc_events_bridge.testing.broker import (
-    STREAM,
-    Event,
-    MalformedEventError,
-    StreamState,
-    decode,
-    nats_state,
-    read_nats,
-    wait_nats,
-)
+from orthanc_events_bridge.testing.brokers.events import Event
 from orthanc_events_bridge.testing.comparison import Comparison, Fact, Report, matches
 
-__all__ = [
-    "STREAM",
-    "Event",
-    "Ledger",
-    "MalformedEventError",
-    "Report",
-    "StreamState",
-    "decode",
-    "nats_state",
-    "read_nats",
-    "wait_nats",
-]
+__all__ = ["Event", "Ledger", "Report"]
 
 _LEVELS = {"patients": "patient", "studies": "study", "series": "series", "instances": "instance"}
 

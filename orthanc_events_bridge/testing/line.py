@@ -1,4 +1,4 @@
-"""The whole line on one machine: real Orthanc with the bridge, real NATS, clients that work on it, and the ledger.
+"""The whole line on one machine: real Orthanc with the bridge, a real broker, clients that work on it, and the ledger.
 
 What the fault tests, the mutants and the benchmarks share.
 """
@@ -19,16 +19,19 @@ from orthanc_events_bridge import status
 from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import ENVIRONMENT, Folder
 from orthanc_events_bridge.testing import dicom, mutants
-from orthanc_events_bridge.testing.bridged import BridgedOrthanc
-from orthanc_events_bridge.testing.ledger import Event, Ledger, Report, read_nats
+from orthanc_events_bridge.testing.bridged import BridgedOrthanc, smallest
+from orthanc_events_bridge.testing.brokers import make_broker
+from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
 from orthanc_events_bridge.testing.processes import wait_until
-from orthanc_events_bridge.testing.servers import NatsServer, NotAcknowledgedError
+from orthanc_events_bridge.testing.servers import NotAcknowledgedError
 
 
 class Line:
-    """Orthanc with the bridge, publishing to NATS; used as a context manager.
+    """Orthanc with the bridge, publishing to a broker; used as a context manager.
 
     :param folder: where everything is.
+    :param broker: the transport's type.
+    :param port: of a proxy between the bridge and the broker.
     :param settings: YAML behind the smallest configuration, at the top level.
     :param transport: YAML options of the transport, one per line.
     :param without: names of `orthanc_events_bridge.testing.mutants`.
@@ -42,6 +45,8 @@ class Line:
         self,
         folder: Path,
         *,
+        broker: str = "nats",
+        port: int | None = None,
         settings: str = "",
         transport: Iterable[str] = (),
         without: Iterable[str] = (),
@@ -53,7 +58,7 @@ class Line:
         folder.mkdir(parents=True, exist_ok=True)
         self.root = folder
         self.ledger = Ledger()
-        self.broker = NatsServer(folder / "nats")
+        self.broker = make_broker(broker, folder / broker)
         without = set(without)
         variables = dict(environment or {})
         if without & mutants.MUTANTS.keys():
@@ -61,8 +66,7 @@ class Line:
             variables[mutants.VARIABLE] = ",".join(sorted(without & mutants.MUTANTS.keys()))
         self.orthanc = BridgedOrthanc(
             folder / "orthanc",
-            nats=self.broker.url,
-            yaml="".join(f"    {line}\n" for line in transport) + settings,
+            yaml=smallest(broker, [*self.broker.options(port=port), *transport]) + settings,
             user_script=script,
             config=orthanc,
             environment=variables,
@@ -80,7 +84,7 @@ class Line:
             self.orthanc.start()
         except BaseException:
             self.orthanc._kill_all()
-            self.broker._kill_all()
+            self.broker.server._kill_all()
             raise
         self.wait(
             lambda document: (
@@ -152,8 +156,8 @@ class Line:
         self.wait(at_rest, timeout)
 
     def events(self) -> list[Event]:
-        """What a plain client reads from the stream."""
-        return read_nats(self.broker.url)
+        """What a plain client of the broker reads."""
+        return self.broker.read()
 
     def report(self, *, kills: int = 0) -> Report:
         """Settle, and compare both ends."""

@@ -62,6 +62,8 @@ class Server:
     title: ClassVar[str] = "the server"
     #: How long a start or a stop may take, in seconds.
     deadline: ClassVar[float] = 60.0
+    #: Where clients connect.
+    port: int
 
     _numbers: ClassVar[Iterator[int]] = itertools.count(1)
 

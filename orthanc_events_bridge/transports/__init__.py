@@ -1,20 +1,26 @@
 """The transports: one broker each, behind the contract in `orthanc_events_bridge.transports.base`.
 
 Only options are imported here. A transport's module, and with it the broker's client, is imported when one is
-created.
+created. Other packages add transports of their own by an entry point (`ENTRY_POINTS`).
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.errors import TransportConfigurationError
-from orthanc_events_bridge.transports.options import MemoryOptions, NatsOptions, TransportOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Transport
+
+#: The group of entry points: the name of each is the ``type``, and it leads to a `Registration`.
+ENTRY_POINTS: Final = "orthanc_events_bridge.transports"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +37,42 @@ class Registration:
     extra: str = ""
 
 
-#: By the ``type`` that the configuration names.
+#: Ours, by the ``type`` that the configuration names.
 REGISTERED: Final[dict[str, Registration]] = {
     "nats": Registration(NatsOptions, "orthanc_events_bridge.transports.nats:NatsTransport", "nats"),
     "memory": Registration(MemoryOptions, "orthanc_events_bridge.transports.memory:MemoryTransport"),
 }
+
+
+@cache
+def types() -> tuple[str, ...]:
+    """The types that there are: ours, then those that other packages add."""
+    return (*REGISTERED, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - REGISTERED.keys()))
+
+
+@cache
+def registration(name: str) -> Registration:
+    """What a type is.
+
+    :raises TransportConfigurationError: there is no such type, or the package that adds it is broken.
+    """
+    if name in REGISTERED:
+        return REGISTERED[name]
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        package = point.dist.name if point.dist else point.value
+        try:
+            found = point.load()
+        except Exception as error:  # it is not ours
+            raise TransportConfigurationError(
+                f"the transport type {name} of the package {package} can't be loaded: {error}",
+                f"mend or uninstall {package}",
+            ) from error
+        if isinstance(found, Registration):
+            return found
+        raise TransportConfigurationError(
+            f"the transport type {name} of the package {package} is no Registration", f"mend or uninstall {package}"
+        )
+    raise TransportConfigurationError(f"there is no transport type {name!r}", f"the types are {', '.join(types())}")
 
 
 def create(options: TransportOptions) -> Transport:
@@ -43,20 +80,15 @@ def create(options: TransportOptions) -> Transport:
 
     :raises TransportConfigurationError: the type is unknown, or its client library can't be loaded.
     """
-    registration = REGISTERED.get(options.type)
-    if registration is None:
-        raise TransportConfigurationError(
-            f"transport {options.name}: there is no type {options.type!r}",
-            f"the types are {', '.join(REGISTERED)}",
-        )
-    module, _, name = registration.implementation.partition(":")
+    found = registration(options.type)
+    module, _, name = found.implementation.partition(":")
     try:
         implementation: type[Transport] = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        if not registration.extra or (error.name or "").startswith("orthanc_events_bridge"):
+        if not found.extra or (error.name or "").startswith("orthanc_events_bridge"):
             raise
         raise TransportConfigurationError(
             f"transport {options.name}: the client library for {options.type} can't be loaded: {error}",
-            f'pip install "orthanc-events-bridge[{registration.extra}]"',
+            f'pip install "orthanc-events-bridge[{found.extra}]"',
         ) from error
     return implementation(options)

@@ -1,4 +1,4 @@
-"""The contract that every transport meets: publish a batch in order, confirm it, and read it back.
+"""The contract that every transport meets: publish a batch in order, confirm it, read it back, share it out.
 
 After the habits of Watermill (the whole seam is one small interface) and Benthos (an error *means* "connect me
 again"). `tests/contract/` asks every transport the same questions.
@@ -24,16 +24,31 @@ Errors
     `RefusedError`: send again with backoff over the same connection.
     `EventRejectedError`: this one event can never be taken; it is set aside.
     `TransportConfigurationError`: a person has to change something; tried again slowly.
+
+What a consumer may rely on
+---------------------------
+Sharing
+    Subscribers of one name share its events: each is given to one of them. Another name gets all of them too.
+Beginning
+    A name's very first subscription begins with the next event, or with the oldest kept one. Every later one begins
+    with what the name has not settled yet, however long nobody was there.
+Settling
+    A delivery is settled exactly once: `Delivery.ack`, or `Delivery.nack`, which gives it to the name again, not
+    before the delay has passed, without holding up others meanwhile, and also if everything is restarted in between.
+    What was not settled when its subscriber closed or died is given to another of the name.
+Loss of the connection
+    `Subscription.receive` and settling raise `NotConnectedError`; the deliveries in hand are void and come again:
+    close, connect, subscribe again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from orthanc_events_bridge.errors import TransportError
+from orthanc_events_bridge.errors import TransportConfigurationError, TransportError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.options import TransportOptions
@@ -50,6 +65,8 @@ class Outgoing(NamedTuple):
     :param partition: ``00`` to ``63``, from the key (see `orthanc_events_bridge.events.mapping.partition`).
     :param content_type: of the body; ``application/cloudevents+json`` in structured mode.
     :param body: the bytes to send.
+    :param attributes: the CloudEvent's attributes but for ``datacontenttype``, as text, in binary mode, where each is
+        a header with the binding's prefix. Empty in structured mode, in which no such header may be sent.
     """
 
     id: str
@@ -60,6 +77,12 @@ class Outgoing(NamedTuple):
     partition: str
     content_type: str
     body: bytes
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body, and about those of the attributes as headers."""
+        return len(self.body) + sum(len(name) + len(value) + 8 for name, value in self.attributes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +115,14 @@ class Capabilities:
     ordered: bool
     #: The place where events are kept is declared by us, and can be checked instead.
     declares_topology: bool
+    #: A full place refuses events, in place of dropping old ones: they wait in the outbox.
+    refuses_when_full: bool
+    #: A place that was deleted and made again is told from the one before.
+    identifies_place: bool
+    #: Consumers can subscribe: `Transport.subscribe`.
+    subscribable: bool
+    #: A delivery says how often it was given before, also if its subscribers died.
+    counts_deliveries: bool
 
 
 class PublishError(TransportError):
@@ -99,12 +130,69 @@ class PublishError(TransportError):
 
     :param confirmed: how many leading events of the batch are confirmed.
     :param error: why the next one is not.
+    :param stored: indices in the batch, behind that one, of events that are confirmed as well: they are not sent again.
     """
 
-    def __init__(self, confirmed: int, error: TransportError) -> None:
+    def __init__(self, confirmed: int, error: TransportError, stored: Iterable[int] = ()) -> None:
         super().__init__(error.message, error.remedy)
         self.confirmed = confirmed
         self.error = error
+        self.stored = frozenset(stored)
+
+
+class Delivery(ABC):
+    """An event that a subscriber holds until it has settled it.
+
+    :ivar message: the event as it was received.
+    :ivar attempt: how often the name was given it, this time included; at least 1.
+    """
+
+    def __init__(self, message: Incoming, attempt: int) -> None:
+        self.message = message
+        self.attempt = attempt
+
+    @abstractmethod
+    async def ack(self) -> None:
+        """It is done with: the name is never given it again.
+
+        :raises NotConnectedError: it will come again.
+        """
+
+    @abstractmethod
+    async def nack(self, delay: float = 0.0) -> None:
+        """It is not: give it to the name again, not before so many seconds have passed.
+
+        It then stands outside the order of its key. A delay is met as exactly as the broker can, never by less than
+        what was asked for, and at worst a second late.
+
+        :raises NotConnectedError: it will come again, and that at once.
+        """
+
+    @abstractmethod
+    async def extend(self) -> None:
+        """Work on it goes on: it is not given to another for one more ``ack_wait``.
+
+        :raises NotConnectedError: it is already lost to us, and comes again.
+        """
+
+
+class Subscription(ABC):
+    """One subscriber of a name; made by `Transport.subscribe`, used in one event loop."""
+
+    @abstractmethod
+    async def receive(self, limit: int, wait: float) -> list[Delivery]:
+        """Take what is there for us.
+
+        :param limit: at most so many.
+        :param wait: at most so many seconds until the first; 0: only what is there.
+        :return: in the broker's order; empty when nothing came.
+        :raises NotConnectedError: subscribe again.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End it; what is not settled is given to others of the name, at once where the broker can, otherwise when
+        its ``ack_wait`` is over. Never raises, never takes longer than a second."""
 
 
 class Transport(ABC):
@@ -139,7 +227,7 @@ class Transport(ABC):
         """Give the connection up. Never raises, never takes longer than a second; publishing afterwards raises."""
 
     @abstractmethod
-    def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
+    def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         """Yield what the broker receives, live, to look at: nothing is acknowledged, no trace is left on the broker.
 
         It begins when the first event is asked for, and is ended by ``aclose`` (`contextlib.aclosing`).
@@ -148,6 +236,24 @@ class Transport(ABC):
         :raises NotConnectedError: not connected, or the connection was lost.
         :raises TransportConfigurationError: the broker does not permit it.
         """
+
+    async def subscribe(
+        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+    ) -> Subscription:
+        """Begin to share a name's events; what it needs at the broker is made, or checked where ``declare`` is off.
+
+        :param name: of the consumer: letters, digits, ``_`` and ``-``.
+        :param oldest: where the name's very first subscription begins: with the oldest kept event.
+        :param in_flight: how many deliveries this subscriber may hold unsettled; `Subscription.receive` then waits.
+        :param ack_wait: after so many seconds without a settlement or `Delivery.extend` a delivery may be given to
+            another.
+        :raises NotConnectedError: not connected.
+        :raises TransportConfigurationError: the broker does not permit it, its topology differs, or the transport has
+            no subscribers (see `Capabilities.subscribable`).
+        """
+        raise TransportConfigurationError(
+            f"transport {self.name}: consumers can't subscribe to it", "let them subscribe to a broker"
+        )
 
     @abstractmethod
     async def describe(self) -> list[str]:

@@ -14,7 +14,13 @@ from orthanc_events_bridge.errors import (
     NotConnectedError,
     TransportError,
 )
-from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.base import (
+    Capabilities,
+    Incoming,
+    Outgoing,
+    PublishError,
+    Transport,
+)
 from orthanc_events_bridge.transports.options import TransportOptions
 
 #: The largest body it takes, as NATS does by default.
@@ -53,6 +59,7 @@ class Broker:
             self.ids.add(event.id)
             address = ".".join((event.site, event.level, event.verb, event.partition))
             headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
+            headers |= {f"ce-{name}": value for name, value in event.attributes}
             self.messages.append(Incoming(address, event.body, headers, str(len(self.messages) + 1)))
 
     def recreate(self) -> None:
@@ -70,7 +77,15 @@ class MemoryTransport(Transport):
     """Publishes to a `Broker`, by default one of its own."""
 
     capabilities = Capabilities(
-        durable=False, deduplicates=True, replayable=True, ordered=True, declares_topology=False
+        durable=False,
+        deduplicates=True,
+        replayable=True,
+        ordered=True,
+        declares_topology=False,
+        refuses_when_full=True,
+        identifies_place=True,
+        subscribable=True,
+        counts_deliveries=True,
     )
 
     def __init__(self, options: TransportOptions, broker: Broker | None = None) -> None:
@@ -132,7 +147,7 @@ class MemoryTransport(Transport):
     async def close(self) -> None:
         self._connection = None
 
-    async def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
+    async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         self._check()
         messages = self.broker.messages
         position = 0 if oldest else len(messages)

@@ -2,7 +2,7 @@
 
 ``publish_async`` of nats-py 2.16 never reports an error acknowledgement and has no deadline, as measured, so
 that acknowledgements come to an inbox of our own. The CloudEvents binding for NATS is structured only, in
-1.0.2.
+1.0.2; binary mode is that of the draft of 1.0.3.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.base import (
+    Capabilities,
+    Incoming,
+    Outgoing,
+    PublishError,
+    Transport,
+)
 from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_stream import open_stream, refused
-from orthanc_events_bridge.transports.options import NatsOptions, TransportOptions
+from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.values import format_duration, format_size
 
 #: Room for headers in the server's max_payload: id, content type, and NATS' own line.
@@ -75,7 +82,17 @@ class _Batch:
 class NatsTransport(Transport):
     """Publishes to one stream, with the event's id for JetStream to remove duplicates by."""
 
-    capabilities = Capabilities(durable=True, deduplicates=True, replayable=True, ordered=True, declares_topology=True)
+    capabilities = Capabilities(
+        durable=True,
+        deduplicates=True,
+        replayable=True,
+        ordered=True,
+        declares_topology=True,
+        refuses_when_full=True,
+        identifies_place=True,
+        subscribable=True,
+        counts_deliveries=True,
+    )
     #: A seam for `make test-mutants`: protections that are left out.
     without: frozenset[str] = frozenset()
 
@@ -135,11 +152,11 @@ class NatsTransport(Transport):
         except TransportError as error:
             raise PublishError(0, error) from error
         largest = connection.max_payload - _HEADERS
-        sendable = next((i for i, event in enumerate(events) if len(event.body) > largest), len(events))
+        sendable = next((i for i, event in enumerate(events) if event.size > largest), len(events))
         if sendable:
             await self._publish(connection, events[:sendable])
         if sendable < len(events):
-            size = len(events[sendable].body)
+            size = events[sendable].size
             raise PublishError(
                 sendable,
                 EventRejectedError(
@@ -178,9 +195,9 @@ class NatsTransport(Transport):
 
     def _message(self, event: Outgoing, reply: str) -> bytes:
         """As the protocol spells it: nats-py takes much of a drain's time to check what is right already."""
-        headers = f"NATS/1.0\r\nNats-Msg-Id: {event.id}\r\ncontent-type: {event.content_type}\r\n\r\n"
-        if "dedupe" in self.without:
-            headers = f"NATS/1.0\r\ncontent-type: {event.content_type}\r\n\r\n"
+        dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.id}\r\n"
+        binary = "".join(f"ce-{name}: {value}\r\n" for name, value in event.attributes)
+        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{binary}\r\n"
         prefix = self._options.subject_prefix
         subject = f"{prefix}.{event.site}.{event.level}.{event.verb}.{event.partition}"
         sizes = f"{len(headers)} {len(headers) + len(event.body)}"
@@ -233,7 +250,7 @@ class NatsTransport(Transport):
 
     # Looking at it.
 
-    async def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
+    async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         connection = self._connected()
         subject = f"{self._options.subject_prefix}.>"
         inbox = connection.new_inbox()

@@ -21,7 +21,8 @@ from nats.aio.client import Client, RawCredentials
 from nats.aio.transport import TcpTransport
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
-from orthanc_events_bridge.transports.options import NatsOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.tls import client_context
 
 _T = TypeVar("_T")
 
@@ -282,24 +283,7 @@ class Connection(Client):
 
 
 def _tls(options: NatsOptions) -> ssl.SSLContext | None:
-    """Certificates, read now, so that replaced ones are used."""
-    tls = options.tls
-    if not options.tls_required:
-        return None
-    option = "tls.ca_file"
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file)
-        if tls.cert_file and tls.key_file:
-            option = "tls.cert_file and tls.key_file"
-            # Without a password of ours OpenSSL would ask for one on the terminal.
-            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
-    except OSError as error:  # with it ssl.SSLError
-        reason = error.strerror if not isinstance(error, ssl.SSLError) else error.reason
-        raise TransportConfigurationError(
-            f"NATS: {option} can't be used: {reason or 'no certificate or key in it'}",
-            "give PEM files that the bridge's user can read, the key not encrypted",
-        ) from error
-    return context
+    return client_context(options.tls, "NATS") if options.tls_required else None
 
 
 def _login(options: NatsOptions) -> dict[str, Any]:

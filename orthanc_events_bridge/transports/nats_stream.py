@@ -18,7 +18,7 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.transports.nats_connection import Connection
-from orthanc_events_bridge.transports.options import NatsOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 # What JetStream refuses with, by its numbers (nats-server's server/errors.json).
 #: The event is too large.

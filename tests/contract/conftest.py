@@ -7,7 +7,8 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from tests.contract.harness import TABLE, Harness
+from tests.contract.harness import Harness
+from tests.contract.table import TABLE
 
 
 def pytest_configure(config: pytest.Config) -> None:

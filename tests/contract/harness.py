@@ -1,6 +1,6 @@
 """What the contract suite needs of a broker, and the brokers that it is run on.
 
-A new transport needs one class here, and its line in `TABLE`.
+A new transport needs one class like those in ``*_harness.py``, and its line in `tests.contract.table`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from zlib import crc32
 import pytest
 
 from orthanc_events_bridge.errors import RefusedError, TransportError
-from orthanc_events_bridge.testing.servers import NatsServer, require
-from orthanc_events_bridge.transports.base import Capabilities, Outgoing, PublishError, Transport
+from orthanc_events_bridge.testing.brokers import make_server
+from orthanc_events_bridge.testing.processes import Server
+from orthanc_events_bridge.testing.programs import MissingComponentError, skip_or_fail
+from orthanc_events_bridge.transports.base import Outgoing, PublishError, Transport
 from orthanc_events_bridge.transports.memory import MAX_PAYLOAD, Broker, MemoryTransport
-from orthanc_events_bridge.transports.nats import NatsTransport
-from orthanc_events_bridge.transports.options import MemoryOptions, NatsOptions
+from orthanc_events_bridge.transports.options import MemoryOptions
 from tests.contract.link import Link
-from tests.contract.raw_nats import ask, read_stream
 
 _T = TypeVar("_T")
 
@@ -89,6 +89,14 @@ class Stored:
     content_type: str
     dedupe_key: str
     headers: dict[str, str] = field(default_factory=dict)
+
+
+def server(kind: str, folder: Path, *, config: str = "") -> Server:
+    """A broker's server, not started yet; ends the test where it can't be had: skipped, or failed in CI."""
+    try:
+        return make_server(kind, folder, config=config)
+    except MissingComponentError as error:
+        skip_or_fail(error)
 
 
 class Harness(ABC):
@@ -258,130 +266,6 @@ class MemoryHarness(Harness):
     def slow(self, latency: float) -> Iterator[tuple[Transport, Callable[[], None], Callable[[], int]]]:
         self._broker.latency = 2 * latency
         yield self.transport(), self._broker.cut, lambda: 1
-
-
-class NatsHarness(Harness):
-    title = "NATS"
-    deadline = 0.8
-    login: ClassVar = {"user": "contract", "pass": SECRET}
-
-    def __init__(self, folder: Path) -> None:
-        require("nats-server")
-        super().__init__(folder)
-        login = f'authorization {{ user: "contract", password: "{SECRET}" }}'
-        self._server = NatsServer(folder, config=f"{login}\nmax_payload: 65536")
-        self._server.start()
-
-    def tidy(self) -> None:
-        super().tidy()
-        self._server.thaw()
-        if not self._server.running:
-            self._server.start()
-        for name in self._ask("STREAM.NAMES")["streams"] or []:
-            self._ask(f"STREAM.DELETE.{name}")
-
-    def _ask(self, what: str, **document: Any) -> dict[str, Any]:
-        return ask(self._server.port, what, self.login, **document)
-
-    def transport(
-        self, *, declare: bool = True, room: int = 0, port: int | None = None, impatient: bool = False
-    ) -> Transport:
-        deadline = self.deadline if impatient else self.patience
-        return NatsTransport(
-            NatsOptions.model_validate(
-                {
-                    "servers": [f"nats://127.0.0.1:{port or self._server.port}"],
-                    "stream": self.place,
-                    "subject_prefix": f"orthanc.events.{self.place}",
-                    "declare": declare,
-                    "user": "contract",
-                    "password": SECRET,
-                    "connect_timeout": deadline,
-                    "ack_timeout": deadline,
-                    "limits": {"max_bytes": 2**27, "max_messages": room},
-                }
-            )
-        )
-
-    def read(self) -> list[Stored]:
-        found = []
-        for message in read_stream(self._server.port, self.place, self.login):
-            headers = {name.lower(): value for name, value in message.headers}
-            assert len(headers) == len(message.headers)
-            found.append(
-                Stored(
-                    message.subject.removeprefix(f"orthanc.events.{self.place}."),
-                    message.body,
-                    headers["content-type"],
-                    headers["nats-msg-id"],
-                    headers,
-                )
-            )
-        return found
-
-    def too_large(self) -> int:
-        return 65536
-
-    def make_room(self) -> None:
-        self._ask(f"STREAM.PURGE.{self.place}")
-
-    def kill(self) -> None:
-        self._server.kill()
-
-    def start(self) -> None:
-        self._server.start()
-
-    def freeze(self) -> None:
-        self._server.freeze()
-
-    def thaw(self) -> None:
-        self._server.thaw()
-
-    def remove_place(self) -> None:
-        self._ask(f"STREAM.DELETE.{self.place}")
-
-    def make_place(self, **different: Any) -> list[str]:
-        hours = 3600 * 1_000_000_000
-        config = {
-            "name": self.place,
-            "subjects": [f"orthanc.events.{self.place}.>"],
-            "retention": "limits",
-            "discard": "new",
-            "max_age": 30 * 24 * hours,
-            "max_bytes": 2**27,
-            "storage": "file",
-            "num_replicas": 1,
-            "duplicate_window": hours // 6,
-        }
-        self._ask(f"STREAM.CREATE.{self.place}", **(config | different))
-        return [*different, *(str(value) for value in different.values() if isinstance(value, str | int))]
-
-    def different(self) -> list[dict[str, Any]]:
-        return [
-            {"discard": "old"},
-            {"max_bytes": 2**20},
-            {"storage": "memory"},
-            {"retention": "interest"},
-            {"subjects": ["orthanc.elsewhere.>"]},
-            {"no_ack": True},
-        ]
-
-    def traces(self) -> int:
-        return int(self._ask(f"STREAM.INFO.{self.place}")["state"]["consumer_count"])
-
-    @property
-    def port(self) -> int:
-        return self._server.port
-
-    def close(self) -> None:
-        self._server.close()
-
-
-#: Every transport, and what it must be able to do: said here again, so that its own table can't hide a gap.
-TABLE: Final[dict[str, tuple[type[Harness], Capabilities]]] = {
-    "memory": (MemoryHarness, Capabilities(False, True, True, True, False)),
-    "nats": (NatsHarness, Capabilities(True, True, True, True, True)),
-}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from orthanc_events_bridge.errors import TransportError
 from orthanc_events_bridge.testing.servers import NatsServer, require
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.nats import NatsTransport
-from orthanc_events_bridge.transports.options import NatsOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 from tests.contract.harness import check_text, run
 
 #: Small enough for every account here.

@@ -47,6 +47,9 @@ class Rows:
     def detached(self) -> int:
         return 0
 
+    def newest(self) -> int:
+        return len(self.all)
+
 
 def row(position: int, *, large: bool = False) -> OutboxRow:
     study = STUDIES[position % len(STUDIES)]
@@ -75,7 +78,7 @@ class Notebook:
         self.kept = Progress(0, None, "", 0)
         self.aside: list[tuple[int, str, str]] = []
 
-    def progress(self, name: str, recorder: str) -> Progress:
+    def progress(self, name: str, recorder: str, position: int) -> Progress:
         return replace(self.kept)
 
     def save(self, name: str, progress: Progress) -> None:

@@ -19,7 +19,8 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
-from tests.contract.harness import CONTENT_TYPE, SECRET, TABLE, Harness, event, events, failing, run
+from tests.contract.harness import CONTENT_TYPE, SECRET, Harness, event, events, failing, run
+from tests.contract.table import TABLE
 
 KEYS = [f"study-{number}" for number in range(10)]
 #: A call's own deadline may pass, then a moment on a busy machine.
@@ -118,7 +119,7 @@ def test_nothing_works_without_a_connection(harness: Harness) -> None:
             with failing(harness, NotConnectedError):
                 await transport.describe()
             for oldest in (False, True):
-                async with contextlib.aclosing(transport.subscribe(oldest=oldest)) as subscription:
+                async with contextlib.aclosing(transport.tail(oldest=oldest)) as subscription:
                     with failing(harness, NotConnectedError):
                         await anext(subscription)
             await transport.connect()
@@ -554,7 +555,7 @@ def test_a_place_that_was_made_again_by_someone_else(harness: Harness, over_the_
 
 
 async def take(transport: Transport, count: int, *, oldest: bool = False) -> list[Incoming]:
-    async with contextlib.aclosing(transport.subscribe(oldest=oldest)) as subscription:
+    async with contextlib.aclosing(transport.tail(oldest=oldest)) as subscription:
         return [await anext(subscription) for _ in range(count)]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from orthanc_events_bridge.testing.ledger import Report, wait_nats
+from orthanc_events_bridge.testing.brokers.nats import wait_nats
+from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
 
 pytestmark = pytest.mark.mutant

@@ -16,7 +16,7 @@ import yaml
 
 from orthanc_events_bridge.bridge.config import ConfigError, load, parse, template
 from orthanc_events_bridge.errors import TransportConfigurationError
-from orthanc_events_bridge.transports.options import NatsOptions
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.testing import dicom
-from orthanc_events_bridge.testing.ledger import wait_nats
+from orthanc_events_bridge.testing.brokers.nats import wait_nats
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.servers import OrthancServer

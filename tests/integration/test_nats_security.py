@@ -369,7 +369,7 @@ def test_a_subscription_that_is_not_permitted(tmp_path: Path) -> None:
 
         async def main() -> None:
             await transport.connect()
-            async with contextlib.aclosing(transport.subscribe()) as subscription:
+            async with contextlib.aclosing(transport.tail()) as subscription:
                 await anext(subscription)
 
         assert "subscription" in refusal(transport, TransportConfigurationError, main())
@@ -382,7 +382,7 @@ def test_the_minimum_of_permissions_that_the_remedy_names_is_enough(tmp_path: Pa
 
         async def main() -> None:
             await publish(transport, events(30))
-            async with contextlib.aclosing(transport.subscribe(oldest=True)) as subscription:
+            async with contextlib.aclosing(transport.tail(oldest=True)) as subscription:
                 for _ in range(30):
                     await anext(subscription)
             await transport.close()
@@ -492,7 +492,7 @@ def test_a_login_that_is_revoked_while_connected(tmp_path: Path) -> None:
         transport = nats_transport(server, credentials_file=str(file))
         await transport.connect()
         with pytest.raises(NotConnectedError):
-            async with contextlib.aclosing(transport.subscribe()) as subscription, asyncio.timeout(5):
+            async with contextlib.aclosing(transport.tail()) as subscription, asyncio.timeout(5):
                 await anext(subscription)
         with pytest.raises(TransportConfigurationError, match=r"refuses the credentials|while we logged in"):
             await transport.connect()

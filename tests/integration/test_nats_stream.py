@@ -258,7 +258,7 @@ def test_a_deleted_stream_is_noticed_although_someone_listens(server: NatsServer
         transport, listening = nats_transport(server, ack_timeout=0.5), nats_transport(server)
         first = await transport.connect()
         await listening.connect()
-        async with contextlib.aclosing(listening.subscribe()) as subscription:
+        async with contextlib.aclosing(listening.tail()) as subscription:
             waiting = asyncio.ensure_future(anext(subscription))
             await asyncio.sleep(0.2)
             ask(server.port, f"STREAM.DELETE.{STREAM}")
@@ -282,7 +282,7 @@ def test_a_reader_of_old_events_is_told_when_the_stream_goes(server: NatsServer)
     async def main() -> None:
         transport = nats_transport(server)
         await publish(transport, events(10))
-        async with contextlib.aclosing(transport.subscribe(oldest=True)) as subscription:
+        async with contextlib.aclosing(transport.tail(oldest=True)) as subscription:
             for _ in range(10):
                 await anext(subscription)
             waiting = asyncio.ensure_future(anext(subscription))
@@ -291,7 +291,7 @@ def test_a_reader_of_old_events_is_told_when_the_stream_goes(server: NatsServer)
             with pytest.raises(NotConnectedError):
                 await waiting
         with pytest.raises(NotConnectedError):
-            async with contextlib.aclosing(transport.subscribe(oldest=True)) as subscription:
+            async with contextlib.aclosing(transport.tail(oldest=True)) as subscription:
                 await anext(subscription)
         await transport.close()
 

@@ -194,7 +194,7 @@ def everything(line: Line) -> Iterator[tuple[str, bytes]]:
     line.orthanc.stop()
     yield from files("outbox of a stopped Orthanc", line.orthanc.outbox)
     line.broker.stop()
-    yield from files("NATS", line.broker.folder)
+    yield from files("NATS", line.broker.server.folder)
     ours = [text for text in line.orthanc.log_text().splitlines() if "orthanc-events" in text]
     assert any("is running: nats" in text for text in ours), "also what isn't shown by default"
     for text in ours:

@@ -41,10 +41,10 @@ def started(
     try:
         yield line
         line.orthanc.close(kill=True)
-        line.broker.close(kill=True)
+        line.broker.server.close(kill=True)
     finally:
         line.orthanc._kill_all()
-        line.broker._kill_all()
+        line.broker.server._kill_all()
 
 
 def prepare(shim: Path, *, before: str = "", behind: str = "") -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from orthanc_events_bridge.testing.brokers.events import MalformedEventError, decode
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study, orthanc_id
-from orthanc_events_bridge.testing.ledger import Event, Ledger, MalformedEventError, Report, decode
+from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
 
 PARENTS = ("series", "study", "patient")
 CHANGES = {

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import jsonschema
 import pytest
+from cloudevents.core.bindings import rabbitmq
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
@@ -373,7 +374,7 @@ def test_settings_shape_the_event() -> None:
 def test_address_says_what_the_event_says() -> None:
     outgoing = to_outgoing(row("NewInstance", "instance"), SHAPE, RECORDER)
     event = json.loads(outgoing.body)
-    assert outgoing._replace(body=b"") == (
+    assert tuple(outgoing._replace(body=b"")) == (
         event["id"],
         "main",
         "instance",
@@ -382,8 +383,25 @@ def test_address_says_what_the_event_says() -> None:
         partition(IDS["study"]),
         "application/cloudevents+json",
         b"",
+        (),
     )
     assert event["partitionkey"] == IDS["study"]
+
+
+@pytest.mark.parametrize("change", ["NewInstance", "Deleted", "JobFailure"])
+def test_binary_mode_is_what_the_sdk_makes_of_the_structured_event(change: str) -> None:
+    one = row(change, "job" if change.startswith("Job") else "instance")
+    outgoing = to_outgoing(one, SHAPE, RECORDER, binary=True)
+    document = json.loads(to_outgoing(one, SHAPE, RECORDER).body)
+    data = document.pop("data")
+    sdk = rabbitmq.to_binary(
+        CloudEvent({**document, "time": datetime.fromisoformat(document["time"])}, data), JSONFormat()
+    )
+    assert {f"ce-{name}": value for name, value in outgoing.attributes} == {
+        **sdk.headers,
+        "ce-time": document["time"],  # the SDK would add digits
+    }
+    assert (outgoing.content_type, outgoing.body) == (sdk.content_type, sdk.body)
 
 
 # -- data, and kinds -----------------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ class Source:
     def detached(self) -> int:
         return self.gone
 
+    def newest(self) -> int:
+        return self.kept[-1].position if self.kept else 0
+
     def detach(self, last: int) -> None:
         self.gone = last
         self.kept = [row for row in self.kept if row.position > last]
@@ -92,7 +95,7 @@ class Memory:
         self.gaps: list[tuple[int, int]] = []
         self.aside: list[tuple[int, str, str, str]] = []
 
-    def progress(self, name: str, recorder: str) -> Progress:
+    def progress(self, name: str, recorder: str, position: int) -> Progress:
         assert (name, recorder) == ("fake", "recorder")
         return self.progress_kept
 
@@ -114,7 +117,15 @@ class Fake(Transport):
     """
 
     capabilities = Capabilities(
-        durable=False, deduplicates=False, replayable=True, ordered=True, declares_topology=False
+        durable=False,
+        deduplicates=False,
+        replayable=True,
+        ordered=True,
+        declares_topology=False,
+        refuses_when_full=True,
+        identifies_place=True,
+        subscribable=False,
+        counts_deliveries=False,
     )
 
     def __init__(self) -> None:
@@ -160,7 +171,7 @@ class Fake(Transport):
         self.log.append("close")
         self.connected = False
 
-    async def subscribe(self, *, oldest: bool = False) -> AsyncGenerator[Incoming, None]:
+    async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming, None]:
         nothing: list[Incoming] = []
         for incoming in nothing:
             yield incoming

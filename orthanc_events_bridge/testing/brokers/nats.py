@@ -1,15 +1,11 @@
-"""What a plain client of the broker reads back, with a decoder of its own.
-
-Nothing here uses the package's own mapping or transports: a fault of theirs must not be able to hide itself.
-"""
+"""NATS for tests: the server, what an administrator does to it, and a plain client that reads it back."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,84 +16,13 @@ import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.client import JetStreamContext
+
+from orthanc_events_bridge.testing.brokers.base import Broker
+from orthanc_events_bridge.testing.brokers.events import Event, decode
 
 #: The stream's name in the wire contract.
 STREAM: Final = "ORTHANC_EVENTS"
-
-_PLURALS = {
-    "patient": "patients",
-    "study": "studies",
-    "series": "series",
-    "instance": "instances",
-    "job": "jobs",
-}
-
-
-class MalformedEventError(Exception):
-    """A message is not what the wire contract promises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One CloudEvent as it was read.
-
-    :param kind: the type without prefix and version: ``study.created``.
-    :param resource: Orthanc's id of what changed; empty for the server.
-    :param sequence: of the outbox.
-    :param key: the partition key.
-    :param change: the change as Orthanc spells it.
-    :param seq: the change's number in Orthanc's log, where it has one.
-    :param position: the message's number in the stream.
-    """
-
-    id: str
-    kind: str
-    resource: str
-    source: str
-    recorder: str
-    sequence: int
-    key: str
-    time: str = ""
-    change: str = ""
-    seq: int | None = None
-    address: str = ""
-    position: int = 0
-
-
-def decode(body: bytes, address: str = "", position: int = 0) -> Event:
-    """Read a message in structured mode.
-
-    :raises MalformedEventError: it is not one, or it contradicts itself.
-    """
-    try:
-        document = json.loads(body)
-        if document["specversion"] != "1.0":
-            raise MalformedEventError(f"message {position} at {address}: specversion {document['specversion']!r}")
-        level, verb, version = document["type"].rsplit(".", 3)[-3:]
-        data = document["data"]
-        resource = data["id"] or ""
-        subject = f"{_PLURALS[level]}/{resource}" if level in _PLURALS else None
-        if version != "v1" or data["level"] != level or document.get("subject") != subject:
-            raise MalformedEventError(
-                f"message {position} at {address}: type {document['type']!r}, subject "
-                f"{document.get('subject')!r} and data of a {data['level']} contradict each other"
-            )
-        return Event(
-            id=document["id"],
-            kind=f"{level}.{verb}",
-            resource=resource,
-            source=document["source"],
-            recorder=document["recorder"],
-            sequence=int(document["sequence"]),
-            key=document["partitionkey"],
-            time=document["time"],
-            change=data["change"],
-            seq=data.get("seq"),
-            address=address,
-            position=position,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MalformedEventError(f"message {position} at {address}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,3 +174,47 @@ async def _read(url: str, stream: str, after: int, options: dict[str, Any]) -> l
         return [message for message in messages if message.metadata.sequence.stream <= last]
     finally:
         await _give_up(client)
+
+
+class NatsBroker(Broker):
+    """One server; the place is the stream."""
+
+    kind = "nats"
+    title = "NATS"
+    deduplicates = True
+    impatient = ("ack_timeout: 1s", "connect_timeout: 1s")
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def options(self, *, port: int | None = None) -> list[str]:
+        return [f'servers: ["nats://127.0.0.1:{port or self.port}"]']
+
+    def read(self) -> list[Event]:
+        return read_nats(self.url)
+
+    def stored(self) -> int:
+        state = nats_state(self.url)
+        return state.last if state else 0
+
+    def remove_place(self) -> None:
+        self.administrate(lambda stream: stream.delete_stream(STREAM))
+
+    def limit(self, events: int) -> list[str]:
+        return ["limits:", f"  max_messages: {events}"]
+
+    def make_room(self, through: int) -> None:
+        self.administrate(lambda stream: stream.purge_stream(STREAM, seq=through + 1))
+
+    def administrate(self, work: Callable[[JetStreamContext], Awaitable[Any]]) -> Any:
+        """Do something as an administrator of the stream."""
+
+        async def connected() -> Any:
+            client = await _connect(self.url, {})
+            try:
+                return await work(client.jetstream())
+            finally:
+                await _give_up(client)
+
+        return asyncio.run(connected())

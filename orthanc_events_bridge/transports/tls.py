@@ -1,0 +1,30 @@
+"""TLS as the options ask for it."""
+
+from __future__ import annotations
+
+import ssl
+
+from orthanc_events_bridge.errors import TransportConfigurationError
+from orthanc_events_bridge.transports.options import Tls
+
+
+def client_context(tls: Tls, broker: str) -> ssl.SSLContext:
+    """Read the certificates, now, so that replaced ones are used.
+
+    :param broker: its name for the message.
+    :raises TransportConfigurationError: they can't be used.
+    """
+    option = "tls.ca_file"
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_file)
+        if tls.cert_file and tls.key_file:
+            option = "tls.cert_file and tls.key_file"
+            # Without a password of ours OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except OSError as error:  # with it ssl.SSLError
+        reason = error.strerror if not isinstance(error, ssl.SSLError) else error.reason
+        raise TransportConfigurationError(
+            f"{broker}: {option} can't be used: {reason or 'no certificate or key in it'}",
+            "give PEM files that the bridge's user can read, the key not encrypted",
+        ) from error
+    return context
