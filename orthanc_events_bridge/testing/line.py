@@ -20,7 +20,7 @@ from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import ENVIRONMENT, Folder
 from orthanc_events_bridge.testing import dicom, mutants
 from orthanc_events_bridge.testing.bridged import BridgedOrthanc, smallest
-from orthanc_events_bridge.testing.brokers import make_broker
+from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.servers import NotAcknowledgedError
@@ -31,6 +31,7 @@ class Line:
 
     :param folder: where everything is.
     :param broker: the transport's type.
+    :param made: that broker, if it was made before, not started yet.
     :param port: of a proxy between the bridge and the broker.
     :param settings: YAML behind the smallest configuration, at the top level.
     :param transport: YAML options of the transport, one per line.
@@ -46,6 +47,7 @@ class Line:
         folder: Path,
         *,
         broker: str = "nats",
+        made: Broker | None = None,
         port: int | None = None,
         settings: str = "",
         transport: Iterable[str] = (),
@@ -58,7 +60,7 @@ class Line:
         folder.mkdir(parents=True, exist_ok=True)
         self.root = folder
         self.ledger = Ledger()
-        self.broker = make_broker(broker, folder / broker)
+        self.broker = made or make_broker(broker, folder / broker)
         without = set(without)
         variables = dict(environment or {})
         if without & mutants.MUTANTS.keys():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -89,7 +90,8 @@ class NatsServer(Server):
         """Where JetStream keeps its data."""
         return self.folder / "store"
 
-    def _command(self) -> list[str]:
+    def write_config(self) -> Path:
+        """Write the configuration file, which the server reads when it starts."""
         path = self.folder / "nats.conf"
         lines = [
             f'listen: "127.0.0.1:{self.port}"',
@@ -97,7 +99,17 @@ class NatsServer(Server):
             self.config,
         ]
         path.write_text("\n".join(lines) + "\n", "utf-8")
-        return [str(self.binary), "--config", str(path)]
+        return path
+
+    def reload(self) -> None:
+        """Let the running server take a changed ``config`` (SIGHUP); who may no longer log in is thrown out."""
+        self.write_config()
+        count = self.log_text().count("Reloaded server configuration")
+        os.kill(self.pid, signal.SIGHUP)
+        self.wait_log("Reloaded server configuration", count=count + 1)
+
+    def _command(self) -> list[str]:
+        return [str(self.binary), "--config", str(self.write_config())]
 
     def _is_ready(self) -> bool:
         # The server listens for clients only after JetStream has recovered its streams.

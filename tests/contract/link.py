@@ -1,4 +1,4 @@
-"""A TCP proxy between a transport and its broker: it delays, counts turns, and cuts."""
+"""A TCP proxy between a transport and its broker: it delays, narrows, swallows, counts turns, and cuts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ class Link:
 
     :param port: of the broker, on 127.0.0.1.
     :param latency: seconds, each way.
+    :param bandwidth: bytes per second, each way of each connection; 0: as fast as it goes.
+    :ivar swallows: whether what comes is thrown away, and nobody is told: a cable that was pulled. What was open then
+        stays silent for good, as behind a firewall that has forgotten it.
     :ivar port: where a client connects.
     :ivar turns: how often the broker began to speak after the client had; a client that waits for each answer
         makes one for each question.
     """
 
-    def __init__(self, port: int, latency: float = 0.0) -> None:
+    def __init__(self, port: int, latency: float = 0.0, bandwidth: int = 0) -> None:
         self.latency = latency
+        self.bandwidth = bandwidth
+        self.swallows = False
         self.turns = 0
         self._broker = port
         self._client_spoke = False
@@ -75,6 +80,9 @@ class Link:
         broken = False
         while (chunk := chunks.get()) != _END:
             time.sleep(max(0.0, chunk[0] - time.monotonic()))
+            if self.bandwidth:
+                time.sleep(len(chunk[1]) / self.bandwidth)
+            broken = broken or self.swallows
             if not broken:
                 try:
                     target.sendall(chunk[1])

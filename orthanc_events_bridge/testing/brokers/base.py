@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -26,6 +28,11 @@ class Broker(ABC):
     impatient: ClassVar[tuple[str, ...]] = ()
     #: Whether the broker itself drops a second copy of an event.
     deduplicates: ClassVar[bool] = False
+    #: Whether events are kept in a place that we declare, and that can be deleted.
+    has_place: ClassVar[bool] = True
+    #: Whether it refuses events when it is full; and the words by which the operator learns of it.
+    can_be_full: ClassVar[bool] = True
+    full_words: ClassVar[tuple[str, ...]] = ("full",)
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -62,15 +69,38 @@ class Broker(ABC):
     def remove_place(self) -> None:
         """Delete the place where events are kept, with all that it holds, as an administrator may."""
 
-    def limit(self, events: int) -> list[str]:
-        """The transport's options for a place that takes so many events, a line of YAML each.
+    # Faults. What a broker doesn't define here, it can't have.
 
-        :raises NotImplementedError: the broker has no such limit.
-        """
-        raise NotImplementedError(f"{self.title} does not refuse events when it is full")
+    @classmethod
+    def limit_options(cls, events: int) -> list[str]:
+        """The transport's options for a place that takes so many events, a line of YAML each."""
+        return []
+
+    def limit(self, events: int) -> None:  # noqa: B027  # where the options are enough
+        """Let the running broker take so many events, then no more."""
 
     def make_room(self, through: int) -> None:
         """Drop the events up to a position, so that a full place takes more."""
+        raise NotImplementedError
+
+    @property
+    def proxied_port(self) -> int:
+        """Where a proxy has to lead."""
+        return self.port
+
+    def stand_behind(self, port: int) -> None:  # noqa: B027  # most don't know
+        """Learn of a proxy's port, before the start."""
+
+    def demand(self, password: str) -> None:
+        """Let in only who gives this password: from the start, or, while it runs, from now on, connections included."""
+        raise NotImplementedError
+
+    def login(self, password_file: Path) -> list[str]:
+        """The transport's options to log in, a line of YAML each."""
+        raise NotImplementedError
+
+    def small(self, size: int) -> AbstractContextManager[None]:
+        """Take no event of more bytes than this meanwhile."""
         raise NotImplementedError
 
     # Life.

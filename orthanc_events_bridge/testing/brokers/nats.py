@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from nats.js.client import JetStreamContext
 
 from orthanc_events_bridge.testing.brokers.base import Broker
 from orthanc_events_bridge.testing.brokers.events import Event, decode
+from orthanc_events_bridge.testing.servers import NatsServer
 
 #: The stream's name in the wire contract.
 STREAM: Final = "ORTHANC_EVENTS"
@@ -182,6 +184,7 @@ class NatsBroker(Broker):
     kind = "nats"
     title = "NATS"
     deduplicates = True
+    full_words = ("full", "10077", "purge")
     impatient = ("ack_timeout: 1s", "connect_timeout: 1s")
 
     @property
@@ -191,30 +194,57 @@ class NatsBroker(Broker):
     def options(self, *, port: int | None = None) -> list[str]:
         return [f'servers: ["nats://127.0.0.1:{port or self.port}"]']
 
+    def __init__(self, server: NatsServer) -> None:
+        super().__init__(server)
+        self.server: NatsServer = server
+        self._login: dict[str, Any] = {}
+
     def read(self) -> list[Event]:
-        return read_nats(self.url)
+        return read_nats(self.url, **self._login)
 
     def stored(self) -> int:
-        state = nats_state(self.url)
+        state = nats_state(self.url, **self._login)
         return state.last if state else 0
 
     def remove_place(self) -> None:
         self.administrate(lambda stream: stream.delete_stream(STREAM))
 
-    def limit(self, events: int) -> list[str]:
+    @classmethod
+    def limit_options(cls, events: int) -> list[str]:
         return ["limits:", f"  max_messages: {events}"]
 
     def make_room(self, through: int) -> None:
         self.administrate(lambda stream: stream.purge_stream(STREAM, seq=through + 1))
 
+    def demand(self, password: str) -> None:
+        self._login = {"user": "orthanc", "password": password}
+        self.server.config = f'authorization {{ user: "orthanc", password: "{password}" }}'
+        if self.running:
+            self.server.reload()
+
+    def login(self, password_file: Path) -> list[str]:
+        return ["user: orthanc", f"password_file: {password_file}"]
+
+    @contextlib.contextmanager
+    def small(self, size: int) -> Iterator[None]:
+        self.administrate(lambda stream: _largest(stream, size))
+        yield
+        self.administrate(lambda stream: _largest(stream, -1))
+
     def administrate(self, work: Callable[[JetStreamContext], Awaitable[Any]]) -> Any:
         """Do something as an administrator of the stream."""
 
         async def connected() -> Any:
-            client = await _connect(self.url, {})
+            client = await _connect(self.url, self._login)
             try:
                 return await work(client.jetstream())
             finally:
                 await _give_up(client)
 
         return asyncio.run(connected())
+
+
+async def _largest(stream: JetStreamContext, size: int) -> None:
+    config = (await stream.stream_info(STREAM)).config
+    config.max_msg_size = size
+    await stream.update_stream(config)
