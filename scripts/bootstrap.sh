@@ -2,8 +2,16 @@
 # `make setup`: what demo and tests need. On Debian, as root, it installs the missing system packages; everywhere
 # it makes .venv from the hashed lock, with this tree installed in it. Where nothing is missing it is silent.
 #
+#   scripts/bootstrap.sh [rabbitmq] [kafka] [docker]
+#
+# Orthanc, its Python plugin, DCMTK and NATS always; these only where they are named:
+#
+# rabbitmq          RabbitMQ, from Debian
+# kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
+# docker            a container engine, from Debian
+#
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
-# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY
+# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS
 #                   where these are, if not in the usual places
 # PIP_*, proxies, certificates: pip and apt find them in the environment as ever.
 set -euo pipefail
@@ -58,6 +66,18 @@ has_dcmtk() {
     command -v storescu >/dev/null
 }
 
+wanted() { [[ " $components " = *" $1 "* ]]; }
+
+has_rabbitmq() {
+    [ -n "${RABBITMQ_SERVER_BINARY:-}" ] || [ -f /usr/lib/rabbitmq/bin/rabbitmq-server ] \
+        || command -v rabbitmq-server >/dev/null
+}
+
+kafka_version=$(sed -n 's/.*<version>\([0-9.]*\)<.*/\1/p' docker/kafka/pom.xml | head -n 1)
+kafka_jars=.cache/kafka-$kafka_version
+# It comes into its place as a whole, or not at all.
+has_kafka() { [ -n "${KAFKA_JARS:-}" ] || [ -d "$kafka_jars" ]; }
+
 has_venv() { [ -x .venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 
 # Debian's pip reads the certificates of the system.
@@ -70,6 +90,15 @@ missing_packages() {
     has_orthanc || echo orthanc
     has_python_plugin || echo orthanc-python
     has_venv || echo python3-venv
+    if wanted rabbitmq; then has_rabbitmq || echo rabbitmq-server; fi
+    if wanted kafka; then
+        command -v java >/dev/null || echo default-jre-headless
+        has_kafka || command -v mvn >/dev/null || echo maven
+    fi
+    if wanted docker; then
+        command -v dockerd >/dev/null || echo docker.io
+        command -v debootstrap >/dev/null || echo debootstrap
+    fi
 }
 
 # The package's maintainer scripts ask /usr/sbin/policy-rc.d before they start a service. Ours says no, so that no
@@ -151,6 +180,26 @@ system() {
     say "going on without: tests that need one of these are skipped, with the reason"
 }
 
+# ------------------------------------------------------------------------------------------------------- Kafka
+
+kafka() {
+    if ! wanted kafka || has_kafka; then return; fi
+    if ! command -v mvn >/dev/null; then return; fi # said already
+    say "fetching Apache Kafka $kafka_version from Maven's repository (45 jars)"
+    mkdir -p .cache
+    local new
+    new=$(mktemp -d .cache/kafka.XXXXXX)
+    if mvn --batch-mode --quiet --file docker/kafka/pom.xml dependency:copy-dependencies \
+        -DincludeScope=runtime "-DoutputDirectory=$PWD/$new" >"$new.log" 2>&1; then
+        mv "$new" "$kafka_jars"
+        rm -f "$new.log"
+    else
+        tail -n 20 "$new.log" >&2
+        rm -rf "$new" "$new.log"
+        die "Maven could not fetch Apache Kafka, see above"
+    fi
+}
+
 # ------------------------------------------------------------------------------------------------- environment
 
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input "$@"; }
@@ -186,6 +235,14 @@ environment() {
     fi
 }
 
+components=$*
+for component in $components; do
+    case $component in
+        rabbitmq | kafka | docker) ;;
+        *) die "there is no component $component: rabbitmq, kafka, docker" ;;
+    esac
+done
+
 python=$(find_python)
 system
 # One at a time: `make demo` and `make test` can be started side by side.
@@ -193,4 +250,5 @@ if command -v flock >/dev/null; then
     exec 8>.setup.lock
     flock 8
 fi
+kafka
 environment

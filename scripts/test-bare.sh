@@ -69,6 +69,11 @@ debootstrap --variant=minbase --include=python3,make bookworm "$root" "$mirror" 
 # What this host needs to reach the registries, the new system needs too.
 cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
 if [ -f /etc/pip.conf ]; then cp -L /etc/pip.conf "$root/etc/"; fi
+# Maven and Java trust what the system trusts.
+if compgen -G "/usr/local/share/ca-certificates/*.crt" >/dev/null; then
+    mkdir -p "$root/usr/local/share/ca-certificates"
+    cp -L /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/"
+fi
 apt-config dump | grep -E '^Acquire::(https?|Check|Retries|ForceIPv)' >"$root/etc/apt/apt.conf.d/90host" || true
 inside=(HOME=/root LANG=C.UTF-8 "PATH=/usr/sbin:/usr/bin:/sbin:/bin" TERM=dumb)
 for name in http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY \

@@ -7,30 +7,37 @@ shim (`in_orthanc`).
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from orthanc_events_bridge.transports.base import Outgoing
+from orthanc_events_bridge.transports import REGISTERED
+from orthanc_events_bridge.transports.base import Outgoing, Transport
 
 VARIABLE: Final = "ORTHANC_EVENTS_MUTANTS"
 
 
-def _without_confirm() -> None:
-    """Events count as published once they are sent."""
-    from orthanc_events_bridge.transports.nats import NatsTransport
+def _transports() -> Iterator[type[Transport]]:
+    """The class of every transport whose client is installed."""
+    for registered in REGISTERED.values():
+        module, _, name = registered.implementation.partition(":")
+        with contextlib.suppress(ImportError):
+            yield getattr(importlib.import_module(module), name)
 
-    NatsTransport.without = frozenset({*NatsTransport.without, "confirm"})
 
+def _without(protection: str) -> Callable[[], None]:
+    """Leave a protection out of every transport that has it."""
 
-def _without_dedupe() -> None:
-    """The broker isn't told the events' ids."""
-    from orthanc_events_bridge.transports.nats import NatsTransport
+    def leave_out() -> None:
+        for transport in _transports():
+            transport.without = frozenset({*getattr(transport, "without", ()), protection})  # type: ignore[attr-defined]
 
-    NatsTransport.without = frozenset({*NatsTransport.without, "dedupe"})
+    return leave_out
 
 
 def _without_replay() -> None:
@@ -65,26 +72,31 @@ def _minting() -> None:
 
 def _dropping_one() -> None:
     """One instance's event is confirmed and never sent: what `make demo DEMO_FAULT=drop` shows."""
-    from orthanc_events_bridge.transports.nats import NatsTransport
-
-    publish = NatsTransport.publish
     dropped: list[str] = []
 
-    async def dropping(self: NatsTransport, events: Sequence[Outgoing]) -> None:
-        index = next((i for i, event in enumerate(events) if event.verb == "created"), None)
-        if not dropped and index is not None:
-            dropped.append(events[index].id)
-            events = [*events[:index], *events[index + 1 :]]
-        if events:
-            await publish(self, events)
+    def drop_from(transport: type[Transport]) -> None:
+        publish = transport.publish
 
-    NatsTransport.publish = dropping  # type: ignore[method-assign]
+        async def dropping(self: Transport, events: Sequence[Outgoing]) -> None:
+            index = next((i for i, event in enumerate(events) if event.verb == "created"), None)
+            if not dropped and index is not None:
+                dropped.append(events[index].id)
+                events = [*events[:index], *events[index + 1 :]]
+            if events:
+                await publish(self, events)
+
+        transport.publish = dropping  # type: ignore[method-assign]
+
+    for transport in _transports():
+        drop_from(transport)
 
 
 #: Those of the bridge's process.
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
-    "confirm": _without_confirm,
-    "dedupe": _without_dedupe,
+    # Events count as published once they are sent.
+    "confirm": _without("confirm"),
+    # The broker isn't told the events' ids (NATS).
+    "dedupe": _without("dedupe"),
     "replay": _without_replay,
     "position": _without_position,
     "identity": _without_identity,

@@ -13,8 +13,10 @@ from typing import Any
 import nats
 from nats.aio.msg import Msg
 
+from orthanc_events_bridge.testing.brokers import make_broker
+from orthanc_events_bridge.testing.guard import scratch_folder
 from orthanc_events_bridge.testing.line import Line
-from orthanc_events_bridge.testing.programs import require
+from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
 
 #: In `BridgedOrthanc`'s shim, the place behind the package's import, where Orthanc's process can be prepared.
 _BEHIND_IMPORT = "    from orthanc_events_bridge.plugin import start\n"
@@ -94,3 +96,12 @@ async def _messages(url: str, stream: str) -> list[Message]:
         return [Message(message.subject, dict(message.headers or {}), message.data) for message in found]
     finally:
         await client.close()
+
+
+def broker_or_skip(kind: str) -> None:
+    """End the test where a broker can't be had: skipped with the reason, or failed in CI."""
+    try:
+        with scratch_folder() as folder:
+            make_broker(kind, folder)
+    except MissingComponentError as error:
+        skip_or_fail(error)

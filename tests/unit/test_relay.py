@@ -90,13 +90,14 @@ class Memory:
     """A bridge.db that is a few lists."""
 
     def __init__(self, progress: Progress | None = None) -> None:
-        self.progress_kept = progress or Progress(0, None, "", 0)
+        self.progress_kept = progress
         self.saved: list[Progress] = []
         self.gaps: list[tuple[int, int]] = []
         self.aside: list[tuple[int, str, str, str]] = []
 
     def progress(self, name: str, recorder: str, position: int) -> Progress:
         assert (name, recorder) == ("fake", "recorder")
+        self.progress_kept = self.progress_kept or Progress(position, None, "", 0)
         return self.progress_kept
 
     def save(self, name: str, progress: Progress) -> None:
@@ -112,7 +113,8 @@ class Memory:
 class Fake(Transport):
     """A broker that does what its script says, and then keeps everything.
 
-    :ivar script: for each call of publish: how many events are confirmed, and what then goes wrong.
+    :ivar script: for each call of publish: how many events are confirmed, what then goes wrong, and which events
+        behind that are confirmed too.
     :ivar connects: for each call of connect: what goes wrong, if anything.
     """
 
@@ -132,7 +134,7 @@ class Fake(Transport):
         super().__init__(MemoryOptions(type="memory", name="fake"))
         self.stored: list[str] = []
         self.batches: list[list[str]] = []
-        self.script: deque[tuple[int, TransportError] | None] = deque()
+        self.script: deque[tuple[int, TransportError] | tuple[int, TransportError, set[int]] | None] = deque()
         self.connects: deque[TransportError | None] = deque()
         self.identity = "1"
         self.connected = False
@@ -163,7 +165,9 @@ class Fake(Transport):
             confirmed = len(events) if step is None else step[0]
             self.stored += [event.id for event in events[:confirmed]]
             if step is not None:
-                raise PublishError(confirmed, step[1])
+                behind = step[2] if len(step) == 3 else set()
+                self.stored += [event.id for index, event in enumerate(events) if index in behind]
+                raise PublishError(confirmed, step[1], behind)
         finally:
             self.in_flight -= 1
 
@@ -191,6 +195,7 @@ class Scene:
         size: int = 3,
         accepts: Callable[[str], bool] = lambda name: True,
         replay: bool = True,
+        start: str = "oldest",
         make: Callable[[], Transport] | None = None,
     ) -> None:
         self.source, self.memory, self.broker = Source(rows), Memory(progress), Fake()
@@ -205,6 +210,7 @@ class Scene:
             self.source,
             self.memory,
             replay=replay,
+            start=start,
             sleep=self._sleep,
         )
 
@@ -243,6 +249,47 @@ async def settle(until: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError("it did not happen")
+
+
+# -- refusals, and where it begins ----------------------------------------------------------------------------
+
+
+def test_behind_a_refusal_only_what_was_refused_is_sent_again_and_one_event_asks() -> None:
+    scene = Scene(facts(10), size=8)
+    full = RefusedError("a bound queue is refusing", "make room")
+    # 1 and 2 are confirmed, 3 is refused, 4 and 7 went through, 5, 6 and 8 are refused.
+    scene.broker.script.extend([(2, full, {3, 6}), (0, full), (0, full)])
+    scene.drain()
+    assert sorted(scene.broker.stored) == sorted(ids(*range(1, 11)))
+    assert all(len(batch) == 1 for batch in scene.broker.batches[1:4])
+    assert [batch for batch in scene.broker.batches[1:] if set(batch) & set(ids(1, 2, 4, 7))] == []
+    assert scene.relay.position == 10
+
+
+def test_what_was_stored_behind_a_refusal_is_sent_again_to_a_place_that_was_made_again() -> None:
+    scene = Scene(facts(4), size=4)
+    scene.broker.script.append((0, RefusedError("full", "make room"), {1, 2, 3}))
+
+    def again(count: int) -> None:
+        scene.broker.identity = "2"
+        scene.broker.stored.clear()
+
+    scene.on_wait = again
+    scene.drain()
+    assert scene.broker.stored == ids(1, 2, 3, 4)
+
+
+def test_a_new_transport_begins_with_the_next_event_if_it_is_told_so() -> None:
+    scene = Scene(facts(5), start="now")
+    scene.source.kept.append(fact(6))
+    scene.drain()
+    assert scene.broker.stored == ids(6)
+
+
+def test_a_known_transport_goes_on_where_it_was_whatever_it_is_told() -> None:
+    scene = Scene(facts(5), start="now", progress=Progress(2, None, "1", 2))
+    scene.drain()
+    assert scene.broker.stored == ids(3, 4, 5)
 
 
 # -- the good case -------------------------------------------------------------------------------------------

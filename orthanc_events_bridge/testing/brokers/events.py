@@ -25,6 +25,7 @@ class MalformedEventError(Exception):
 class Event:
     """One CloudEvent as it was read.
 
+    :param type: the type as it was read.
     :param kind: the type without prefix and version: ``study.created``.
     :param resource: Orthanc's id of what changed; empty for the server.
     :param sequence: of the outbox.
@@ -46,6 +47,13 @@ class Event:
     seq: int | None = None
     address: str = ""
     position: int = 0
+    type: str = ""
+
+    @property
+    def subject(self) -> str:
+        """As the contract spells it: ``studies/{id}``; empty for the server."""
+        level = self.kind.partition(".")[0]
+        return f"{_PLURALS[level]}/{self.resource}" if level in _PLURALS else ""
 
 
 def decode(body: bytes, address: str = "", position: int = 0) -> Event:
@@ -79,6 +87,7 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
             seq=data.get("seq"),
             address=address,
             position=position,
+            type=document["type"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MalformedEventError(f"message {position} at {address}: {type(error).__name__}: {error}") from error

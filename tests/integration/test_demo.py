@@ -1,0 +1,54 @@
+"""The demo, as `make demo` runs it, on every broker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from orthanc_events_bridge.testing.brokers import BROKERS
+from orthanc_events_bridge.testing.programs import require
+from tests.integration.whole import broker_or_skip
+
+pytestmark = pytest.mark.integration
+
+
+def demo(**environment: str) -> subprocess.CompletedProcess[str]:
+    require("orthanc", "orthanc-python", "storescu")
+    return subprocess.run(
+        [sys.executable, "-m", "orthanc_events_bridge.testing.demo"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_the_demo_loses_nothing(kind: str) -> None:
+    broker_or_skip(kind)
+    done = demo(BROKER=kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nlost: 0\n" in done.stdout
+    assert not done.stderr
+    for told in ("study.created.v1", "series.stable.v1", "patient.deleted.v1", "job.succeeded.v1"):
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_the_demo_would_notice_a_loss(kind: str) -> None:
+    broker_or_skip(kind)
+    done = demo(BROKER=kind, DEMO_FAULT="drop")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "\nlost: 1\n" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [{"BROKER": "zeromq"}, {"DEMO_FAULT": "all"}])
+def test_a_wrong_wish_is_named(wrong: dict[str, str]) -> None:
+    done = demo(**wrong)
+    assert done.returncode == 2
+    assert "is not known" in done.stderr
+    assert "Traceback" not in done.stderr
