@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-unit test-contract test-integration test-faults test-slow test-mutants \
+.PHONY: help setup demo test test-unit test-contract test-containers test-integration test-faults test-slow test-mutants \
 	test-bare lint format bench docs lock clean
 
 BIN := .venv/bin
@@ -15,12 +15,13 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 
-demo: setup ## CloudEvents out of a real Orthanc (KEEP=1: until Ctrl-C; DEMO_FAULT=drop: lose one on purpose)
-	@KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
+demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
+	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
 
-test: setup ## every test, real servers included
+test: setup ## every test but the slow, real servers included
 	$(PYTEST) --durations=10
 
 test-unit: setup ## the fast ones: seconds, no servers
@@ -28,6 +29,9 @@ test-unit: setup ## the fast ones: seconds, no servers
 
 test-contract: setup ## what every transport must do, against real brokers
 	$(PYTEST) tests/contract
+
+test-containers: setup ## the contract and some faults, with brokers in containers (images are built first)
+	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) --durations=10 tests/contract
 
 test-integration: setup ## the way from a DICOM file to the stream, on real servers
 	$(PYTEST) $(wildcard tests/integration tests/e2e)

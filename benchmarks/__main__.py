@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import callback, drain, ingest, latency, million
+from benchmarks import callback, drain, fan_out, ingest, latency, million
 from benchmarks.report import Section, page, say
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "callback": callback.run,
     "ingest": ingest.run,
+    "fan-out": fan_out.run,
     "latency": latency.run,
     "drain": drain.run,
     "million": million.run,

@@ -86,6 +86,8 @@ class Clients:
             process.stdin.close()
         for process in self._processes:
             process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     def upload(self, port: int, instances: int, *, clients: int | None = None, interval: float = 0.0) -> Load:
         """Upload new studies over one connection per client, and wait until all is answered.

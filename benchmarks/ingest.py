@@ -11,6 +11,7 @@ from benchmarks.clients import Clients, events_of
 from benchmarks.measure import cpu_seconds, median, ratios, spread
 from benchmarks.report import Row, Section, say
 from orthanc_events_bridge import status
+from orthanc_events_bridge.testing.brokers import Broker
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.servers import OrthancServer, scratch_folder
@@ -27,7 +28,9 @@ def on_change(kind, level, resource):
 orthanc.RegisterOnChangeCallback(on_change)
 """
 #: Orthanc's default, so that stable events don't fall into the measurement.
-_STABLE_AGE = 60
+STABLE_AGE = 60
+#: Who uses CPU, beside the brokers.
+ORTHANC, CLIENTS, BRIDGE = "Orthanc", "clients", "bridge"
 #: Seconds of rest before each run.
 _REST = 0.5
 
@@ -36,8 +39,8 @@ _REST = 0.5
 class Side:
     """One Orthanc, which keeps running through all rounds, and what its runs showed.
 
-    CPU times are seconds per run: of Orthanc (`cpu`), the clients, the bridge and NATS (`broker`).
-
+    :param brokers: that run meanwhile, whether this Orthanc's events go there or not.
+    :ivar cpu: seconds per run, by who used them: `ORTHANC`, `CLIENTS`, `BRIDGE` and the brokers' titles.
     :ivar busy: how many cores' worth of them all.
     :ivar settled: seconds from the last answer until everything was published.
     """
@@ -45,42 +48,45 @@ class Side:
     name: str
     orthanc: OrthancServer
     line: Line | None = None
+    brokers: Sequence[Broker] = ()
     rates: list[float] = field(default_factory=list)
-    clients: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    bridge: list[float] = field(default_factory=list)
-    broker: list[float] = field(default_factory=list)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
     settled: list[float] = field(default_factory=list)
     refused: int = 0
 
     def run(self, clients: Clients, instances: int, *, keep: bool = True) -> None:
         time.sleep(_REST)
-        pids = [self.orthanc.pid]
+        pids = {ORTHANC: self.orthanc.pid} | {broker.title: broker.pid for broker in self.brokers}
         wanted = 0
         if self.line is not None:
-            pids += [self.line.bridge_pid(), self.line.broker.pid]
+            pids[BRIDGE] = self.line.bridge_pid()
             wanted = status.read(self.line.folder)["outbox"]["last_position"]
             wanted += events_of(instances, clients.count)
-        before = [cpu_seconds(pid) for pid in pids]
+        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
         load = clients.upload(self.orthanc.port, instances)
         answered = time.monotonic()
         if self.line is not None:
             self._settle(wanted)
         settled = time.monotonic() - answered
-        after = [cpu_seconds(pid) for pid in pids]
+        used = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()} | {CLIENTS: load.cpu}
         if not keep:
             return
         self.refused += load.refused
         self.rates.append(load.rate)
-        used = [late - early for late, early in zip(after, before, strict=True)]
-        self.cpu.append(used[0])
+        for name, seconds in used.items():
+            self.cpu.setdefault(name, []).append(seconds)
         if self.line is not None:
-            self.bridge.append(used[1])
-            self.broker.append(used[2])
             self.settled.append(settled)
-        self.clients.append(load.cpu)
-        self.busy.append((sum(used) + load.cpu) / (load.seconds + settled))
+        self.busy.append(sum(used.values()) / (load.seconds + settled))
+
+    def each(self, who: str, instances: int) -> list[float]:
+        """Milliseconds of CPU per instance, run by run."""
+        return [1000 * seconds / instances for seconds in self.cpu[who]]
+
+    def whole(self, instances: int) -> float:
+        """Milliseconds of CPU per instance that all of them used, medians."""
+        return sum(median(self.each(who, instances)) for who in self.cpu)
 
     def _settle(self, wanted: int) -> None:
         """Until all is captured and published. The outbox's files are read: Orthanc isn't asked anything."""
@@ -90,7 +96,7 @@ class Side:
         def done() -> bool:
             document = status.read(folder)
             last = document["outbox"]["last_position"]
-            return bool(last >= wanted and document["transports"][0]["position"] == last)
+            return bool(last >= wanted and all(one["position"] == last for one in document["transports"]))
 
         if not wait_until(done, 60, every=0.02):
             raise TimeoutError(f"the bridge did not come to rest: {status.read(folder)}")
@@ -103,11 +109,15 @@ def run(*, quick: bool) -> Section:
         script = folder / "empty_callback.py"
         script.write_text(_EMPTY, "utf-8")
         with (
-            OrthancServer(folder / "plain", stable_age=_STABLE_AGE) as plain,
-            OrthancServer(folder / "empty", script=script, stable_age=_STABLE_AGE) as empty,
-            Line(folder / "line", stable_age=_STABLE_AGE) as line,
+            OrthancServer(folder / "plain", stable_age=STABLE_AGE) as plain,
+            OrthancServer(folder / "empty", script=script, stable_age=STABLE_AGE) as empty,
+            Line(folder / "line", stable_age=STABLE_AGE) as line,
         ):
-            sides = [Side("no plugin", plain), Side("empty callback", empty), Side("bridge", line.orthanc, line)]
+            sides = [
+                Side("no plugin", plain),
+                Side("empty callback", empty),
+                Side("bridge", line.orthanc, line, [line.broker]),
+            ]
             for side in sides:
                 side.run(clients, instances, keep=False)  # warms up
             for number in range(rounds):
@@ -122,15 +132,12 @@ def run(*, quick: bool) -> Section:
 
 def _section(sides: list[Side], rounds: int, instances: int) -> Section:
     plain, empty, bridge = sides
+    nats = bridge.brokers[0].title
     ingest, floor = ratios(bridge.rates, plain.rates), ratios(empty.rates, plain.rates)
     over_floor = ratios(bridge.rates, empty.rates)
 
-    def each(seconds: Sequence[float]) -> list[float]:
-        """Milliseconds per instance."""
-        return [1000 * one / instances for one in seconds]
-
-    def whole(side: Side) -> float:
-        return sum(median(each(part)) for part in (side.cpu, side.clients, side.bridge, side.broker) if part)
+    def each(side: Side, who: str = ORTHANC) -> list[float]:
+        return side.each(who, instances)
 
     lines: list[Sequence[str]] = [
         ("", "instances/s", "rate / no plugin", "CPU of Orthanc, ms per instance", "CPU / no plugin", "cores busy")
@@ -141,13 +148,13 @@ def _section(sides: list[Side], rounds: int, instances: int) -> Section:
                 side.name,
                 spread(side.rates, ".0f"),
                 spread(ratios(side.rates, plain.rates)),
-                spread(each(side.cpu)),
-                spread(ratios(side.cpu, plain.cpu)),
+                spread(each(side)),
+                spread(ratios(side.cpu[ORTHANC], plain.cpu[ORTHANC])),
                 f"{median(side.busy):.1f} of {os.cpu_count()}",
             )
         )
-    extra = median(each(bridge.cpu)) - median(each(plain.cpu))
-    floor_extra = median(each(empty.cpu)) - median(each(plain.cpu))
+    extra = median(each(bridge)) - median(each(plain))
+    floor_extra = median(each(empty)) - median(each(plain))
     refused = sum(side.refused for side in sides)
     return Section(
         "Ingest",
@@ -169,19 +176,23 @@ def _section(sides: list[Side], rounds: int, instances: int) -> Section:
                 median(ingest) >= 0.95,
                 f"Orthanc, bridge, NATS and clients share {os.cpu_count()} cores. An instance, with its four events,"
                 f" takes {extra:.2f} ms of CPU more in Orthanc than without a plugin ({floor_extra:.2f} ms with an"
-                f" empty callback), {median(each(bridge.bridge)):.2f} ms in the bridge and"
-                f" {median(each(bridge.broker)):.2f} ms in NATS: {whole(bridge):.2f} ms in all, the clients included,"
-                f" against {whole(plain):.2f} ms. An empty Python callback alone, the least that any plugin in Python"
-                f" does, brings Orthanc to {median(floor):.2f}; against that the bridge is at"
+                f" empty callback), {median(each(bridge, BRIDGE)):.2f} ms in the bridge and"
+                f" {median(each(bridge, nats)):.2f} ms in NATS: {bridge.whole(instances):.2f} ms in all, the clients"
+                f" included, against {plain.whole(instances):.2f} ms. An empty Python callback alone, the least that"
+                f" any plugin in Python does, brings Orthanc to {median(floor):.2f}; against that the bridge is at"
                 f" {median(over_floor):.2f}.",
             ),
             Row("ingest with an empty Python callback / without a plugin", "-", spread(floor)),
             Row("ingest with the bridge / with an empty Python callback", "-", spread(over_floor)),
-            Row("CPU of Orthanc with the bridge / without a plugin", "-", spread(ratios(bridge.cpu, plain.cpu))),
+            Row(
+                "CPU of Orthanc with the bridge / without a plugin",
+                "-",
+                spread(ratios(bridge.cpu[ORTHANC], plain.cpu[ORTHANC])),
+            ),
             Row(
                 "CPU of Orthanc with an empty Python callback / without a plugin",
                 "-",
-                spread(ratios(empty.cpu, plain.cpu)),
+                spread(ratios(empty.cpu[ORTHANC], plain.cpu[ORTHANC])),
             ),
         ],
         [
@@ -189,9 +200,9 @@ def _section(sides: list[Side], rounds: int, instances: int) -> Section:
             [
                 ("with the bridge, CPU per instance (4 events)", "ms"),
                 ("Orthanc, above no plugin", f"{extra:.2f}"),
-                ("bridge process", spread(each(bridge.bridge))),
-                ("NATS", spread(each(bridge.broker))),
-                ("clients", spread(each(bridge.clients))),
+                ("bridge process", spread(each(bridge, BRIDGE))),
+                (nats, spread(each(bridge, nats))),
+                ("clients", spread(each(bridge, CLIENTS))),
             ],
         ],
         [

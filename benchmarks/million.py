@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import outboxes, streams
+from benchmarks import outboxes, sending
 from benchmarks.measure import median, ratios, spread
 from benchmarks.report import Row, Section, say
-from benchmarks.streams import Drained
+from benchmarks.sending import Sent
 from orthanc_events_bridge import status
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.outbox import OutboxReader
-from orthanc_events_bridge.testing.servers import NatsServer, scratch_folder
+from orthanc_events_bridge.testing.brokers import Broker, make_broker
+from orthanc_events_bridge.testing.servers import scratch_folder
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class Sized:
     kept: int
     folder: Folder
     appended: list[dict[str, Any]] = field(default_factory=list)
-    drained: list[Drained] = field(default_factory=list)
+    drained: list[Sent] = field(default_factory=list)
     status: list[float] = field(default_factory=list)
 
     @property
@@ -46,8 +47,8 @@ def run(*, quick: bool) -> Section:
     """Append to outboxes of three sizes in turn, drain their ends in turn, then drain the largest whole."""
     sizes = (2_000, 20_000) if quick else (10_000, 100_000, 1_000_000)
     rounds, pending = (2, 4_000) if quick else (5, 20_000)
-    with scratch_folder() as scratch, NatsServer(scratch / "nats") as broker:
-        config = outboxes.write_config(scratch / "orthanc-events.yaml", broker.url)
+    with scratch_folder() as scratch, make_broker("nats", scratch / "nats") as broker:
+        config = outboxes.write_config(scratch / "orthanc-events.yaml", broker)
         outbox = [Sized(size, Folder(scratch / str(size) / "outbox")) for size in sizes]
         for sized in outbox:
             sized.folder.path.mkdir(parents=True)
@@ -58,15 +59,15 @@ def run(*, quick: bool) -> Section:
                 sized.appended.append(outboxes.append(sized.folder, config, pending // rounds))
         for number in range(rounds):
             for sized in _in_turn(outbox, number):
-                outboxes.place_before_end(sized.folder, pending)
-                drained = streams.by_bridge(broker.url, sized.folder, config, pending, sized.last)
+                last = outboxes.place_before_end(sized.folder, pending, broker.kind)
+                drained = sending.by_bridge(broker, sized.folder, config, pending, last)
                 sized.drained.append(drained)
                 sized.read_status()
             say(
                 f"million: round {number + 1} of {rounds}, events per second: "
                 + ", ".join(f"{sized.kept} rows {sized.drained[-1].rate:.0f}" for sized in outbox)
             )
-        whole = _drain_whole(outbox[-1], broker.url, config)
+        whole = _drain_whole(outbox[-1], broker, config)
         say(f"million: all {outbox[-1].kept + pending} rows at {whole.rate:.0f}/s")
     return _section(outbox, whole, rounds, pending)
 
@@ -75,13 +76,12 @@ def _in_turn(outbox: list[Sized], number: int) -> list[Sized]:
     return outbox if number % 2 == 0 else outbox[::-1]
 
 
-def _drain_whole(sized: Sized, url: str, config: Path) -> Drained:
-    last = sized.last
-    outboxes.place_before_end(sized.folder, last)
-    return streams.by_bridge(url, sized.folder, config, last, last)
+def _drain_whole(sized: Sized, broker: Broker, config: Path) -> Sent:
+    outboxes.place_before_end(sized.folder, sized.last, broker.kind)
+    return sending.by_bridge(broker, sized.folder, config, sized.last, sized.last)
 
 
-def _section(outbox: list[Sized], whole: Drained, rounds: int, pending: int) -> Section:
+def _section(outbox: list[Sized], whole: Sent, rounds: int, pending: int) -> Section:
     small, large = outbox[0], outbox[-1]
     rate = ratios([one.rate for one in large.drained], [one.rate for one in small.drained])
     append = ratios([one["rate"] for one in large.appended], [one["rate"] for one in small.appended])

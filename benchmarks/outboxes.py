@@ -25,6 +25,7 @@ from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
 from orthanc_events_bridge.testing.bridged import smallest
+from orthanc_events_bridge.testing.brokers import Broker
 
 #: Rows in a transaction: those of ten instances, such as gather while capture waits for more.
 BATCH = 40
@@ -32,9 +33,9 @@ _STUDY, _SERIES = 200, 100
 _SETTINGS = 1
 
 
-def write_config(path: Path, url: str) -> Path:
-    """The smallest configuration."""
-    path.write_text(smallest("nats", [f'servers: ["{url}"]']), "utf-8")
+def write_config(path: Path, broker: Broker) -> Path:
+    """The smallest configuration for a broker."""
+    path.write_text(smallest(broker.kind, broker.options()), "utf-8")
     return path
 
 
@@ -55,8 +56,12 @@ def append(folder: Folder, config: Path, rows: int) -> dict[str, Any]:
     return answer
 
 
-def place_before_end(folder: Folder, rows: int) -> None:
-    """Give the outbox a new ``bridge.db`` whose transport still has so many rows before it."""
+def place_before_end(folder: Folder, rows: int, transport: str) -> int:
+    """Give the outbox a new ``bridge.db`` whose transport still has so many rows before it.
+
+    :param transport: its name.
+    :return: the outbox's last position.
+    """
     for path in folder.path.glob("bridge.*"):
         path.unlink()
     reader = OutboxReader(folder.outbox)
@@ -64,9 +69,10 @@ def place_before_end(folder: Folder, rows: int) -> None:
     recorder = reader.recorder
     reader.close()
     state = State(folder.bridge)
-    state.progress("nats", recorder)
-    state.save("nats", Progress(last - rows, None, "", 0))
+    state.progress(transport, recorder)
+    state.save(transport, Progress(last - rows, None, "", 0))
     state.close()
+    return last
 
 
 def _facts(first: int) -> Iterator[Fact]:

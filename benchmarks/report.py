@@ -7,12 +7,20 @@ import platform
 import sqlite3
 import subprocess
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 
-from orthanc_events_bridge.testing.servers import find_nats, find_orthanc
+from orthanc_events_bridge.testing.programs import (
+    MissingComponentError,
+    find_kafka,
+    find_nats,
+    find_orthanc,
+    find_rabbitmq,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +103,30 @@ def _filled(paragraph: str) -> str:
 def _about(seconds: float) -> list[str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     orthanc = _output(str(find_orthanc()), "--version").split()[1]
-    nats = _output(str(find_nats()), "--version").replace(": v", " ")
+    clients = ("nats-py", "aio-pika", "aiormq", "aiokafka", "httpx")
     return [
         (
             f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}, in {seconds / 60:.0f} minutes. Everything"
             f" ran on one machine, over loopback: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {_system()},"
-            f" {platform.machine()}. Orthanc, NATS, the bridge and the clients that load them share these cores."
+            f" {platform.machine()}. Orthanc, the brokers, the bridge and the clients that load them share these cores."
         ),
         (
-            f"Orthanc {orthanc}, {nats}, Python {platform.python_version()}, nats-py {version('nats-py')},"
-            f" SQLite {sqlite3.sqlite_version}, orthanc-events-bridge {version('orthanc-events-bridge')}."
+            f"Orthanc {orthanc}, {', '.join(_brokers())}, Python {platform.python_version()},"
+            f" {', '.join(f'{client} {version(client)}' for client in clients)}, SQLite {sqlite3.sqlite_version},"
+            f" orthanc-events-bridge {version('orthanc-events-bridge')}."
         ),
     ]
+
+
+def _brokers() -> Iterator[str]:
+    """Those that are here, with their versions."""
+    with suppress(MissingComponentError):
+        yield _output(str(find_nats()), "--version").replace(": v", " ")
+    with suppress(MissingComponentError), TemporaryDirectory() as home:  # it leaves a file there
+        yield f"RabbitMQ {_output(str(find_rabbitmq().with_name('rabbitmqctl')), 'version', HOME=home)}"
+    with suppress(MissingComponentError):
+        jar = next(find_kafka().glob("kafka_*.jar"))
+        yield f"Kafka {jar.stem.rpartition('-')[2]}"
 
 
 def _system() -> str:
@@ -116,5 +136,6 @@ def _system() -> str:
         return platform.system()
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+def _output(*command: str, **variables: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
+    return run.stdout.splitlines()[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -16,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from orthanc_events_bridge import __version__, folder, status
+from orthanc_events_bridge import __version__, cli_status, cli_tail, cli_transports
+from orthanc_events_bridge.cli_options import add_command, outbox_folder, outbox_options, settings_of
 from orthanc_events_bridge.errors import BridgeError
 
 _EPILOG: Final = "documentation: README.md and docs/ in the project's repository"
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except BridgeError as error:
         return _fail(error, supervised=getattr(options, "supervised", False))
     except KeyboardInterrupt:
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         problem = BridgeError(f"{error.filename or 'the system'}: {error.strerror or error}")
         return _fail(problem, supervised=getattr(options, "supervised", False))
+    return code
 
 
 def _fail(error: BridgeError, *, supervised: bool) -> int:
@@ -68,12 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def command(name: str, run: Any, summary: str, text: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {text}")
-        sub.set_defaults(run=run)
-        return sub
-
-    init = command("init", _init, "write a commented configuration, and the shim that Orthanc loads")
+    summary = "write a commented configuration, and the shim that Orthanc loads"
+    init = add_command(commands, "init", _init, summary)
     init.add_argument("folder", metavar="DIR", type=Path, help="where to write them; made when it isn't there")
     init.add_argument("--force", action="store_true", help="write over files that are there, kept as *.bak")
     init.add_argument("--shim", action="store_true", help="write the shim alone, after the package has moved, say")
@@ -81,62 +79,20 @@ def _parser() -> argparse.ArgumentParser:
         "--script", type=Path, metavar="FILE", help="a Python script of yours that Orthanc shall load too"
     )
 
-    check = command("check", _check, "check a configuration", "One line per mistake, and exit code 2.")
+    check = add_command(commands, "check", _check, "check a configuration", "One line per mistake, and exit code 2.")
     check.add_argument("file", metavar="FILE", type=Path, nargs="?", help="default: $ORTHANC_EVENTS_CONFIG")
     check.add_argument("--connect", action="store_true", help="connect to every broker too, and say what was found")
 
-    run = command("run", _run, "run the bridge beside Orthanc", "Orthanc's plugin does this by itself.")
-    _outbox_options(run)
+    summary = "run the bridge beside Orthanc"
+    run = add_command(commands, "run", _run, summary, "Orthanc's plugin does this by itself.")
+    outbox_options(run)
     run.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     run.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
 
-    show = command(
-        "status", _status, "show how capture, bridge and transports are doing", "Works while Orthanc is down."
-    )
-    _outbox_options(show)
-    show.add_argument(
-        "--json", action="store_true", help="one JSON document, as Orthanc's /orthanc-events/status has it"
-    )
-
-    tail = command("tail", _tail, "print events live, as a subscriber of the broker receives them")
-    tail.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
-    tail.add_argument("--transport", metavar="NAME", help="default: the first one")
-    tail.add_argument("--oldest", action="store_true", help="begin with the oldest event that the broker keeps")
-    tail.add_argument("--json", action="store_true", help="whole events, one per line")
-
-    aside = command("set-aside", _set_aside, "list events that a broker can never take, and send them again")
-    _outbox_options(aside)
-    aside.add_argument("--resend", action="store_true", help="ask the running bridge to send them once more")
-    aside.add_argument("--transport", metavar="NAME", help="only those of this transport")
-    aside.add_argument("--json", action="store_true", help="one JSON document")
-
-    command("schema", _schema, "print the JSON Schema of the configuration, for editors")
+    for module in (cli_status, cli_transports, cli_tail):
+        module.define(commands)
+    add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
     return parser
-
-
-def _outbox_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--outbox", type=Path, metavar="DIR", help=f"the outbox's folder; default: ${folder.ENVIRONMENT}"
-    )
-    parser.add_argument(
-        "--orthanc-config", type=Path, metavar="FILE", help="find the folder from Orthanc's configuration"
-    )
-
-
-def _folder(options: argparse.Namespace) -> folder.Folder:
-    if options.outbox:
-        return folder.Folder(options.outbox.absolute())
-    path = options.orthanc_config
-    if path is None:
-        return folder.find(None, Path(), os.environ)
-    base = path if path.is_dir() else path.parent
-    return folder.find(folder.read_orthanc_configuration(path), base.absolute(), {})
-
-
-def _settings(path: Path | None) -> Any:
-    from orthanc_events_bridge.bridge.config import find_config, load
-
-    return load(path or find_config(None))
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -163,7 +119,7 @@ def _python_plugin() -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    settings = _settings(options.file)
+    settings = settings_of(options.file)
     names = ", ".join(f"{transport.name} ({transport.type})" for transport in settings.transports)
     print(f"the configuration is right: source {settings.source}, site {settings.site}, transports {names}")
     return asyncio.run(_check_brokers(settings)) if options.connect else 0
@@ -199,127 +155,25 @@ class _Levels(logging.Formatter):
 
 def _run(options: argparse.Namespace) -> int:
     from orthanc_events_bridge.bridge import Bridge
+    from orthanc_events_bridge.bridge.config import find_config
+    from orthanc_events_bridge.bridge.configuration import Configuration
 
-    place = _folder(options)
+    place = outbox_folder(options)
     place.prepare()
-    settings = _settings(options.config)
+    configuration = Configuration(options.config or find_config(None))
     handler = logging.StreamHandler()
     handler.setFormatter(
         _Levels() if options.supervised else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.basicConfig(level=configuration.settings.log_level.upper(), handlers=[handler])
     logging.raiseExceptions = False  # with Orthanc killed nobody reads what we say
     for noisy in ("nats", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
     async def bridge() -> int:
-        return await Bridge(place, settings, supervised=options.supervised).run()
+        return await Bridge(place, configuration, supervised=options.supervised).run()
 
     return asyncio.run(bridge())
-
-
-def _status(options: argparse.Namespace) -> int:
-    document = status.read(_folder(options))
-    print(json.dumps(document, indent=2) if options.json else _status_text(document))
-    return 0
-
-
-def _status_text(document: dict[str, Any]) -> str:
-    capture, bridge, outbox = document["capture"], document["bridge"], document["outbox"]
-    last_exit = bridge.get("last_exit")
-    dropped, vanished = capture.get("dropped", 0), capture.get("vanished", 0)
-    state, cursor = capture.get("state", "not seen yet"), document["log"]["cursor"]
-    lines = [
-        f"outbox      {outbox['folder']}",
-        f"            {outbox['rows']} rows, {_bytes(outbox['bytes'])}, oldest {outbox['oldest'] or '-'}",
-        f"capture     {state}, log cursor {cursor}, dropped {dropped}, vanished {vanished}",
-    ]
-    if capture.get("problem"):
-        lines.append(f"            {capture['problem']['message']}")
-    running = f"running since {bridge.get('since')}" if bridge["running"] else "NOT running"
-    lines.append(f"bridge      {running}, restarts {bridge.get('restarts', 0)}")
-    if last_exit:
-        lines.append(f"            last exit {last_exit['at']}: {last_exit['reason']}")
-    columns = ("name", "type", "state", "position", "pending", "published", "rate", "set_aside")
-    rows = [["TRANSPORT", "TYPE", "STATE", "POSITION", "PENDING", "PUBLISHED", "RATE/S", "SET ASIDE"]]
-    rows += [[str(transport.get(key, "-")) for key in columns] for transport in document["transports"]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += [
-        "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
-    ]
-    for transport in document["transports"]:
-        error = transport.get("last_error")
-        if error:
-            lines.append(f"{transport['name']}: last error {error['at']} ({error['count']} times): {error['message']}")
-            if error["remedy"]:
-                lines.append(f"{' ' * len(transport['name'])}  what to do: {error['remedy']}")
-        if transport["gap"]:
-            first, last = transport["gap"]
-            lines.append(f"{transport['name']}: LOST its place: positions {first} to {last} were given up undelivered")
-    return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
-
-
-def _tail(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.transports import create
-
-    settings = _settings(options.config)
-    found = [o for o in settings.transports if options.transport in (None, o.name)]
-    if not found:
-        names = ", ".join(o.name for o in settings.transports)
-        raise BridgeError(f"there is no transport {options.transport}", f"there are: {names}")
-
-    async def follow() -> None:
-        transport = create(found[0])
-        await transport.connect()
-        try:
-            async with contextlib.aclosing(transport.tail(oldest=options.oldest)) as messages:
-                async for message in messages:
-                    print(message.body.decode() if options.json else _event_line(message.body), flush=True)
-        finally:
-            await transport.close()
-
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(follow())
-    return 0
-
-
-def _event_line(body: bytes) -> str:
-    """Time, type, subject: what may be shown of an event."""
-    try:
-        event = json.loads(body)
-        return f"{event['time']:<24}  {event['type']:<45}  {event.get('subject', '')}".rstrip()
-    except (ValueError, KeyError, TypeError):
-        return "a message that is no CloudEvent in structured mode"
-
-
-def _set_aside(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.bridge.state import State
-
-    place = _folder(options)
-    entries = [e for e in status.read(place)["set_aside"] if options.transport in (None, e["transport"])]
-    if options.resend and entries:
-        state = State(place.bridge)
-        for entry in entries:
-            state.ask("resend", entry["transport"], entry["position"])
-        state.close()
-    if options.json:
-        print(json.dumps(entries, indent=2))
-        return 0
-    for entry in entries:
-        columns = [entry["transport"], entry["position"], status.iso(entry["at"])]
-        print(*columns, entry["type"], entry["event"], entry["reason"], sep="  ")
-    asked = "; the bridge was asked to send them again" if options.resend and entries else ""
-    print(f"{len(entries)} set aside{asked}")
-    return 0
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -50,7 +50,13 @@ class RefusedError(TransportError):
     """The broker is there and doesn't take the event now (stream full, no acknowledgement in time).
 
     Sending it again later, over the same connection, can succeed.
+
+    :param retry_after: how many seconds the broker asks to be left alone, where it says so.
     """
+
+    def __init__(self, message: str, remedy: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, remedy)
+        self.retry_after = retry_after
 
 
 class EventRejectedError(TransportError):

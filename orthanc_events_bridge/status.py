@@ -29,12 +29,21 @@ class BridgeView:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
 
     def _read(self, query: str, arguments: Mapping[str, object] | None = None) -> list[Any]:
         """:raises OutboxError: the file is there and can't be read."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            self.close()
+            return []
+        except OSError as error:
+            raise OutboxError(f"{self._path} can't be opened: {error.strerror}", "be the user that owns it") from error
+        if self._file != (found.st_dev, found.st_ino):  # it was lost, and the bridge has made another one
+            self.close()
         if self._db is None:
-            if not self._path.exists():
-                return []
+            self._file = found.st_dev, found.st_ino
             with translated(self._path):
                 self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
                 self._db.execute("PRAGMA query_only = 1")
@@ -54,33 +63,45 @@ class BridgeView:
         )
         return tuple(rows[0]) if rows else None
 
+    def all_settings(self) -> dict[int, dict[str, Any]]:
+        """All that were ever numbered."""
+        return {number: json.loads(document) for number, document in self._read("SELECT * FROM settings")}
+
     def note(self, key: str) -> dict[str, Any]:
         """A document that the bridge keeps for the others."""
         rows = self._read("SELECT document FROM notes WHERE key = :key", {"key": key})
         return dict(json.loads(rows[0][0])) if rows else {}
 
-    def delivered(self, recorder: str, names: Sequence[str] | None) -> int:
-        """The position of an outbox up to which transports have delivered; 0 where there is none.
+    def configured(self) -> list[str] | None:
+        """The names of the transports that the bridge has found in its configuration; none before it has read one."""
+        names = self.note("capture").get("transports")
+        return list(names) if names is not None else None
 
-        :param names: of the configured ones: a transport that is gone must not hold the outbox for ever.
+    def delivered(self, recorder: str, configured: Sequence[str] | None) -> int:
+        """The position of an outbox up to which every transport has delivered; 0 where there is none.
+
+        That is every one that was ever started and not forgotten, and every one that is about to start.
+
+        :param configured: names of the configured ones.
         """
         rows = self._read(
-            "SELECT min(iif(recorder = :recorder, position, 0)) FROM transports"
-            " WHERE :names IS NULL OR name IN (SELECT value FROM json_each(:names))",
-            {"recorder": recorder, "names": None if names is None else json.dumps(names)},
+            "SELECT min(position) FROM (SELECT iif(recorder = :recorder, position, 0) AS position FROM transports"
+            " UNION ALL SELECT 0 FROM json_each(:names) WHERE value NOT IN (SELECT name FROM transports))",
+            {"recorder": recorder, "names": json.dumps(list(configured or ()))},
         )
         return rows[0][0] or 0 if rows else 0
 
-    def acknowledged_seq(self, names: Sequence[str] | None) -> int | None:
-        """The Seq up to which transports have delivered, whichever outbox it came from; none before any has.
-
-        :param names: of the configured ones.
-        """
+    def behind(self, recorder: str) -> str | None:
+        """The name of the transport that is furthest behind in an outbox; none where none is known."""
         rows = self._read(
-            "SELECT min(coalesce(seq, 0)) FROM transports"
-            " WHERE :names IS NULL OR name IN (SELECT value FROM json_each(:names)) HAVING max(seq) IS NOT NULL",
-            {"names": None if names is None else json.dumps(names)},
+            "SELECT name FROM transports ORDER BY iif(recorder = :recorder, position, 0), name LIMIT 1",
+            {"recorder": recorder},
         )
+        return rows[0][0] if rows else None
+
+    def acknowledged_seq(self) -> int | None:
+        """The Seq up to which every transport has delivered, whichever outbox it came from; none before any has."""
+        rows = self._read("SELECT min(coalesce(seq, 0)) FROM transports HAVING max(seq) IS NOT NULL")
         return rows[0][0] if rows else None
 
     def transports(self) -> list[dict[str, Any]]:
@@ -88,6 +109,14 @@ class BridgeView:
         names = ("name", "recorder", "position", "published", "gap_from", "gap_through")
         rows = self._read(f"SELECT {', '.join(names)} FROM transports ORDER BY name")
         return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def paused(self) -> dict[str, int]:
+        """The transports that are paused, and since when, in milliseconds since the epoch."""
+        return dict(self._read("SELECT name, since FROM paused"))
+
+    def waiting(self) -> list[tuple[str, str]]:
+        """What was asked for and isn't done yet: command and transport, oldest first."""
+        return self._read("SELECT command, transport FROM commands ORDER BY number")
 
     def set_aside(self) -> list[dict[str, Any]]:
         """The events that a broker could never take."""
@@ -131,22 +160,31 @@ def read(folder: Folder) -> dict[str, Any]:
         bridge = view.note("bridge")
         live: dict[str, Any] = bridge.pop("transports", {})
         is_running = running(folder)
-        set_aside = view.set_aside()
+        set_aside, paused, configured = view.set_aside(), view.paused(), view.configured() or []
+        detached = int(meta.get("detached", 0))
         transports = []
-        for stored in view.transports():
+        unknown = {"recorder": recorder, "position": 0, "published": 0, "gap_from": None, "gap_through": None}
+        started = {stored["name"]: stored for stored in view.transports()}
+        about_to_start = {name: {"name": name, **unknown} for name in configured}
+        for _, stored in sorted({**about_to_start, **started}.items()):
             name = stored["name"]
             position = stored["position"] if stored["recorder"] == recorder else 0
-            seen = live.get(name, {"state": "not configured"})
+            state, now = _state(name, live.get(name, {}), configured, paused, running=is_running)
+            gap = (stored["gap_from"], stored["gap_through"]) if stored["gap_through"] else None
+            if position < detached:  # given up, and nobody has come by to mark it
+                gap = gap[0] if gap else position + 1, detached
             transports.append(
                 {
                     "name": name,
-                    **seen,
-                    "state": seen["state"] if is_running or name not in live else "bridge not running",
+                    **now,
+                    "state": state,
+                    "configured": name in configured,
+                    "paused": iso(paused[name]) if name in paused else None,
                     "position": position,
                     "pending": outbox.count(position),
                     "published": stored["published"],
                     "set_aside": sum(entry["transport"] == name for entry in set_aside),
-                    "gap": [stored["gap_from"], stored["gap_through"]] if stored["gap_through"] else None,
+                    "gap": list(gap) if gap else None,
                 }
             )
         return {
@@ -168,6 +206,17 @@ def read(folder: Folder) -> dict[str, Any]:
     finally:
         outbox.close()
         view.close()
+
+
+def _state(
+    name: str, live: dict[str, Any], configured: Sequence[str], paused: Mapping[str, int], *, running: bool
+) -> tuple[str, dict[str, Any]]:
+    """A transport's state, and what else the bridge has said of it: nothing of one that it has no more to do with."""
+    if name not in configured:
+        return "not configured", {}
+    if name in paused:
+        return "paused", {**live, "since": iso(paused[name])}
+    return (live.get("state", "connecting") if running else "bridge not running"), live
 
 
 def iso(milliseconds: float) -> str:

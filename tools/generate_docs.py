@@ -131,6 +131,8 @@ def type_text(field: FieldInfo) -> str:
     inner = options_class(field.annotation)
     if inner:
         return "list of blocks" if get_origin(field.annotation) is tuple else "block"
+    if get_origin(field.annotation) is dict:
+        return "names and values"
     if SecretStr in parts:
         return "secret"
     if Path in parts:

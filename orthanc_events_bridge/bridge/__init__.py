@@ -1,7 +1,8 @@
 """The process beside Orthanc: outbox → mapping → one relay per transport.
 
 Run by the plugin's supervisor (``--supervised``), whose pipe is our standard input: a byte means new rows, its end
-means that Orthanc is gone. Exit codes: 0 ended as told, 1 failed, 2 wrong configuration, 75 another bridge works here.
+means that Orthanc is gone. SIGHUP: read the configuration again. Exit codes: 0 ended as told, 1 failed, 2 wrong
+configuration, 75 another bridge works here.
 """
 
 from __future__ import annotations
@@ -15,21 +16,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any, Final
 
 from orthanc_events_bridge import __version__
-from orthanc_events_bridge.bridge.relay import Relay
-from orthanc_events_bridge.bridge.settings import Settings
-from orthanc_events_bridge.bridge.state import Command, State
-from orthanc_events_bridge.errors import BridgeError, OutboxError, TransportError
-from orthanc_events_bridge.events.mapping import to_outgoing
+from orthanc_events_bridge.bridge.commands import obey
+from orthanc_events_bridge.bridge.configuration import Configuration
+from orthanc_events_bridge.bridge.fleet import Fleet, Source
+from orthanc_events_bridge.bridge.state import State
+from orthanc_events_bridge.errors import BridgeError, OutboxError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
-from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
+from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.status import iso
-from orthanc_events_bridge.transports import create
-from orthanc_events_bridge.transports.options import TransportOptions
 
 log = logging.getLogger(__name__)
 
@@ -50,50 +48,24 @@ class BusyError(BridgeError):
     """Another bridge works on this outbox."""
 
 
-class Source:
-    """The outbox as the relays read it, with the settings that rows name."""
-
-    def __init__(self, reader: OutboxReader, state: State) -> None:
-        self.reader = reader
-        self.recorder = reader.recorder
-        self._state = state
-        self._shapes: dict[int, Mapping[str, Any]] = {}
-
-    def rows(self, after: int, limit: int) -> list[OutboxRow]:
-        return self.reader.rows(after, limit)
-
-    def detached(self) -> int:
-        return self.reader.detached()
-
-    def newest(self) -> int:
-        return int(self.reader.meta().get("position", 0))
-
-    def shape(self, number: int) -> Mapping[str, Any]:
-        """The settings of a number; 0 stands for the first that came, without tags."""
-        if number not in self._shapes:
-            known = {**self._state.settings(), **self.reader.settings()}
-            self._shapes[number] = known[number or min(known)]
-        return self._shapes[number]
-
-
 class Bridge:
     """Wires outbox and transports, and runs until it is told to stop.
 
     :param folder: of the outbox; prepared.
-    :param settings: validated.
+    :param configuration: without mistakes; watched from now on.
     :param supervised: whether standard input is the supervisor's pipe.
     """
 
-    def __init__(self, folder: Folder, settings: Settings, *, supervised: bool) -> None:
+    def __init__(self, folder: Folder, configuration: Configuration, *, supervised: bool) -> None:
         self._folder = folder
-        self._settings = settings
+        self._configuration = configuration
         self._supervised = supervised
         self._started = time.time()
-        self._relays: list[Relay] = []
+        self._fleet: Fleet | None = None
         self._noted: dict[str, Any] = {}
         self._repeats = Repeats(time.monotonic)
         self._stop = asyncio.Event()
-        self._rang = asyncio.Event()
+        self._hung_up = False
 
     async def run(self) -> int:
         """Until standard input ends, or a signal comes.
@@ -134,9 +106,14 @@ class Bridge:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        if self._supervised or not os.isatty(0):  # a terminal that is closed ends us, as it does others
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         if self._supervised:
             os.set_blocking(0, False)
             loop.add_reader(0, self._on_stdin)
+
+    def _on_hangup(self) -> None:
+        self._hung_up = True
 
     def _signalled(self) -> None:
         """Supervised, the end of Orthanc is what counts: until then changes may still come."""
@@ -148,51 +125,44 @@ class Bridge:
             data = os.read(0, 65536)
         except BlockingIOError:
             return
-        self._rang.set()
-        for relay in self._relays:
-            relay.wake()
+        if self._fleet is not None:
+            self._fleet.wake()
         if not data:
             asyncio.get_running_loop().remove_reader(0)
             self._stop.set()
 
     async def _run(self, state: State) -> None:
-        number = state.number_settings(self._settings.shape())
-        state.note("capture", {**self._settings.capture_document(), "settings": number})
+        self._tell_capture(state)
         self._note(state)
         reader = await self._outbox()
         if reader is None:
             return
-        source = Source(reader, state)
         try:
-            for options in self._settings.transports:
-                self._relays.append(self._relay(options, source, state))
-            tasks = [asyncio.create_task(relay.run(), name=relay.name) for relay in self._relays]
+            fleet = self._fleet = Fleet(Source(reader, state), state, self._configuration.settings)
+            for command in state.commands():
+                if command.command != "resend":  # a pause must be there before anything is sent
+                    await obey(command, fleet, state)
+            await fleet.settle()
             # Events come and go in thousands and never in cycles: looking for those takes a tenth of a drain.
             gc.freeze()
             gc.set_threshold(50_000, 20, 100)
-            log.info("bridge %s is running: %s", __version__, ", ".join(relay.name for relay in self._relays))
-            await self._work(state, source)
-            await self._drain(tasks)
+            log.info("bridge %s is running: %s", __version__, ", ".join(fleet.status()))
+            tending = asyncio.create_task(self._tend(state, fleet))
+            tending.add_done_callback(lambda _: self._stop.set())
+            await self._work(fleet)
+            tending.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await tending
+            await self._drain(fleet)
             self._note(state)
         finally:
             reader.close()
 
-    def _relay(self, options: TransportOptions, source: Source, state: State) -> Relay:
-        def accepts(name: str) -> bool:
-            return self._settings.events.accepts(name) and options.events.accepts(name)
-
-        return Relay(
-            options.name,
-            lambda: create(options),
-            options.type,
-            getattr(options, "batch", 500),
-            accepts,
-            source,
-            state,
-            binary=options.mode == "binary",
-            start=options.start,
-            replay=getattr(options, "on_recreate", "replay") == "replay",
-        )
+    def _tell_capture(self, state: State) -> None:
+        """Say which settings are to shape what is recorded from now on, and what capture must know besides."""
+        settings = self._configuration.settings
+        number = state.number_settings(settings.shape())
+        state.note("capture", {**settings.capture_document(), "settings": number})
 
     async def _outbox(self) -> OutboxReader | None:
         """Capture makes the outbox, once it has read our settings; none when told to stop before."""
@@ -214,38 +184,52 @@ class Bridge:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
-    async def _work(self, state: State, source: Source) -> None:
-        """Keep the status fresh, obey commands, and, unsupervised, look for new rows."""
-        seen, next_tick = -1, 0.0
+    async def _work(self, fleet: Fleet) -> None:
+        """Until told to stop. Unsupervised, look for new rows: nobody rings."""
+        seen = -1
         while not self._stop.is_set():
-            if not self._supervised and (version := source.reader.version()) != seen:
+            if self._supervised:
+                await self._stop.wait()
+                return
+            if (version := fleet.source.reader.version()) != seen:
                 seen = version
-                for relay in self._relays:
-                    relay.wake()
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + _TICK
-                try:
-                    self._note(state)
-                    for command in state.commands():
-                        await self._obey(command, state, source)
-                    self._repeats.over("state")
-                except OutboxError as error:  # a full disk must not end us
-                    if line := self._repeats.line("state", str(error)):
-                        log.error(line)
-            await self._pause(_TICK if self._supervised else _POLL)
+                fleet.wake()
+            await self._pause(_POLL)
 
-    async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def _tend(self, state: State, fleet: Fleet) -> None:
+        """Once a second: look at the configuration, obey commands, keep the status fresh."""
+        while True:
+            try:
+                asked, self._hung_up = self._hung_up, False
+                self._configuration.look(asked=asked)
+                if fleet.settings is not self._configuration.settings:
+                    self._take_over(state, fleet)
+                await fleet.settle()
+                # One that is to be forgotten may have been taken out of the file a moment ago.
+                for command in [] if self._configuration.restless else state.commands():
+                    await obey(command, fleet, state)
+                self._note(state)
+                self._repeats.over("state")
+            except OutboxError as error:  # a full disk must not end us
+                if line := self._repeats.line("state", str(error)):
+                    log.error(line)
+            await asyncio.sleep(_TICK)
+
+    def _take_over(self, state: State, fleet: Fleet) -> None:
+        """Use changed settings: they are told to capture first, so that a failure leaves all as it was."""
+        settings = self._configuration.settings
+        self._tell_capture(state)
+        logging.getLogger().setLevel(settings.log_level.upper())
+        fleet.settings = settings
+
+    async def _drain(self, fleet: Fleet) -> None:
         """Send what is there, within the deadline."""
+        seconds = self._configuration.settings.drain_timeout
         # Whatever hangs, we don't outlive Orthanc by more than this.
-        watchdog = threading.Timer(self._settings.drain_timeout + 1.0, os._exit, (EXIT_FAILED,))
+        watchdog = threading.Timer(seconds + 1.0, os._exit, (EXIT_FAILED,))
         watchdog.daemon = True
         watchdog.start()
-        for relay in self._relays:
-            relay.drain()
-        _, late = await asyncio.wait(tasks, timeout=self._settings.drain_timeout)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await fleet.drain(seconds)
         watchdog.cancel()
 
     def _note(self, state: State) -> None:
@@ -254,29 +238,9 @@ class Bridge:
             "version": __version__,
             "pid": os.getpid(),
             "since": iso(self._started * 1000),
-            "transports": {relay.name: relay.status() for relay in self._relays},
+            "configuration": self._configuration.status(),
+            "transports": {} if self._fleet is None else self._fleet.status(),
         }
         if note != self._noted:
             state.note("bridge", note)
             self._noted = note
-
-    async def _obey(self, command: Command, state: State, source: Source) -> None:
-        """Send an event that was set aside once more, over a connection of its own."""
-        options = next((o for o in self._settings.transports if o.name == command.transport), None)
-        rows = source.rows(int(command.argument) - 1, 1) if command.argument else []
-        state.done(command)
-        if command.command != "resend" or options is None or not rows or rows[0].position != command.argument:
-            log.error("what was asked of transport %s can't be done: its event is no longer kept", command.transport)
-            return
-        transport = create(options)
-        try:
-            await transport.connect()
-            await transport.publish([to_outgoing(rows[0], source.shape(rows[0].settings), source.recorder)])
-            state.taken_back(command.transport, command.argument)
-            log.warning("transport %s: the event at %s was sent again", command.transport, command.argument)
-        except TransportError as error:
-            log.error(
-                "transport %s: the event at %s was not taken again: %s", command.transport, command.argument, error
-            )
-        finally:
-            await transport.close()

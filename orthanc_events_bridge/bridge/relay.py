@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _FIRST_WAIT: Final = 0.05
 _LONGEST_WAIT: Final = 5.0
 _LONGEST_WAIT_FOR_A_PERSON: Final = 30.0
+#: The same, where a broker itself asks to be left alone.
+_LONGEST_WAIT_ASKED: Final = 3600.0
 #: Rows that are mapped before the event loop gets its turn.
 _SLICE: Final = 50
 #: Seconds after which the outbox is looked at although nobody rang.
@@ -125,12 +127,16 @@ class Relay:
         self._replay = replay
         self._sleep = sleep
         self._binary = binary
-        self._progress = memory.progress(self.name, source.recorder, source.newest() if start == "now" else 0)
+        # What was given up before a transport was there is no gap of its own.
+        first = source.newest() if start == "now" else source.detached()
+        self._progress = memory.progress(self.name, source.recorder, first)
         # After a refusal the broker is asked with one event, then with twice as many each time.
         self._allowed = size
         self._stored: set[int] = set()  # positions behind ours whose events the broker has confirmed already
         self._wake = asyncio.Event()
         self._draining = False
+        self._leaving = False
+        self._busy = False
         self._state = "connecting"
         self._since = time.time()
         self._error: dict[str, Any] | None = None
@@ -150,6 +156,15 @@ class Relay:
         """Send what is there, then end."""
         self._draining = True
         self._wake.set()
+
+    def leave(self) -> bool:
+        """Begin no batch any more.
+
+        :return: whether one is under way: `run` ends behind it. If not, `run` can be cancelled without an event
+            that the broker has and that is sent again.
+        """
+        self._leaving = True
+        return self._busy
 
     def status(self) -> dict[str, Any]:
         """What the status shows of this transport; rates in events per second over the last ten seconds."""
@@ -197,9 +212,12 @@ class Relay:
                 self._faulty(fault)
                 if isinstance(fault, NotConnectedError | TransportConfigurationError):
                     await self._close()
+                if self._leaving:
+                    return
                 if self._progress.position > before:
                     wait = _FIRST_WAIT
-                await self._sleep(wait * random.uniform(0.5, 1.0))
+                asked = (isinstance(fault, RefusedError) and fault.retry_after) or 0.0
+                await self._sleep(max(wait * random.uniform(0.5, 1.0), min(asked, _LONGEST_WAIT_ASKED)))
                 person = isinstance(fault, TransportConfigurationError)
                 wait = min(wait * 2, _LONGEST_WAIT_FOR_A_PERSON if person else _LONGEST_WAIT)
         finally:
@@ -226,6 +244,7 @@ class Relay:
                 if draining and not batch.read:
                     return
                 continue
+            self._busy = True
             publishing = asyncio.ensure_future(self._publish(batch))
             try:
                 await asyncio.sleep(0)
@@ -237,6 +256,10 @@ class Relay:
                     publishing.cancel()
                     await asyncio.gather(publishing, return_exceptions=True)
                     raise
+                finally:
+                    self._busy = False
+            if self._leaving:
+                return
             batch = following
 
     async def _wait(self) -> None:

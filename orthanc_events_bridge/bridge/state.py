@@ -1,7 +1,7 @@
 """``bridge.db``: what the bridge must remember, and what it tells capture and the command line.
 
 Written by the bridge, and, for `commands`, by the command line. `orthanc_events_bridge.status` reads it
-elsewhere.
+elsewhere. A transport is known here from its first start until it is forgotten on purpose.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +44,15 @@ CREATE TABLE IF NOT EXISTS commands (
     number INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT NOT NULL, transport TEXT NOT NULL, argument TEXT
 ) STRICT;
 """
+#: Tables that came later. A version of the package that doesn't know them works without.
+_LATER: Final = """
+CREATE TABLE IF NOT EXISTS paused (name TEXT PRIMARY KEY, since INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS answers (  -- what became of commands, by their number
+    number INTEGER PRIMARY KEY, done INTEGER NOT NULL, text TEXT NOT NULL
+) STRICT;
+"""
+#: So many answers are kept for the command line to find.
+_ANSWERS: Final = 1000
 
 
 @dataclass(slots=True)
@@ -86,6 +96,7 @@ class State:
                 elif version != VERSION:
                     wrong = f"{path} has version {version}, this package uses {VERSION}"
                     raise OutboxError(wrong, "use the same version")
+                self._db.executescript(_LATER)
                 self._db.execute("PRAGMA synchronous = NORMAL")
             except BaseException:
                 self._db.close()
@@ -116,6 +127,47 @@ class State:
             self._db.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(document)))
 
     # -- transports ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in here is kept as a whole, or not at all."""
+        with translated(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            with translated(self._path):
+                self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def known(self) -> dict[str, int]:
+        """The position of each transport that was ever started and not forgotten."""
+        with translated(self._path):
+            return dict(self._db.execute("SELECT name, position FROM transports ORDER BY name").fetchall())
+
+    def paused(self) -> dict[str, int]:
+        """The transports that are paused, and since when, in milliseconds since the epoch."""
+        with translated(self._path):
+            return dict(self._db.execute("SELECT name, since FROM paused").fetchall())
+
+    def pause(self, name: str) -> None:
+        """Keep that a transport is paused; one that is already keeps its time."""
+        with translated(self._path):
+            self._db.execute("INSERT OR IGNORE INTO paused VALUES (?, ?)", (name, int(time.time() * 1000)))
+
+    def resume(self, name: str) -> None:
+        """Keep that it is paused no longer."""
+        with translated(self._path):
+            self._db.execute("DELETE FROM paused WHERE name = ?", (name,))
+
+    def forget(self, name: str) -> None:
+        """Drop everything that belongs to a transport: its place, its gap, what was set aside, a pause."""
+        with self.together(), translated(self._path):
+            self._db.execute("DELETE FROM transports WHERE name = ?", (name,))
+            self._db.execute("DELETE FROM set_aside WHERE transport = ?", (name,))
+            self._db.execute("DELETE FROM paused WHERE name = ?", (name,))
 
     def progress(self, name: str, recorder: str, position: int = 0) -> Progress:
         """How far a transport is with this outbox.
@@ -165,13 +217,18 @@ class State:
 
     # -- commands --------------------------------------------------------------------------------------------
 
-    def ask(self, command: str, transport: str, argument: object = None) -> None:
-        """Leave a command for the bridge, which looks once a second."""
+    def ask(self, command: str, transport: str, argument: object = None) -> int:
+        """Leave a command for the bridge, which looks once a second.
+
+        :return: its number, by which `answer` is found.
+        """
         with translated(self._path):
-            self._db.execute(
+            cursor = self._db.execute(
                 "INSERT INTO commands (command, transport, argument) VALUES (?,?,?)",
                 (command, transport, json.dumps(argument)),
             )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
 
     def commands(self) -> list[Command]:
         """What was asked and isn't done yet, oldest first."""
@@ -179,9 +236,22 @@ class State:
             rows = self._db.execute("SELECT * FROM commands ORDER BY number").fetchall()
         return [Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows]
 
-    def done(self, command: Command) -> None:
-        with translated(self._path):
+    def done(self, command: Command, text: str, *, failed: bool = False) -> None:
+        """A command is no longer asked.
+
+        :param text: what became of it, for the one who asked.
+        :param failed: whether it could not be done.
+        """
+        with self.together(), translated(self._path):
             self._db.execute("DELETE FROM commands WHERE number = ?", (command.number,))
+            self._db.execute("REPLACE INTO answers VALUES (?,?,?)", (command.number, not failed, text))
+            self._db.execute("DELETE FROM answers WHERE number <= ?", (command.number - _ANSWERS,))
+
+    def answer(self, number: int) -> tuple[bool, str] | None:
+        """What became of a command: whether it is done, and what there is to say; none while it waits."""
+        with translated(self._path):
+            row = self._db.execute("SELECT done, text FROM answers WHERE number = ?", (number,)).fetchone()
+        return (bool(row[0]), str(row[1])) if row else None
 
     def close(self) -> None:
         self._db.close()

@@ -70,7 +70,7 @@ class Upkeep:
     def acknowledged_seq(self) -> int | None:
         """The Seq up to which every transport has delivered, for an outbox that was lost; none before any has."""
         try:
-            return self._bridge.acknowledged_seq(self.options.get("transports"))
+            return self._bridge.acknowledged_seq()
         except OutboxError:
             return None
 
@@ -79,6 +79,14 @@ class Upkeep:
             return self._bridge.delivered(outbox.recorder, self.options.get("transports"))
         except OutboxError:
             return 0
+
+    def _behind(self, outbox: OutboxWriter) -> str:
+        """The transport that needs the oldest row, in brackets; empty where none is known."""
+        try:
+            name = self._bridge.behind(outbox.recorder)
+        except OutboxError:
+            name = None
+        return f" ({name})" if name else ""
 
     def retain(self, outbox: OutboxWriter) -> None:
         """Now and then, delete what every transport has delivered and is old enough."""
@@ -104,7 +112,8 @@ class Upkeep:
                     return
                 raise OutboxFullError(
                     f"the outbox has reached its limit of {self.limit} bytes and every row is still needed",
-                    "bring the transport back that is behind, or raise outbox.max_bytes",
+                    f"bring back, resume or forget the transport that is behind{self._behind(outbox)}, or raise"
+                    " outbox.max_bytes",
                 )
             if not outbox.detach(delivered):
                 return

@@ -4,7 +4,7 @@ The guard, a small process of its own, holds the reading end of a pipe. When the
 an interrupt, a crash, ``kill -9``) the pipe ends, and the guard kills what the starter had started, with all
 their children, and removes its scratch folders. Children are recognised by a variable in their environment,
 which they inherit, so that a bridge process that Orthanc started is found too (on Linux, by ``/proc``;
-elsewhere by process group).
+elsewhere by process group). Containers are recognised by their label, and removed with Docker's command line.
 
 This file is also the guard's program. Standard library only.
 """
@@ -27,6 +27,9 @@ from typing import IO
 
 #: The variable by which processes of ours are recognised: ``{run}/{number of the server}/``.
 MARK = "TESTING_SERVERS_RUN"
+
+#: The label by which containers of ours are recognised; its value is the run.
+LABEL = "io.orthanc-events.tests.run"
 
 #: This process's own runs of servers.
 RUN = uuid.uuid4().hex
@@ -51,12 +54,27 @@ def leftovers() -> list[int]:
     return marked_processes(RUN)
 
 
+def remove_containers(run: str) -> None:
+    """Remove the containers of a run with all that they have, as far as Docker's command line is there."""
+    quiet = 0
+    while quiet < 2:  # the engine may just have been making one
+        listing = ["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={LABEL}={run}"]
+        try:
+            found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+            if found:
+                subprocess.run(["docker", "rm", "--force", "--volumes", *found], capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            return
+        quiet = 0 if found else quiet + 1
+
+
 def _guard_main(run: str, lines: IO[str]) -> None:
     """Wait until the starter is gone, then clean up behind it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()
     folders: set[str] = set()
+    containers = False
     for line in lines:
         word, _, value = line.rstrip("\n").partition(" ")
         if word == "group":
@@ -67,6 +85,10 @@ def _guard_main(run: str, lines: IO[str]) -> None:
             folders.add(value)
         elif word == "removed":
             folders.discard(value)
+        elif word == "containers":
+            containers = True
+    if containers:
+        remove_containers(run)
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
@@ -91,7 +113,9 @@ class Guard:
         self._process: subprocess.Popen[bytes] | None = None
 
     def tell(self, word: str, value: int | str) -> None:
-        """Say that a process ``group`` has begun or ``ended``, that a ``folder`` was made or ``removed``."""
+        """Say that a process ``group`` has begun or ``ended``, that a ``folder`` was made or ``removed``, or that
+        there are ``containers`` with this run's label.
+        """
         with self._lock:
             if self._process is None:
                 environment = {name: value for name, value in os.environ.items() if name != MARK}

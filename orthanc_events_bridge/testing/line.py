@@ -94,6 +94,7 @@ class Line:
             ),
             what="the started line",
         )
+        self.broker.settle()
         return self
 
     def __exit__(

@@ -97,6 +97,8 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "confirm": _without("confirm"),
     # The broker isn't told the events' ids (NATS).
     "dedupe": _without("dedupe"),
+    # What comes a second time is stored again (Kafka).
+    "idempotence": _without("idempotence"),
     "replay": _without_replay,
     "position": _without_position,
     "identity": _without_identity,

@@ -11,10 +11,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Protocol, Self
 
 from orthanc_events_bridge.testing.guard import MARK, RUN, guard, marked_processes
 
@@ -49,6 +49,24 @@ def free_port() -> int:
     raise ServerError("no free TCP port found between 15000 and 31999")
 
 
+class Process(Protocol):
+    """What a server needs of its process, as `subprocess.Popen` has it; one in a container has it too."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class Server:
     """A server process that can be started, stopped, killed, frozen and started again in the same place.
 
@@ -73,7 +91,7 @@ class Server:
         self.log = self.folder / "server.log"
         self.environment: dict[str, str] = dict(environment or {})
         self._mark = f"{RUN}/{next(Server._numbers)}/"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._frozen = False
         #: How long its own children may outlive it when it is closed, in seconds.
         self.grace = 10.0
@@ -85,6 +103,35 @@ class Server:
 
     def _is_ready(self) -> bool:
         raise NotImplementedError
+
+    # What another way to run it defines.
+
+    def _launch(self, command: Sequence[str]) -> Process:
+        """Start the process, with its output at the end of the log."""
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            # What a developer's shell holds for Python or for the bridge must not change a test's result.
+            if not name.startswith("ORTHANC_EVENTS_") and name not in ("PYTHONPATH", "PYTHONHOME")
+        }
+        environment |= self.environment | {MARK: self._mark}
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+                cwd=self.folder,
+            )
+        guard.tell("group", process.pid)
+        return process
+
+    def _complete(self, command: Sequence[str]) -> int:
+        """Run a program of the server's to its end, with its output at the end of the log; return its exit code."""
+        with self.log.open("ab") as log:
+            return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
 
     # Life.
 
@@ -112,27 +159,10 @@ class Server:
         """
         if self._process is not None:
             raise ServerError(f"{self.title} in {self.folder} was started already")
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            # What a developer's shell holds for Python or for the bridge must not change a test's result.
-            if not name.startswith("ORTHANC_EVENTS_") and name not in ("PYTHONPATH", "PYTHONHOME")
-        }
-        environment |= self.environment | {MARK: self._mark}
         command = self._command()
         began = time.monotonic()
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment,
-                cwd=self.folder,
-            )
+        self._process = self._launch(command)
         self._frozen = False
-        guard.tell("group", self._process.pid)
         _running.add(self)
         if not wait:
             return time.monotonic() - began
@@ -179,7 +209,7 @@ class Server:
             self._forget()
             raise ServerError(self._message(f"did not stop within {self.deadline:.0f} s; it was killed")) from None
         self._forget()
-        if code not in (0, -signal.SIGTERM):
+        if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):  # the last one is Java's way to say it
             raise ServerError(self._message(f"stopped with exit code {code}"))
         return time.monotonic() - began
 
@@ -188,11 +218,11 @@ class Server:
 
         :raises ServerError: it isn't running, or it had ended by itself before.
         """
-        pid = self.pid
-        assert self._process is not None
+        if self._process is None:
+            raise ServerError(f"{self.title} in {self.folder} is not running")
         if self._process.poll() is not None:
             self._ended_by_itself()
-        os.kill(pid, signal.SIGKILL)
+        self._process.kill()
         self._forget()
 
     def restart(self) -> float:
@@ -204,6 +234,8 @@ class Server:
         """Freeze the process (SIGSTOP): its sockets stay open and nobody answers. Its children go on."""
         os.kill(self.pid, signal.SIGSTOP)
         self._frozen = True
+        # On a busy machine its threads go on until the signal's turn comes.
+        wait_until(lambda: _stopped(self.pid), 5)
 
     def thaw(self) -> None:
         """Let a frozen process go on (SIGCONT)."""
@@ -291,6 +323,15 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.children(), 5)
         _running.discard(self)
+
+
+def _stopped(pid: int) -> bool:
+    """Whether all threads of a process are stopped (where that can't be asked: yes)."""
+    states = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            states.append(stat.read_text("utf-8", "replace").rpartition(")")[2].split()[0])
+    return all(state == "T" for state in states)
 
 
 _running: set[Server] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,10 +96,48 @@ def find_storescu() -> Path:
     )
 
 
-_FINDERS = {
+def find_java() -> Path:
+    """Find Java: ``JAVA_BINARY``, or ``PATH``."""
+    return find_program(
+        "java",
+        variable="JAVA_BINARY",
+        candidates=[],
+        remedy="install Java 17 or later (Debian: apt-get install openjdk-17-jre-headless)",
+    )
+
+
+def find_kafka() -> Path:
+    """Find the folder of Kafka's jars, which needs `find_java` too: ``KAFKA_JARS``, or the repository's cache.
+
+    :raises MissingComponentError: there is none.
+    """
+    given = os.environ.get("KAFKA_JARS")
+    folder = Path(given) if given else Path(__file__).parents[2] / ".cache" / "kafka-4.1.0"
+    if any(folder.glob("kafka_*.jar")):
+        find_java()
+        return folder
+    if given:
+        raise MissingComponentError(f"KAFKA_JARS names {given}, where Kafka's jars are not")
+    raise MissingComponentError("Apache Kafka is not here: get its jars by `make setup`, or set KAFKA_JARS")
+
+
+def find_rabbitmq() -> Path:
+    """Find RabbitMQ's start script, not Debian's that changes users: ``RABBITMQ_SERVER_BINARY``, the usual places."""
+    folders = ("/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/sbin", "/usr/local/sbin")
+    return find_program(
+        "rabbitmq-server",
+        variable="RABBITMQ_SERVER_BINARY",
+        candidates=[Path(folder) / "rabbitmq-server" for folder in folders],
+        remedy="install RabbitMQ (Debian: apt-get install rabbitmq-server)",
+    )
+
+
+_FINDERS: dict[str, Callable[[], Path]] = {
+    "kafka": find_kafka,
     "nats-server": find_nats,
     "orthanc": find_orthanc,
     "orthanc-python": find_python_plugin,
+    "rabbitmq-server": find_rabbitmq,
     "storescu": find_storescu,
 }
 
@@ -107,7 +145,7 @@ _FINDERS = {
 def require(*components: str) -> None:
     """End the running test where a component can't be had: skipped with the reason, or failed in CI.
 
-    :param components: ``nats-server``, ``orthanc``, ``orthanc-python``, ``storescu``.
+    :param components: ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``, ``storescu``.
     """
     for component in components:
         try:

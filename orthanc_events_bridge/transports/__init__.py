@@ -13,8 +13,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.errors import TransportConfigurationError
+from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.webhook_options import WebhookOptions
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Transport
@@ -40,6 +43,9 @@ class Registration:
 #: Ours, by the ``type`` that the configuration names.
 REGISTERED: Final[dict[str, Registration]] = {
     "nats": Registration(NatsOptions, "orthanc_events_bridge.transports.nats:NatsTransport", "nats"),
+    "rabbitmq": Registration(RabbitOptions, "orthanc_events_bridge.transports.rabbitmq:RabbitTransport", "rabbitmq"),
+    "kafka": Registration(KafkaOptions, "orthanc_events_bridge.transports.kafka:KafkaTransport", "kafka"),
+    "webhook": Registration(WebhookOptions, "orthanc_events_bridge.transports.webhook:WebhookTransport", "webhook"),
     "memory": Registration(MemoryOptions, "orthanc_events_bridge.transports.memory:MemoryTransport"),
 }
 

@@ -123,6 +123,8 @@ class Capabilities:
     subscribable: bool
     #: A delivery says how often it was given before, also if its subscribers died.
     counts_deliveries: bool
+    #: A batch is sent without waiting for each event's confirmation.
+    pipelined: bool
 
 
 class PublishError(TransportError):

@@ -19,9 +19,12 @@ from orthanc_events_bridge.transports.base import (
     Incoming,
     Outgoing,
     PublishError,
+    Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.memory_subscription import MemorySubscription, Name
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.subscriptions import check_name
 
 #: The largest body it takes, as NATS does by default.
 MAX_PAYLOAD: Final = 1024 * 1024
@@ -33,6 +36,7 @@ class Broker:
     """What outlives a connection. Tests set its attributes, from any thread, to make it fail.
 
     :ivar messages: what is stored, in order.
+    :ivar names: of consumers, and how far each has come.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
@@ -45,6 +49,7 @@ class Broker:
     def __init__(self) -> None:
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
+        self.names: dict[str, Name] = {}
         self.up = True
         self.frozen = False
         self.deadline = 5.0
@@ -66,6 +71,7 @@ class Broker:
         """Delete everything, as an operator who deletes a stream and makes it again."""
         self.messages = []
         self.ids = set()
+        self.names = {}
         self.generation += 1
 
     def cut(self) -> None:
@@ -86,12 +92,14 @@ class MemoryTransport(Transport):
         identifies_place=True,
         subscribable=True,
         counts_deliveries=True,
+        pipelined=True,
     )
 
     def __init__(self, options: TransportOptions, broker: Broker | None = None) -> None:
         super().__init__(options)
         self.broker = broker or Broker()
         self._connection: int | None = None
+        self._opened = 0  # connections so far
 
     async def _answer(self) -> None:
         """Wait until the broker answers.
@@ -116,7 +124,9 @@ class MemoryTransport(Transport):
         await self._answer()
         if not self.broker.up:
             raise NotConnectedError("the broker is down", "start it again")
-        self._connection = self.broker.connections
+        if self._connection != self.broker.connections:
+            self._connection = self.broker.connections
+            self._opened += 1
         return str(self.broker.generation)
 
     async def publish(self, events: Sequence[Outgoing]) -> None:
@@ -146,6 +156,22 @@ class MemoryTransport(Transport):
 
     async def close(self) -> None:
         self._connection = None
+
+    async def subscribe(
+        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+    ) -> Subscription:
+        check_name(self.name, name)
+        self._check()
+        await self._answer()
+        self._check()
+        messages, names, opened = self.broker.messages, self.broker.names, self._opened
+        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages)))
+
+        def connected() -> bool:
+            there = self.broker.up and self._connection == self.broker.connections and self._opened == opened
+            return there and self.broker.names is names
+
+        return MemorySubscription(state, connected, self._answer, in_flight, ack_wait)
 
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         self._check()

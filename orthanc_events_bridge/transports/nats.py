@@ -8,16 +8,13 @@ that acknowledgements come to an inbox of our own. The CloudEvents binding for N
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
+from urllib.parse import quote
 
 import nats.errors
-import nats.js.errors
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from orthanc_events_bridge.errors import (
     EventRejectedError,
@@ -30,21 +27,42 @@ from orthanc_events_bridge.transports.base import (
     Incoming,
     Outgoing,
     PublishError,
+    Subscription,
     Transport,
 )
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_stream import open_stream, refused
+from orthanc_events_bridge.transports.nats_subscription import NatsSubscription
+from orthanc_events_bridge.transports.nats_tail import tail
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.subscriptions import check_name
 from orthanc_events_bridge.values import format_duration, format_size
 
 #: Room for headers in the server's max_payload: id, content type, and NATS' own line.
 _HEADERS: Final = 256
 #: Events that are handed over before acknowledgements get their turn.
 _SLICE: Final = 100
-#: How many messages a subscriber of old events asks for at a time, and for how many seconds.
-_PULL: Final = 500
-_PULL_SECONDS: Final = 20
+
+
+#: What a header's value can hold as it is: the draft of the binding's 1.0.3, section 3.1.3.2.
+_SAFE: Final = "".join(chr(number) for number in range(0x21, 0x7F) if chr(number) not in '"%')
+
+
+def _attributes(event: Outgoing) -> str:
+    """The headers of binary mode, in ASCII; none in structured mode.
+
+    The draft calls for ``ce-datacontenttype``, and SDKs read ``content-type``: both are given.
+    """
+    if not event.attributes:
+        return ""
+    attributes = (*event.attributes, ("datacontenttype", event.content_type))
+    return "".join(f"ce-{name}: {quote(value, safe=_SAFE)}\r\n" for name, value in attributes)
+
+
+def _size(event: Outgoing) -> int:
+    """How many bytes of ``max_payload`` it takes, but for `_HEADERS`."""
+    return len(event.body) + len(_attributes(event))
 
 
 class _Batch:
@@ -92,6 +110,7 @@ class NatsTransport(Transport):
         identifies_place=True,
         subscribable=True,
         counts_deliveries=True,
+        pipelined=True,
     )
     #: A seam for `make test-mutants`: protections that are left out.
     without: frozenset[str] = frozenset()
@@ -152,11 +171,11 @@ class NatsTransport(Transport):
         except TransportError as error:
             raise PublishError(0, error) from error
         largest = connection.max_payload - _HEADERS
-        sendable = next((i for i, event in enumerate(events) if event.size > largest), len(events))
+        sendable = next((i for i, event in enumerate(events) if _size(event) > largest), len(events))
         if sendable:
             await self._publish(connection, events[:sendable])
         if sendable < len(events):
-            size = events[sendable].size
+            size = _size(events[sendable])
             raise PublishError(
                 sendable,
                 EventRejectedError(
@@ -196,8 +215,7 @@ class NatsTransport(Transport):
     def _message(self, event: Outgoing, reply: str) -> bytes:
         """As the protocol spells it: nats-py takes much of a drain's time to check what is right already."""
         dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.id}\r\n"
-        binary = "".join(f"ce-{name}: {value}\r\n" for name, value in event.attributes)
-        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{binary}\r\n"
+        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{_attributes(event)}\r\n"
         prefix = self._options.subject_prefix
         subject = f"{prefix}.{event.site}.{event.level}.{event.verb}.{event.partition}"
         sizes = f"{len(headers)} {len(headers) + len(event.body)}"
@@ -248,68 +266,18 @@ class NatsTransport(Transport):
         self._last = max(answer["seq"], self._last)
         return None
 
-    # Looking at it.
+    # Receiving, and looking at it.
 
-    async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
-        connection = self._connected()
-        subject = f"{self._options.subject_prefix}.>"
-        inbox = connection.new_inbox()
-        consumer = ""
-        subscription = await connection.ask(connection.subscribe(inbox if oldest else subject))
-        try:
-            # A refused subscription is answered before this is, and nothing is missed from now on.
-            await connection.ask(connection.flush())
-            if oldest:
-                consumer = await self._consumer(connection, subject)
-            asked = 0
-            while True:
-                if oldest and not asked:
-                    asked = _PULL
-                    await self._pull(connection, consumer, inbox)
-                message = await self._next(connection, subscription)
-                headers = {name.lower(): value for name, value in (message.headers or {}).items()}
-                status = headers.get("status")
-                if status == "408":  # nothing came in time: ask again
-                    asked = 0
-                elif status is not None:
-                    raise connection.lost(OSError(headers.get("description", status)))
-                else:
-                    asked -= 1
-                    position = str(message.metadata.sequence.stream) if oldest else ""
-                    yield Incoming(message.subject, message.data, headers, position)
-        except nats.errors.Error as error:
-            raise connection.lost(error) from error
-        finally:
-            with contextlib.suppress(nats.errors.Error, OSError, TransportError):
-                await subscription.unsubscribe()
-                if consumer:
-                    stream = self._options.stream
-                    await connection.ask(connection.jsm().delete_consumer(stream, consumer))
-
-    async def _consumer(self, connection: Connection, subject: str) -> str:
-        """Make a consumer of our own that begins with the oldest event; return its name."""
-        config = ConsumerConfig(
-            ack_policy=AckPolicy.NONE,
-            deliver_policy=DeliverPolicy.ALL,
-            filter_subject=subject,
-            inactive_threshold=2 * _PULL_SECONDS,
-            mem_storage=True,
-        )
-        info = await connection.ask(connection.jsm().add_consumer(self._options.stream, config))
-        return info.name
-
-    async def _pull(self, connection: Connection, consumer: str, inbox: str) -> None:
-        request = json.dumps({"batch": _PULL, "expires": _PULL_SECONDS * 1_000_000_000})
-        await connection.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{self._options.stream}.{consumer}", request.encode(), inbox
+    async def subscribe(
+        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+    ) -> Subscription:
+        check_name(self.name, name)
+        return await NatsSubscription.open(
+            self._connected(), self._options, name, oldest=oldest, in_flight=in_flight, ack_wait=ack_wait
         )
 
-    @staticmethod
-    async def _next(connection: Connection, subscription: Subscription) -> Msg:
-        while True:
-            connection.check()
-            with contextlib.suppress(nats.errors.TimeoutError):
-                return await subscription.next_msg(timeout=0.5)
+    def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
+        return tail(self._connected, self._options, oldest=oldest)
 
     async def describe(self) -> list[str]:
         connection = self._connected()

@@ -187,6 +187,16 @@ class Connection(Client):
         self._pending_data_size += len(commands)
         await self._flush_pending(force_flush=self._pending_data_size > self._max_pending_size)
 
+    def post(self, command: bytes) -> None:
+        """Hand over a short message as the protocol spells it, without waiting.
+
+        Only for what is bounded otherwise: nothing holds up who posts too much.
+        """
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if self._flush_queue is not None and self._flush_queue.empty():
+            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+
     async def ask(self, question: Awaitable[_T]) -> _T:
         """The answer to a request, within ``connect_timeout``.
 
@@ -220,7 +230,7 @@ class Connection(Client):
             self.fail(
                 TransportConfigurationError(
                     f"NATS does not permit this user what is needed: {text.removeprefix('nats: ')}",
-                    f"let it publish to {prefix}.> and $JS.API.>, and subscribe to _INBOX.>",
+                    f"let it publish to {prefix}.> and $JS.API.> (consumers: $JS.ACK.> too), and subscribe to _INBOX.>",
                 )
             )
         elif not isinstance(error, nats.errors.SlowConsumerError):

@@ -111,6 +111,14 @@ class Harness(ABC):
     deadline: ClassVar[float] = 1.0
     #: The same for others: long enough for a busy machine.
     patience: ClassVar[float] = 10.0
+    #: The header, as a subscriber sees it, that carries the event's id.
+    id_header: ClassVar[str] = "orthanc-event-id"
+    #: With which the names of headers begin that carry attributes in binary mode.
+    attribute_prefix: ClassVar[str] = "ce-"
+    #: Whether the place has one order over all keys; otherwise each key has its own.
+    one_order: ClassVar[bool] = True
+    #: Whether the broker takes a delivery away from a subscriber that lives, when its ``ack_wait`` is over.
+    takes_back: ClassVar[bool] = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -186,6 +194,13 @@ class Harness(ABC):
         """How many subscribers the place knows."""
         return 0
 
+    def address(self, event: Outgoing) -> str:
+        """How the address of an event ends that a subscriber is given."""
+        return f"{event.site}.{event.level}.{event.verb}.{event.partition}"
+
+    def settled(self, consumer: str) -> None:  # noqa: B027  # most brokers need no time for it
+        """Wait until the broker has stored what a consumer's subscribers have settled, as far as it ever will."""
+
     @contextmanager
     def slow(self, latency: float) -> Iterator[tuple[Transport, Callable[[], None], Callable[[], int]]]:
         """A transport behind a slow line; what cuts the line; how often an answer was waited for."""
@@ -208,6 +223,7 @@ class Harness(ABC):
 class MemoryHarness(Harness):
     title = "broker"
     deadline = 0.3
+    takes_back = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -15,9 +15,10 @@ _END: Final = (0.0, b"")
 class Link:
     """Passes bytes on, in both directions, each chunk late by the latency.
 
-    :param port: of the broker, on 127.0.0.1.
+    :param broker: its port, on 127.0.0.1.
     :param latency: seconds, each way.
     :param bandwidth: bytes per second, each way of each connection; 0: as fast as it goes.
+    :param port: to listen at; 0: any.
     :ivar swallows: whether what comes is thrown away, and nobody is told: a cable that was pulled. What was open then
         stays silent for good, as behind a firewall that has forgotten it.
     :ivar port: where a client connects.
@@ -25,17 +26,17 @@ class Link:
         makes one for each question.
     """
 
-    def __init__(self, port: int, latency: float = 0.0, bandwidth: int = 0) -> None:
+    def __init__(self, broker: int, latency: float = 0.0, bandwidth: int = 0, *, port: int = 0) -> None:
         self.latency = latency
         self.bandwidth = bandwidth
         self.swallows = False
         self.turns = 0
-        self._broker = port
+        self._broker = broker
         self._client_spoke = False
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listening.getsockname()[1]
         self._start(self._accept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from tests.contract.raw_nats import ask, read_stream
 class NatsHarness(Harness):
     title = "NATS"
     deadline = 0.8
+    id_header = "nats-msg-id"
+    takes_back = True
     login: ClassVar = {"user": "contract", "pass": SECRET}
 
     def __init__(self, folder: Path) -> None:
@@ -116,6 +119,10 @@ class NatsHarness(Harness):
             {"subjects": ["orthanc.elsewhere.>"]},
             {"no_ack": True},
         ]
+
+    def settled(self, consumer: str) -> None:
+        """The server stores what was settled within a tenth of a second; killed before that, it forgets."""
+        time.sleep(0.5)
 
     def traces(self) -> int:
         return int(self._ask(f"STREAM.INFO.{self.place}")["state"]["consumer_count"])

@@ -32,11 +32,29 @@ def ids(harness: Harness) -> list[str]:
     return [json.loads(one.body)["id"] for one in harness.read()]
 
 
+def by_key(harness: Harness, bodies: list[bytes]) -> list[bytes]:
+    """Bodies as they are, but where the place has no order over all keys, key by key."""
+    return bodies if harness.one_order else sorted(bodies, key=lambda body: str(json.loads(body)["key"]))
+
+
 def check_all_once(harness: Harness, sent: list[Outgoing]) -> None:
     """Everything is there once, each key in its order."""
     stored = ids(harness)
     assert sorted(stored) == sorted(one.id for one in sent)
     check_order(harness, sent)
+
+
+def check_all(harness: Harness, sent: list[Outgoing]) -> None:
+    """Everything is there, each key in its order: once, or where the broker removes no copies, at least."""
+    if harness.transport().capabilities.deduplicates:
+        check_all_once(harness, sent)
+    assert set(ids(harness)) == {one.id for one in sent}
+    check_order(harness, sent)
+
+
+def slowly(harness: Harness, count: int) -> int:
+    """How many events to send over a slow line: of those that wait for each confirmation, fewer."""
+    return count if harness.transport().capabilities.pipelined else count // 20
 
 
 def check_order(harness: Harness, sent: list[Outgoing]) -> None:
@@ -139,7 +157,8 @@ def test_a_description_for_the_operator(harness: Harness) -> None:
 
     lines = run(main())
     assert harness.title in "\n".join(lines)
-    assert "3 events" in "\n".join(lines)
+    if harness.transport().capabilities.replayable:
+        assert "3 events" in "\n".join(lines)
     assert all(line and "\n" not in line and SECRET not in line for line in lines)
 
 
@@ -158,10 +177,11 @@ def test_what_was_published_is_there_unchanged(harness: Harness) -> None:
 
     run(main())
     stored = harness.read()
-    assert [one.body for one in stored] == [one.body for one in sent]
+    assert by_key(harness, [one.body for one in stored]) == by_key(harness, [one.body for one in sent])
     assert {one.content_type for one in stored} == {CONTENT_TYPE}
-    assert [one.dedupe_key for one in stored] == [one.id for one in sent]
-    assert [one.address for one in stored] == [f"{one.site}.{one.level}.{one.verb}.{one.partition}" for one in sent]
+    assert [one.dedupe_key for one in stored] == ids(harness)
+    addresses = {one.id: harness.address(one) for one in sent}
+    assert {one.dedupe_key: one.address for one in stored} == addresses
     # In structured mode an attribute in a header would make some SDKs take the event for a binary one.
     assert not [name for one in stored for name in one.headers if name.startswith(("ce-", "ce_"))]
 
@@ -179,9 +199,11 @@ def test_order_within_and_across_batches(harness: Harness) -> None:
         await transport.close()
 
     run(main())
-    assert ids(harness) == [one.id for one in sent]
+    stored = [one.body for one in harness.read()]
+    assert by_key(harness, stored) == by_key(harness, [one.body for one in sent])
 
 
+@pytest.mark.needs("pipelined")
 def test_a_batch_is_pipelined(harness: Harness) -> None:
     sent, latency = events(2000, keys=KEYS), 0.05
 
@@ -256,6 +278,7 @@ def test_an_event_that_is_too_large(harness: Harness, place: int) -> None:
     assert ids(harness) == [one.id for one in sent if one is not sent[place]]
 
 
+@pytest.mark.needs("refuses_when_full")
 @pytest.mark.parametrize(("room", "batch"), [(5, 9), (1, 2), (300, 600)])
 def test_a_full_place_refuses_and_goes_on_when_there_is_room(harness: Harness, room: int, batch: int) -> None:
     sent = events(batch)
@@ -266,7 +289,7 @@ def test_a_full_place_refuses_and_goes_on_when_there_is_room(harness: Harness, r
         began = time.monotonic()
         with failing(harness, RefusedError, confirmed=room) as caught:
             await transport.publish(sent)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < harness.patience / 2
         with failing(harness, RefusedError, confirmed=0) as again:
             await transport.publish(sent[room:])
         assert str(again[0]) == str(caught[0])
@@ -284,7 +307,7 @@ def test_a_full_place_refuses_and_goes_on_when_there_is_room(harness: Harness, r
 
 
 def test_closing_while_a_batch_is_under_way(harness: Harness) -> None:
-    sent = events(400, keys=KEYS)
+    sent = events(slowly(harness, 400), keys=KEYS)
 
     async def main() -> None:
         with harness.slow(0.1) as (transport, _, _):
@@ -301,11 +324,11 @@ def test_closing_while_a_batch_is_under_way(harness: Harness) -> None:
             await transport.close()
 
     run(main())
-    check_all_once(harness, sent)
+    check_all(harness, sent)
 
 
 def test_cancelling_a_batch_that_is_under_way(harness: Harness) -> None:
-    sent = events(400, keys=KEYS)
+    sent = events(slowly(harness, 400), keys=KEYS)
 
     async def main() -> None:
         with harness.slow(0.05) as (transport, _, _):
@@ -319,21 +342,22 @@ def test_cancelling_a_batch_that_is_under_way(harness: Harness) -> None:
             await transport.close()
 
     run(main())
-    check_all_once(harness, sent)
+    check_all(harness, sent)
 
 
 def test_a_connection_that_is_cut_in_mid_stream(harness: Harness) -> None:
-    sent = events(3000, keys=KEYS)
+    sent = events(slowly(harness, 3000), keys=KEYS)
+    size = len(sent) // 6
     failures: list[tuple[PublishError, float]] = []
 
     async def main() -> None:
         with harness.slow(0.01) as (transport, cut, _):
-            done, chance = 0, random.Random(5)
+            done, chance, longest = 0, random.Random(5), 0.04
             await transport.connect()
             while done < len(sent):
-                if done < 2500:
-                    asyncio.get_running_loop().call_later(chance.uniform(0, 0.04), cut)
-                batch = sent[done : done + 500]
+                if done < 5 * size:
+                    asyncio.get_running_loop().call_later(chance.uniform(0, longest), cut)
+                batch = sent[done : done + size]
                 began = time.monotonic()
                 try:
                     await transport.publish(batch)
@@ -341,6 +365,8 @@ def test_a_connection_that_is_cut_in_mid_stream(harness: Harness) -> None:
                 except PublishError as error:
                     failures.append((error, time.monotonic() - began))
                     done += error.confirmed
+                    if not error.confirmed:  # the first confirmation takes longer than that here
+                        longest *= 1.1
                     await transport.close()
                     while True:
                         with contextlib.suppress(NotConnectedError):
@@ -353,7 +379,7 @@ def test_a_connection_that_is_cut_in_mid_stream(harness: Harness) -> None:
     for error, seconds in failures:
         assert type(error.error) is NotConnectedError
         assert seconds < GRACE
-    check_all_once(harness, sent)
+    check_all(harness, sent)
 
 
 def test_a_broker_that_is_killed_and_comes_back(harness: Harness) -> None:
@@ -409,8 +435,10 @@ def test_nothing_confirmed_is_lost_when_the_broker_is_killed(harness: Harness) -
 
     run(main())
     harness.start()
-    stored = ids(harness)
-    assert stored[: confirmed[-1]] == [one.id for one in sent[: confirmed[-1]]]
+    stored = [one.body for one in harness.read()]
+    for keys in [KEYS] if harness.one_order else [[key] for key in KEYS]:
+        must = [one.body for one in sent[: confirmed[-1]] if one.key in keys]
+        assert [body for body in stored if json.loads(body)["key"] in keys][: len(must)] == must
 
 
 @pytest.mark.parametrize("size", [0, 50_000])
@@ -439,9 +467,7 @@ def test_a_broker_that_is_frozen(harness: Harness, size: int) -> None:
         await transport.close()
 
     run(main())
-    if harness.transport().capabilities.deduplicates:
-        check_all_once(harness, sent)
-    check_order(harness, sent)
+    check_all(harness, sent)
 
 
 # The place where events are kept.
@@ -474,7 +500,7 @@ def test_a_place_that_exists_is_used(harness: Harness) -> None:
             await transport.close()
 
     run(main())
-    check_all_once(harness, events(3))
+    check_all(harness, events(3))
 
 
 @pytest.mark.needs("declares_topology")
@@ -559,6 +585,7 @@ async def take(transport: Transport, count: int, *, oldest: bool = False) -> lis
         return [await anext(subscription) for _ in range(count)]
 
 
+@pytest.mark.needs("replayable")
 def test_a_subscriber_sees_what_comes(harness: Harness) -> None:
     async def main() -> list[Incoming]:
         one, other = harness.transport(), harness.transport()
@@ -574,7 +601,7 @@ def test_a_subscriber_sees_what_comes(harness: Harness) -> None:
         await other.close()
         return result
 
-    check_incoming(run(main()), events(20, start=5))
+    check_incoming(harness, run(main()), events(20, start=5))
 
 
 @pytest.mark.needs("replayable")
@@ -594,25 +621,27 @@ def test_a_subscriber_begins_with_the_oldest(harness: Harness) -> None:
         return result
 
     found = run(main())
-    check_incoming(found, sent)
-    assert [int(one.position) for one in found] == list(range(1, len(sent) + 1))
+    check_incoming(harness, found, sent)
+    if harness.one_order:
+        assert [int(one.position) for one in found] == list(range(1, len(sent) + 1))
+    assert len({one.position for one in found}) == len(sent)
 
 
-def check_incoming(found: list[Incoming], sent: list[Outgoing]) -> None:
-    assert [one.body for one in found] == [one.body for one in sent]
-    for incoming, outgoing in zip(found, sent, strict=True):
-        assert incoming.address.endswith(f"{outgoing.site}.{outgoing.level}.{outgoing.verb}.{outgoing.partition}")
+def check_incoming(harness: Harness, found: list[Incoming], sent: list[Outgoing]) -> None:
+    assert by_key(harness, [one.body for one in found]) == by_key(harness, [one.body for one in sent])
+    outgoing = {one.id: one for one in sent}
+    for incoming in found:
+        assert incoming.address.endswith(harness.address(outgoing[json.loads(incoming.body)["id"]]))
         assert incoming.headers["content-type"] == CONTENT_TYPE
         assert all(name == name.lower() for name in incoming.headers)
 
 
+@pytest.mark.needs("replayable")
 @pytest.mark.parametrize("end", ["kill", "close", "cut"])
 @pytest.mark.parametrize("oldest", [False, True])
 def test_a_subscription_ends_with_its_connection(harness: Harness, end: str, oldest: bool) -> None:
     async def main() -> None:
         with harness.slow(0.0) as (transport, cut, _):
-            if oldest and not transport.capabilities.replayable:
-                return
             await transport.connect()
             taking = asyncio.create_task(take(transport, 3, oldest=oldest))
             await asyncio.sleep(0.2)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from orthanc_events_bridge.testing.brokers.nats import wait_nats
+from orthanc_events_bridge.testing.brokers import BROKERS
+from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
 
 pytestmark = pytest.mark.mutant
-_SHORT = ["ack_timeout: 1s", "connect_timeout: 1s"]
 
 
 def kill_the_broker(line: Line) -> Report:
@@ -54,7 +54,11 @@ def kill_the_bridge(line: Line) -> Report:
 
 def compare_when_quiet(line: Line, kills: int = 0) -> Report:
     """Without a position or a cursor that is kept, the line never says that it is at rest."""
-    wait_nats(line.broker.url, quiet=3)
+    seen, since = line.broker.stored(), time.monotonic()
+    while time.monotonic() - since < 3:
+        time.sleep(0.1)
+        if (stored := line.broker.stored()) != seen:
+            seen, since = stored, time.monotonic()
     return line.ledger.compare(line.events(), kills=kills, existing=line.orthanc.existing())
 
 
@@ -82,45 +86,63 @@ def hammer_orthanc(line: Line) -> Report:
     return kill_orthanc(line, kills=20, loopers=4)
 
 
-def delete_the_stream(line: Line) -> Report:
-    import asyncio
-
-    import nats
-
-    async def delete() -> None:
-        client = await nats.connect(line.broker.url)
-        await client.jetstream().delete_stream("ORTHANC_EVENTS")
-        await client.close()
-
+def delete_the_place(line: Line) -> Report:
     with Clients(line, adders=1):
         time.sleep(1)
-        asyncio.run(delete())
+        line.broker.remove_place()
         time.sleep(1)
     return line.report()
 
 
-#: What is switched off, the fault, and where the harm must show. Those that are not `slow` run in CI.
+def refuse_for_a_while(line: Line) -> Report:
+    broker = line.broker
+    assert isinstance(broker, WebhookBroker)
+    with Clients(line, adders=1):
+        time.sleep(0.5)
+        broker.server.control(always={"status": 503})
+        time.sleep(1)
+        broker.server.control(always=None)
+        time.sleep(0.5)
+    return line.report()
+
+
+#: The broker, what is switched off, the fault, and where the harm must show. Those that are not `slow` run in CI.
 CASES: list[Any] = [
-    pytest.param(["confirm"], kill_the_broker, "lost", id="confirm"),
-    pytest.param(["replay"], kill_the_broker, "lost", id="replay"),
-    pytest.param(["minting"], freeze_the_broker, "repeated", id="minting"),
-    pytest.param(["log"], kill_orthanc, "lost", id="log"),
-    pytest.param(["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
-    pytest.param(["position", "dedupe"], kill_the_bridge, "duplicated", id="position", marks=pytest.mark.slow),
+    pytest.param("nats", ["confirm"], kill_the_broker, "lost", id="confirm"),
+    pytest.param("rabbitmq", ["confirm"], kill_the_broker, "lost", id="confirm-rabbitmq", marks=pytest.mark.slow),
     pytest.param(
-        ["cursor", "dedupe"], kill_orthanc_without_cursor, "unexpected duplicated", id="cursor", marks=pytest.mark.slow
+        "kafka", ["confirm", "idempotence"], kill_the_broker, "lost", id="confirm-kafka", marks=pytest.mark.slow
     ),
-    pytest.param(["identity"], delete_the_stream, "lost", id="identity", marks=pytest.mark.slow),
-    pytest.param(["anchor"], hammer_orthanc, "lost repeated unexpected", id="anchor", marks=pytest.mark.slow),
-    pytest.param(["rules"], hammer_orthanc, "lost repeated unexpected", id="rules", marks=pytest.mark.slow),
+    pytest.param("webhook", ["confirm"], refuse_for_a_while, "lost", id="confirm-webhook", marks=pytest.mark.slow),
+    pytest.param("nats", ["replay"], kill_the_broker, "lost", id="replay"),
+    pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting"),
+    pytest.param("nats", ["log"], kill_orthanc, "lost", id="log"),
+    pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
+    pytest.param(
+        "kafka", ["idempotence"], freeze_the_broker, "duplicated out_of_order", id="idempotence", marks=pytest.mark.slow
+    ),
+    pytest.param("nats", ["position", "dedupe"], kill_the_bridge, "duplicated", id="position", marks=pytest.mark.slow),
+    pytest.param(
+        "nats",
+        ["cursor", "dedupe"],
+        kill_orthanc_without_cursor,
+        "unexpected duplicated",
+        id="cursor",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("nats", ["identity"], delete_the_place, "lost", id="identity", marks=pytest.mark.slow),
+    pytest.param("rabbitmq", ["identity"], delete_the_place, "lost", id="identity-rabbitmq", marks=pytest.mark.slow),
+    pytest.param("kafka", ["identity"], delete_the_place, "lost", id="identity-kafka", marks=pytest.mark.slow),
+    pytest.param("nats", ["anchor"], hammer_orthanc, "lost repeated unexpected", id="anchor", marks=pytest.mark.slow),
+    pytest.param("nats", ["rules"], hammer_orthanc, "lost repeated unexpected", id="rules", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("without", "fault", "harm"), CASES)
+@pytest.mark.parametrize(("broker", "without", "fault", "harm"), CASES)
 def test_the_ledger_reports_what_a_protection_prevents(
-    make_line: Callable[..., Line], without: list[str], fault: Callable[[Line], Report], harm: str
+    make_line: Callable[..., Line], broker: str, without: list[str], fault: Callable[[Line], Report], harm: str
 ) -> None:
-    line = make_line(transport=_SHORT, without=without)
+    line = make_line(broker=broker, transport=BROKERS[broker].impatient, without=without)
     report = fault(line)
     print(report)
     # Under kills, far more than what can wait in memory is harm as well (tests/faults/test_capture.py).

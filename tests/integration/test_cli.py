@@ -22,7 +22,7 @@ from orthanc_events_bridge.cli_init import CONFIG_NAME, SHIM_NAME, shim_text
 from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
 from orthanc_events_bridge.testing.servers import free_port
 
-COMMANDS = ("init", "check", "run", "status", "tail", "set-aside", "schema")
+COMMANDS = ("init", "check", "run", "status", "set-aside", "transports", "tail", "schema")
 PACKAGE = Path(__file__).parents[2] / "orthanc_events_bridge"
 
 MEMORY = """\
@@ -136,6 +136,9 @@ def test_help_of_every_command(name: str, run: Run) -> None:
         ("status", "surplus"),
         ("run", "--config"),
         ("schema", "x"),
+        ("transports", "pause"),
+        ("transports", "forget", "a", "b"),
+        ("transports", "stop", "nats"),
     ],
 )
 def test_wrong_arguments_are_said_and_end_with_2(arguments: tuple[str, ...], run: Run) -> None:
@@ -415,7 +418,9 @@ def test_status_shows_everything_though_nothing_runs(outbox: Path, run: Run) -> 
     assert (code, err) == (0, "")
     assert f"outbox      {outbox}" in out
     assert "5 rows" in out and "log cursor 42" in out and "NOT running" in out
-    assert out.splitlines()[-1].split() == ["nats", "-", "not", "configured", "3", "2", "3", "-", "1"]
+    (row,) = (line for line in out.splitlines() if line.startswith("nats "))
+    assert row.split() == ["nats", "-", "not", "configured", "3", "2", "3", "-", "1"]
+    assert "`orthanc-events transports forget nats`" in out
 
 
 def test_status_as_json(outbox: Path, run: Run) -> None:
@@ -494,6 +499,52 @@ def test_set_aside_leaves_a_command_for_the_bridge(outbox: Path, run: Run) -> No
         assert [(c.command, c.transport, c.argument) for c in state.commands()] == [("resend", "nats", 2)]
     finally:
         state.close()
+
+
+@pytest.mark.parametrize("action", ["pause", "resume", "forget"])
+def test_help_of_every_action_on_transports(action: str, run: Run) -> None:
+    code, out, err = run("transports", action, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: orthanc-events transports {action}") and "exit codes:" in out
+    assert action in run("transports", "--help")[1]
+
+
+def test_transports_leaves_a_command_for_the_bridge(outbox: Path, run: Run) -> None:
+    """The folder may be named in front of the action or behind it."""
+    for arguments in (("--outbox", outbox, "forget", "nats"), ("pause", "nats", "--outbox", outbox)):
+        code, out, err = run("transports", *arguments)
+        assert (code, err) == (0, "") and "the bridge is not running" in out
+    state = State(outbox / "bridge.db")
+    try:
+        assert [(c.command, c.transport) for c in state.commands()] == [("forget", "nats"), ("pause", "nats")]
+    finally:
+        state.close()
+    out = run("transports", "--outbox", outbox)[1]
+    assert "nats: to forget it was asked for, and the bridge has not done it yet" in out
+
+
+def test_transports_of_an_outbox_that_no_bridge_has_seen(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "box").mkdir()
+    OutboxWriter(tmp_path / "box" / "outbox.db", time.time).close()
+    code, out, _ = run("transports", "--outbox", tmp_path / "box")
+    assert code == 0 and len(out.splitlines()) == 1
+    code, _, err = run("transports", "pause", "nats", "--outbox", tmp_path / "box")
+    assert code == 1 and "none was ever started" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "box" / "bridge.db").exists()
+
+
+def test_transports_waits_for_a_bridge_that_does_not_answer_only_so_long(
+    outbox: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orthanc_events_bridge.cli_transports._WAIT", 0.3)
+    lock = os.open(outbox / "bridge.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        code, out, err = run("transports", "pause", "nats", "--outbox", outbox)
+    finally:
+        os.close(lock)
+    assert (code, out) == (1, "")
+    assert "the bridge has not answered" in err and len(err.splitlines()) == 1
 
 
 def test_tail_of_a_transport_that_is_not_there(config: Path, run: Run) -> None:

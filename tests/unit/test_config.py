@@ -380,10 +380,15 @@ class TestOptions:
         [
             ("type: natts", ".type", "'natts' is no type of transport", "did you mean nats?"),
             ("type: NATS", ".type", "'NATS' is no type of transport", "did you mean nats?"),
-            ("type: zmq", ".type", "'zmq' is no type of transport", "the types are: nats, memory"),
-            ("type: [nats]", ".type", "has to be text", "nats, memory"),
-            ("name: x", ".type", "is required", "nats, memory"),
-            ("type:", ".type", "is required", "nats, memory"),
+            (
+                "type: zmq",
+                ".type",
+                "'zmq' is no type of transport",
+                "the types are: nats, rabbitmq, kafka, webhook, memory",
+            ),
+            ("type: [nats]", ".type", "has to be text", "nats, rabbitmq, kafka, webhook, memory"),
+            ("name: x", ".type", "is required", "nats, rabbitmq, kafka, webhook, memory"),
+            ("type:", ".type", "is required", "nats, rabbitmq, kafka, webhook, memory"),
             ("nats", "", "a block of options is expected, and text was found", "indented"),
             ("", "", "a block of options is expected, and nothing was found", "indented"),
             ("[]", "", "a block of options is expected, and a list was found", "indented"),
@@ -840,7 +845,7 @@ class TestCreate:
         assert caught.value.remedy == 'pip install "orthanc-events-bridge[nats]"'
 
     def test_an_unknown_type(self) -> None:
-        with pytest.raises(TransportConfigurationError, match="nats, memory"):
+        with pytest.raises(TransportConfigurationError, match="nats, rabbitmq, kafka, webhook, memory"):
             transports.create(TransportOptions(type="zmq"))
 
     def test_each_registered_type_is_what_its_options_say(self) -> None:

@@ -128,6 +128,7 @@ class Fake(Transport):
         identifies_place=True,
         subscribable=False,
         counts_deliveries=False,
+        pipelined=True,
     )
 
     def __init__(self) -> None:
@@ -498,6 +499,18 @@ def test_refusals_back_off_with_growing_waits_over_the_same_connection() -> None
         assert most / 2 <= wait <= most
 
 
+@pytest.mark.parametrize(("asked", "waited"), [(120.0, 120.0), (5000.0, 3600.0), (0.0, 0.05), (None, 0.05)])
+def test_broker_that_asks_to_be_left_alone_is_left_alone_for_an_hour_at_most(
+    asked: float | None, waited: float
+) -> None:
+    scene = Scene(facts(1))
+    scene.broker.script.append((0, RefusedError("too many requests", retry_after=asked)))
+    scene.drain()
+    assert scene.broker.stored == ids(1)
+    assert waited / 2 <= scene.waits[0] <= waited
+    assert asked != 120.0 or scene.waits == [120.0]
+
+
 def test_progress_makes_the_waits_short_again() -> None:
     scene = Scene(facts(2))
     scene.broker.script.extend([*[(0, RefusedError("full"))] * 6, (1, RefusedError("full"))])
@@ -818,3 +831,69 @@ def test_mutant_without_replay_loses_what_was_not_confirmed() -> None:
     scene.broker.script.append((1, RefusedError("full")))
     scene.drain()
     assert scene.broker.stored == ids(1)
+
+
+# -- leaving -------------------------------------------------------------------------------------------------
+
+
+def test_it_leaves_behind_the_batch_that_is_under_way() -> None:
+    scene = Scene(facts(10), size=3)
+
+    async def run() -> None:
+        scene.broker.gate = asyncio.Event()
+        task = asyncio.create_task(scene.relay.run())
+        await settle(lambda: scene.broker.in_flight == 1)
+        assert scene.relay.leave() is True
+        scene.broker.gate.set()
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(run())
+    assert scene.broker.stored == ids(1, 2, 3)
+    assert scene.relay.position == 3
+    assert scene.broker.log[-1] == "close"
+
+
+def test_with_nothing_under_way_it_can_be_cancelled_at_once() -> None:
+    scene = Scene(facts(3), size=3)
+
+    async def run() -> None:
+        task = asyncio.create_task(scene.relay.run())
+        await settle(lambda: scene.relay.position == 3)
+        for _ in range(3):  # until it is idle for certain
+            reads = len(scene.source.reads)
+            scene.relay.wake()
+            await settle(lambda reads=reads: len(scene.source.reads) > reads)  # type: ignore[misc]
+        scene.source.kept.append(fact(4))
+        assert scene.relay.leave() is False
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert scene.broker.stored == ids(1, 2, 3)
+
+
+def test_it_leaves_behind_a_fault_of_the_batch_under_way() -> None:
+    scene = Scene(facts(6), size=3)
+    scene.broker.script.append((1, NotConnectedError("gone", "start it")))
+
+    def leave() -> None:
+        scene.relay.leave()
+
+    scene.broker.on_publish = leave
+    asyncio.run(asyncio.wait_for(scene.relay.run(), 10))
+    assert scene.broker.stored == ids(1)
+    assert (scene.relay.position, scene.waits) == (1, [])
+
+
+def test_a_new_transport_has_no_gap_of_what_was_given_up_before_it_was_there() -> None:
+    scene = Scene(facts(6))
+    scene.source.detach(3)
+    later = Scene(facts(6))
+    later.source.detach(3)
+    later.relay = Relay(
+        "fake", lambda: later.broker, "memory", 3, lambda name: True, later.source, Memory(), sleep=later._sleep
+    )
+    later.drain()
+    scene.drain()
+    assert later.broker.stored == scene.broker.stored == ids(4, 5, 6)
+    assert (len(scene.memory.gaps), later.memory.gaps) == (1, [])

@@ -11,15 +11,28 @@ from pathlib import Path
 from typing import Final
 
 from orthanc_events_bridge.testing.brokers.base import Broker
+from orthanc_events_bridge.testing.brokers.kafka import KafkaBroker, KafkaServer
 from orthanc_events_bridge.testing.brokers.nats import NatsBroker
+from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitBroker, RabbitServer
+from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker, WebhookServer
 from orthanc_events_bridge.testing.processes import Server
 from orthanc_events_bridge.testing.servers import NatsServer
 
 __all__ = ["BROKERS", "Broker", "make_broker", "make_server", "way"]
 
-BROKERS: Final[dict[str, type[Broker]]] = {"nats": NatsBroker}
+BROKERS: Final[dict[str, type[Broker]]] = {
+    "nats": NatsBroker,
+    "rabbitmq": RabbitBroker,
+    "kafka": KafkaBroker,
+    "webhook": WebhookBroker,
+}
 
-_PROCESSES: Final[dict[str, Callable[..., Server]]] = {"nats": NatsServer}
+_PROCESSES: Final[dict[str, Callable[..., Server]]] = {
+    "kafka": KafkaServer,
+    "nats": NatsServer,
+    "rabbitmq": RabbitServer,
+    "webhook": WebhookServer,
+}
 
 
 def way() -> str:
@@ -34,6 +47,11 @@ def make_server(kind: str, folder: Path, *, config: str = "") -> Server:
     :param config: text for the end of its configuration file.
     :raises MissingComponentError: it can't be had; the message says what to install.
     """
+    if way() == "containers":
+        # Only here: what it needs is not installed wherever the demo runs.
+        from orthanc_events_bridge.testing.containers import CONTAINERS
+
+        return CONTAINERS[kind](folder, config=config)
     return _PROCESSES[kind](folder, config=config)
 
 

@@ -69,6 +69,9 @@ class Broker(ABC):
     def remove_place(self) -> None:
         """Delete the place where events are kept, with all that it holds, as an administrator may."""
 
+    def settle(self) -> None:  # noqa: B027  # most need no time
+        """Wait until what was just declared survives a kill."""
+
     # Faults. What a broker doesn't define here, it can't have.
 
     @classmethod

@@ -1,0 +1,293 @@
+"""RabbitMQ for tests: the server, what an administrator does to it, and a plain client that reads it back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import aiormq
+import aiormq.abc
+from pamqp.common import FieldValue
+
+from orthanc_events_bridge.testing.brokers.base import Broker
+from orthanc_events_bridge.testing.brokers.events import Event, decode
+from orthanc_events_bridge.testing.processes import Server, ServerError, free_port, wait_until
+from orthanc_events_bridge.testing.programs import find_rabbitmq
+
+_T = TypeVar("_T")
+
+#: The names of the wire contract.
+EXCHANGE: Final = "orthanc.events"
+HISTORY: Final = "orthanc.events.history"
+
+_HANDSHAKE: Final = b"AMQP\x00\x00\x09\x01"
+_STARTED: Final = b"Server startup complete"
+
+
+class RabbitServer(Server):
+    """One RabbitMQ node, its data in the folder; the user ``guest`` may do everything.
+
+    Nothing of it listens anywhere but on this machine, on free ports: there is no ``epmd``, because the port for
+    other Erlang nodes is told to whom it concerns.
+
+    :param config: text for the end of ``rabbitmq.conf``, where a later line replaces an earlier one. Read at each
+        start, from the attribute ``config``.
+    :param plugins: names of plugins to enable. Read at each start, from the attribute ``plugins``.
+    :param port: for clients; a free one by default.
+    :param binary: the program, where `find_rabbitmq` is not to look for it.
+    """
+
+    title = "rabbitmq-server"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: str = "",
+        plugins: Sequence[str] = (),
+        port: int | None = None,
+        binary: Path | None = None,
+    ) -> None:
+        self.binary = binary or find_rabbitmq()
+        self.config = config
+        self.plugins = list(plugins)
+        self.port = port or free_port()
+        self._begin = 0
+        self._distribution = free_port()
+        self.node = f"rabbit{self.port}@127.0.0.1"
+        super().__init__(folder)
+        flags = f"-start_epmd false -erl_epmd_port {self._distribution}"
+        listen = "-kernel inet_dist_use_interface {127,0,0,1}"
+        self.environment |= {
+            "HOME": str(self.folder),
+            "RABBITMQ_CONF_ENV_FILE": os.devnull,
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_USE_LONGNAME": "true",
+            "RABBITMQ_DIST_PORT": str(self._distribution),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "data"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "log"),
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
+            # The script then becomes the Erlang machine, in place of waiting for it.
+            "RUNNING_UNDER_SYSTEMD": "true",
+            # With a name of its own from the start it doesn't look for epmd.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-name {self.node} {flags} {listen} +S 2:2 +A 8",
+            "ERL_CRASH_DUMP_SECONDS": "0",
+        }
+
+    def _command(self) -> list[str]:
+        cookie = self.folder / ".erlang.cookie"
+        if not cookie.exists():
+            cookie.write_text(f"cookie{os.urandom(12).hex()}")
+            cookie.chmod(0o400)
+        lines = [
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            "disk_free_limit.absolute = 1MB",
+            "vm_memory_high_watermark.absolute = 2GB",
+            "log.console = true",
+            "log.console.level = info",
+            "log.console.use_colors = off",
+            "log.file = false",
+            self.config,
+        ]
+        (self.folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n", "utf-8")
+        (self.folder / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n", "utf-8")
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
+        return [str(self.binary)]
+
+    def _is_ready(self) -> bool:
+        # Clients are let in before all listeners are there.
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            if _STARTED not in log.read():
+                return False
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(_HANDSHAKE)
+                return connection.recv(1) == b"\x01"
+        except OSError:
+            return False
+
+    def _message(self, what: str) -> str:
+        # After its reason it also logs what each of its supervisors has to say.
+        reason = self.log_text()[-100_000:].partition("BOOT FAILED")[0].splitlines()[-30:]
+        return f"{self.title} {what}. The end of {self.log}:\n" + "\n".join(f"    {line}" for line in reason)
+
+    def kill(self) -> None:
+        """See `Server.kill`. What it had started ends by itself then, and is waited for."""
+        super().kill()
+        wait_until(lambda: not self.children(), 5)
+
+    def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
+        """Run ``rabbitmqctl`` against it (about a second) and return what it printed.
+
+        :raises ServerError: it failed, or took longer than ``timeout`` seconds.
+        """
+        flags = f"-start_epmd false -erl_epmd_port {self._distribution} -dist_listen false"
+        command = [str(self.binary.with_name("rabbitmqctl")), "--node", self.node, "--longnames", "--quiet", *arguments]
+        try:
+            run = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment | {"ERL_FLAGS": flags},
+                cwd=self.folder,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"rabbitmqctl {arguments[0]} took longer than {timeout:.0f} s") from None
+        text = run.stdout.decode("utf-8", "replace")
+        if run.returncode:
+            raise ServerError(f"rabbitmqctl {arguments[0]} failed, exit code {run.returncode}: {text.strip()}")
+        return text
+
+
+def read_rabbit(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> list[Event]:
+    """Read everything that the history stream holds now, in its order.
+
+    :param timeout: in seconds, for all of it.
+    :raises TimeoutError: it took longer.
+    :raises MalformedEventError: a message is not an event.
+    """
+    messages = asyncio.run(
+        asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue, "first")), timeout)
+    )
+    return [decode(message.body, message.routing_key or "", _position(message)) for message in messages]
+
+
+def rabbit_stored(url: str, *, queue: str = HISTORY, timeout: float = 5.0) -> int:
+    """Return how many messages a stream was ever given; 0 where it, or the server, can't be asked."""
+    try:
+        last = asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue, "last")), timeout))
+    except (aiormq.exceptions.AMQPError, OSError, TimeoutError, asyncio.CancelledError):
+        return 0
+    return _position(last[-1]) if last else 0
+
+
+def _position(message: aiormq.abc.DeliveredMessage) -> int:
+    headers: dict[str, Any] = message.header.properties.headers or {}
+    return 1 + int(headers["x-stream-offset"])
+
+
+async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], Awaitable[_T]]) -> _T:
+    connection = await aiormq.connect(url)
+    try:
+        return await work(await connection.channel())
+    finally:
+        await connection.close()
+
+
+async def _read(channel: aiormq.abc.AbstractChannel, stream: str, begin: str) -> list[aiormq.abc.DeliveredMessage]:
+    """Read a stream to its end.
+
+    The server doesn't say where that is (its count of messages is seconds old), but it hands over all that it has
+    each time an acknowledgement comes, before it answers the next request.
+    """
+    messages: list[aiormq.abc.DeliveredMessage] = []
+    came = asyncio.Event()
+
+    async def take(message: aiormq.abc.DeliveredMessage) -> None:
+        messages.append(message)
+        came.set()
+
+    await channel.basic_qos(prefetch_count=10_000)
+    await channel.basic_consume(stream, take, arguments={"x-stream-offset": begin})
+    with contextlib.suppress(TimeoutError):  # it may be empty
+        await asyncio.wait_for(came.wait(), 1)
+    seen = 0
+    while len(messages) > seen:
+        seen = len(messages)
+        await channel.basic_ack(messages[-1].delivery_tag or 0, multiple=True)
+        await channel.queue_declare(stream, passive=True)
+    return messages
+
+
+class RabbitBroker(Broker):
+    """One node; the place is the exchange and the history stream."""
+
+    kind = "rabbitmq"
+    title = "RabbitMQ"
+    impatient = ("ack_timeout: 1s", "connect_timeout: 1s")
+    #: Of a queue that an operator has bound to the exchange, and that is full.
+    full_words = ("queue", "refus")
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self._user, self._password = "guest", "guest"
+
+    @property
+    def url(self) -> str:
+        return f"amqp://{self._user}:{self._password}@127.0.0.1:{self.port}/"
+
+    def options(self, *, port: int | None = None) -> list[str]:
+        return [f'servers: ["amqp://127.0.0.1:{port or self.port}"]']
+
+    def read(self) -> list[Event]:
+        return read_rabbit(self.url)
+
+    def stored(self) -> int:
+        return rabbit_stored(self.url)
+
+    def settle(self) -> None:
+        # For about a second after its first stream was declared, RabbitMQ 3.10 has not written down that there are
+        # streams at all: killed then, it never finds them again.
+        self.server.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")  # type: ignore[attr-defined]
+
+    def remove_place(self) -> None:
+        async def remove(channel: aiormq.abc.AbstractChannel) -> None:
+            await channel.queue_delete(HISTORY)
+            await channel.exchange_delete(EXCHANGE)
+
+        self.administrate(remove)
+
+    def limit(self, events: int) -> None:
+        """Bind a queue beside ours that refuses what it has no room for."""
+
+        async def bind(channel: aiormq.abc.AbstractChannel) -> None:
+            arguments: dict[str, FieldValue] = {"x-max-length": events, "x-overflow": "reject-publish"}
+            await channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True)
+            await channel.queue_declare("full", durable=True, arguments=arguments)
+            await channel.queue_bind("full", EXCHANGE, "#")
+
+        self.administrate(bind)
+
+    def make_room(self, through: int) -> None:
+        self.administrate(lambda channel: channel.queue_purge("full"))
+
+    def demand(self, password: str) -> None:
+        server = self.server
+        assert isinstance(server, RabbitServer)
+        self._user, self._password = "orthanc", password
+        if self.running:
+            server.ctl("change_password", self._user, password)
+            server.ctl("close_all_connections", "the password was changed")
+        else:
+            server.config += f"\ndefault_user = {self._user}\ndefault_pass = {password}\n"
+
+    def login(self, password_file: Path) -> list[str]:
+        return [f"user: {self._user}", f"password_file: {password_file}"]
+
+    @contextlib.contextmanager
+    def small(self, size: int) -> Iterator[None]:
+        self._largest(size)
+        yield
+        self._largest(128 * 2**20)
+
+    def _largest(self, size: int) -> None:
+        server = self.server
+        assert isinstance(server, RabbitServer)
+        # A channel learns of it when it is opened.
+        server.ctl("eval", f"application:set_env(rabbit, max_message_size, {size}).")
+        server.ctl("close_all_connections", "the limit was changed")
+
+    def administrate(self, work: Callable[[aiormq.abc.AbstractChannel], Awaitable[_T]], *, timeout: float = 30.0) -> _T:
+        """Do something as an administrator, within so many seconds."""
+        return asyncio.run(asyncio.wait_for(_with_channel(self.url, work), timeout))

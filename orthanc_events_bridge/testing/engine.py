@@ -1,0 +1,141 @@
+"""The container engine for tests: whether it answers, which images it has, and what earlier runs have left in it.
+
+Containers carry the run's label: `orthanc_events_bridge.testing.guard` removes them when this process is gone, and the
+next run what even the guard could not. Ryuk, testcontainers' own guard, isn't used: its image would have to be pulled,
+and it is given the engine's socket.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from docker.errors import (  # type: ignore[import-not-found]  # mypy looks for it in the folder docker/
+    DockerException,
+    ImageNotFound,
+    NotFound,
+)
+from testcontainers.core.config import testcontainers_config
+from testcontainers.core.docker_client import DockerClient, get_docker_host
+
+from orthanc_events_bridge.testing.guard import LABEL, guard
+from orthanc_events_bridge.testing.images import OFFICIAL, own_image
+from orthanc_events_bridge.testing.programs import MissingComponentError
+
+testcontainers_config.ryuk_disabled = True
+
+#: The label that tells whose containers these are, so that others' leftovers can be told from what is in use.
+STARTER: Final = "io.orthanc-events.tests.starter"
+
+
+def _starter(pid: int | str = "self") -> str:
+    """Name a process of this machine for good: a number alone comes again.
+
+    :raises OSError: there is no such process, or no ``/proc``.
+    """
+    process = Path("/proc") / str(pid)
+    number, _, rest = (process / "stat").read_text().partition(" ")
+    began = rest.rpartition(")")[2].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{(process / 'ns' / 'pid').readlink()}/{number}/{began}"
+
+
+@functools.cache
+def this_starter() -> str:
+    """Name this process, for `STARTER`."""
+    try:
+        return _starter()
+    except OSError:
+        return "unknown"
+
+
+@contextmanager
+def engine_client() -> Iterator[Any]:
+    """Docker's client.
+
+    :raises DockerException: no engine answers; an `OSError` too.
+    """
+    address = get_docker_host() or "unix:///var/run/docker.sock"
+    if address.startswith("unix://"):
+        # Where nobody listens, Docker's client would leave its own socket open.
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(address.removeprefix("unix://"))
+    client = DockerClient().client
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def remove_leftovers(client: Any) -> None:
+    """Remove containers whose starter is gone, in this boot and among the processes that can be seen from here."""
+    boot, space, *_ = [*this_starter().split("/"), ""]
+    for container in client.containers.list(all=True, filters={"label": STARTER}, ignore_removed=True):
+        starter = container.labels[STARTER]
+        if starter.startswith(f"{boot}/{space}/"):
+            try:
+                alive = _starter(starter.split("/")[2]) == starter
+            except OSError:
+                alive = False
+            if not alive:
+                with suppress(NotFound):  # others clean up too
+                    container.remove(force=True, v=True)
+
+
+@functools.cache
+def find_engine() -> None:
+    """Make sure that a container engine answers, and that earlier runs have left nothing in it.
+
+    :raises MissingComponentError: none does.
+    """
+    try:
+        with engine_client() as client:
+            remove_leftovers(client)
+    except (DockerException, OSError) as error:
+        raise MissingComponentError(
+            "no container engine answers: start one (scripts/docker.sh COMMAND… does for a command), name it by "
+            "DOCKER_HOST, or leave TEST_SERVERS out, for processes"
+        ) from error
+    guard.tell("containers", LABEL)
+
+
+@functools.cache
+def shares_network() -> bool:
+    """Whether a container can have this machine's network: not that of an engine in a machine or namespace of its own
+    (Docker Desktop, rootless).
+    """
+    with engine_client() as client:
+        info = client.info()
+    apart = info["OperatingSystem"] == "Docker Desktop" or "name=rootless" in (info["SecurityOptions"] or [])
+    return sys.platform == "linux" and not apart
+
+
+@functools.cache
+def find_image(kind: str) -> str:
+    """Find the image of a server: our own where it was built, else the official one, which is pulled if need be.
+
+    :raises MissingComponentError: no container engine answers, or there is neither image.
+    """
+    find_engine()
+    official = testcontainers_config.hub_image_name_prefix + OFFICIAL[kind]
+    with engine_client() as client:
+        for name in (own_image(kind), official):
+            try:
+                if name is not None:
+                    client.images.get(name)
+                    return name
+            except ImageNotFound:
+                pass
+        try:
+            client.images.pull(official)
+        except (DockerException, OSError) as error:
+            raise MissingComponentError(
+                f"the image {official} can't be pulled, and our own of {kind} isn't there: build it (Debian, as "
+                f"root: scripts/images.sh {kind})"
+            ) from error
+    return official

@@ -1,0 +1,105 @@
+"""What is to be done again later: copies in topics of delays, one for each step, and in the consumer's inbox.
+
+A copy says when it is due. In a topic of delays it waits for as long as the topic's step says, so that all of them
+leave in the order in which they came, and is sent on to one of a shorter step if it is not due even then: nobody waits
+behind another for longer than the shortest step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+#: Seconds that an event waits in each topic of delays. Delays below the first wait there too, each for itself.
+STEPS: Final = (1, 5, 30, 120, 600, 3600)
+
+#: Bytes around a record, about.
+_AROUND: Final = 128
+
+OPERATION: Final = "orthanc-operation"
+ATTEMPTS: Final = "orthanc-attempts"
+DUE: Final = "orthanc-due"
+CONSUMER: Final = "orthanc-consumer"
+ADDRESS: Final = "orthanc-address"
+
+
+def retry_topic(name: str, step: int) -> str:
+    """The topic of a consumer's delays of so many seconds."""
+    return f"orthanc.retry.{name}.{step}"
+
+
+def inbox_topic(name: str) -> str:
+    """The topic that only this consumer reads."""
+    return f"orthanc.inbox.{name}"
+
+
+def step_for(delay: float) -> int:
+    """The step of the topic in which so many seconds are waited for."""
+    return max((step for step in STEPS if step <= delay), default=STEPS[0])
+
+
+def format_time(seconds: float) -> str:
+    """A time of the epoch as RFC 3339, never earlier than it is."""
+    milliseconds = math.ceil(seconds * 1000)
+    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{milliseconds % 1000:03d}Z"
+
+
+def read_time(text: str) -> float:
+    """The reverse; 0 for what is no time, which is due."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return 0.0
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What is to be stored.
+
+    :param headers: names and values, in order.
+    """
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        names = sum(len(name) + len(value or b"") + 8 for name, value in self.headers)
+        return len(self.key or b"") + len(self.value or b"") + names + _AROUND
+
+
+def copy_of(record: Any, topic: str, changes: Mapping[str, str]) -> Copy:
+    """A copy of a record, for another topic.
+
+    :param changes: headers that are set, in place of those of the same name.
+    """
+    kept = [(name, value) for name, value in record.headers if name not in changes]
+    return Copy(topic, record.key, record.value, [*kept, *((name, text.encode()) for name, text in changes.items())])
+
+
+def attempts_of(headers: Mapping[str, str], name: str) -> int:
+    """How often a consumer was given it before, as far as its copies say."""
+    attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == name else ""
+    return int(attempts) if attempts.isdecimal() else 0
+
+
+def waiting_time(record: Any, step: int) -> tuple[float, float]:
+    """When a record has waited in a topic of delays for as long as it does there, and when it is due.
+
+    What is left then is not waited for elsewhere if it is less than the shortest step. In the topic of that itself it
+    is: those behind may be due much sooner.
+    """
+    due = 0.0
+    for name, value in record.headers:
+        if name == DUE:
+            due = read_time((value or b"").decode("utf-8", "replace"))
+    over = min(due, record.timestamp / 1000 + step)
+    return (due if due - over < STEPS[0] < step else over), due

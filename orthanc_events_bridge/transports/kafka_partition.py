@@ -1,0 +1,128 @@
+"""One partition in a subscriber's hands: what has come, what was given out, what is settled.
+
+Kafka stores one offset for a group and partition, below which everything is done. What is settled above it is kept in
+the note that goes with the offset: `Partition.progress`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.kafka_sharing import Place
+    from orthanc_events_bridge.transports.kafka_subscription import KafkaDelivery
+
+#: Bytes of a note that every server takes, unless its offset.metadata.max.bytes was lowered.
+NOTE: Final = 4096
+#: So many events of a partition wait here before no more are fetched.
+_ENOUGH: Final = 500
+
+
+def write_note(low: int, unsettled: list[int], high: int, room: int) -> str:
+    """Put into a note which offsets from the stored one on are not settled.
+
+    :param low: the stored offset, which is the first of them.
+    :param unsettled: they, in order.
+    :param high: all from here on are not settled either.
+    :param room: bytes of the note; with too few of them the note tells less, and what it doesn't tell comes again.
+    """
+    gaps = [later - earlier for earlier, later in zip([low, *unsettled], [*unsettled, high], strict=False)]
+    text = ",".join(map(str, gaps))
+    return text if len(text) <= room else text[: max(0, text.rfind(",", 0, room))]
+
+
+def read_note(low: int, note: str) -> tuple[list[int], int]:
+    """The reverse: the offsets that are not settled, and that from which on nothing is.
+
+    A note of others' says nothing.
+    """
+    offsets: list[int] = []
+    offset = low
+    try:
+        for gap in note.split(","):
+            if int(gap) < 0:
+                return [], low
+            offset += int(gap)
+            offsets.append(offset)
+    except ValueError:
+        return [], low
+    return offsets[:-1], offsets[-1]
+
+
+@dataclass(slots=True, eq=False)
+class Partition:
+    """A partition that is ours.
+
+    :ivar place: topic and number.
+    :ivar step: for a topic of delays: for how many seconds an event waits in it.
+    :ivar leader: the node to fetch from; -1: to be found out.
+    :ivar wanted: the offset to fetch next.
+    :ivar given: the offset behind the last one that was given out.
+    :ivar rest: offsets below ``high`` that the group has not settled, as the stored note says.
+    :ivar held: what was given out and is not settled; none stands for what is sent on to another topic.
+    :ivar records: what has come and was not given out.
+    :ivar leaving: it goes to another member, as soon as nothing is held.
+    :ivar gone: it is not ours any more.
+    :ivar queued: it stands in line with what it has.
+    :ivar stored: what Kafka keeps of our progress.
+    """
+
+    place: Place
+    step: int | None
+    leader: int
+    wanted: int
+    given: int
+    stored: tuple[int, str] | None
+    rest: frozenset[int] = frozenset()
+    high: int = 0
+    held: dict[int, KafkaDelivery | None] = field(default_factory=dict)
+    records: deque[Any] = field(default_factory=deque)
+    leaving: bool = False
+    gone: bool = False
+    queued: bool = False
+
+    @classmethod
+    def begin(cls, place: Place, step: int | None, stored: tuple[int, str] | None) -> Partition:
+        """Begin where the group has got to; with the oldest event where it has never begun."""
+        offset, note = stored or (0, "")
+        rest, high = read_note(offset, note)
+        return cls(place, step, -1, offset, offset, stored, frozenset(rest), high)
+
+    def arrived(self, records: Iterable[Any]) -> None:
+        """Take what was fetched, but for what is settled already."""
+        if self.wanted < self.high:
+            self.records.extend(one for one in records if one.offset >= self.high or one.offset in self.rest)
+        else:
+            self.records.extend(records)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether more of it is to be fetched."""
+        return len(self.records) < _ENOUGH and not self.leaving
+
+    def restart(self, offset: int) -> None:
+        """Go on elsewhere: what we wanted is not there."""
+        self.records.clear()
+        self.wanted = self.given = offset
+        self.rest, self.high = frozenset(), offset
+
+    def drop(self) -> None:
+        """Forget what was not given out."""
+        self.records.clear()
+        self.wanted = self.given
+
+    def progress(self, room: int) -> tuple[int, str]:
+        """What Kafka is to store: the offset below which all is settled, and the note.
+
+        :param room: for the note, in bytes.
+        """
+        unsettled = sorted(self.held)
+        if self.given < self.high:
+            unsettled += sorted(offset for offset in self.rest if offset >= self.given)
+        high = max(self.given, self.high)
+        if not unsettled:
+            return high, ""
+        return unsettled[0], write_note(unsettled[0], unsettled, high, room)

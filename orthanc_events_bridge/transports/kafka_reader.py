@@ -1,0 +1,129 @@
+"""Reading a Kafka topic to look at it, without a group and without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Final
+
+from aiokafka import errors
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.offset import OffsetRequest
+from aiokafka.record.memory_records import MemoryRecords
+
+from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refused
+
+#: What the protocol calls the beginning and the end of a partition.
+_OLDEST: Final = -2
+_NEWEST: Final = -1
+#: Milliseconds that a node waits for the first event; bytes of one partition, and of one answer.
+_WAIT: Final = 500
+_PART: Final = 256 * 1024
+_ANSWER: Final = 8 * 1024**2
+
+
+def _by_leader(topic: TopicMetadata) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for partition, leader in enumerate(topic.leaders):
+        found.setdefault(leader, []).append(partition)
+    return found
+
+
+async def offsets(cluster: Cluster, options: KafkaOptions, topic: TopicMetadata, *, oldest: bool) -> dict[int, int]:
+    """The offset of the oldest kept event of each partition, or of the next one.
+
+    :raises TransportError: they can't be had.
+    """
+    found: dict[int, int] = {}
+    for leader, partitions in _by_leader(topic).items():
+        rows = [(partition, _OLDEST if oldest else _NEWEST) for partition in partitions]
+        answer = await cluster.ask(OffsetRequest(-1, 0, [(options.topic, rows)]), leader)
+        for _, those in answer.topics:
+            for partition, code, _, offset in those:
+                if code:
+                    raise refused(code, options.topic)
+                found[partition] = offset
+    return found
+
+
+async def read(
+    cluster: Cluster, options: KafkaOptions, topic: TopicMetadata, *, oldest: bool
+) -> AsyncGenerator[Incoming]:
+    """Yield events, each partition's in its order; what comes together is put in the order of its times.
+
+    :param cluster: for this alone; to give it up ends the reading.
+    :raises TransportError: it can't go on.
+    """
+    following = await offsets(cluster, options, topic, oldest=oldest)
+    answers: asyncio.Queue[dict[int, list[Any]]] = asyncio.Queue(1)
+    tasks = [
+        asyncio.create_task(_follow(cluster, options, leader, {one: following[one] for one in partitions}, answers))
+        for leader, partitions in _by_leader(topic).items()
+    ]
+    try:
+        while True:
+            getting = asyncio.ensure_future(answers.get())
+            done, _ = await asyncio.wait({getting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            if getting not in done:
+                getting.cancel()
+                for task in done:
+                    task.result()
+            found = getting.result()
+            streams = [[(row.timestamp, partition, row) for row in rows] for partition, rows in found.items()]
+            for _, partition, row in heapq.merge(*streams, key=lambda one: one[0]):
+                headers = {name.lower(): (value or b"").decode("utf-8", "replace") for name, value in row.headers}
+                yield Incoming(options.topic, row.value or b"", headers, f"{partition}:{row.offset}")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow(
+    cluster: Cluster,
+    options: KafkaOptions,
+    leader: int,
+    following: dict[int, int],
+    answers: asyncio.Queue[dict[int, list[Any]]],
+) -> None:
+    """Ask one node for what is new in the partitions that it leads, again and again."""
+    node = await cluster.node(leader)
+    while True:
+        rows = [(partition, offset, _PART) for partition, offset in following.items()]
+        cluster.check()
+        try:
+            question = node.begin(FetchRequest(_WAIT, 1, _ANSWER, 0, [(options.topic, rows)]))
+            answer = await cluster.wait(question, options.connect_timeout + _WAIT / 1000)
+        except errors.KafkaError as error:
+            raise cluster.lost(error) from error
+        found: dict[int, list[Any]] = {}
+        for _, those in answer.topics:
+            for partition, code, *_, data in those:
+                if code == errors.OffsetOutOfRangeError.errno:
+                    raise NotConnectedError(
+                        f"the Kafka topic {options.topic} has dropped events before they were read", "begin again"
+                    )
+                if code:
+                    raise refused(code, options.topic)
+                records = list(_records(data or b"", following[partition]))
+                if records:
+                    found[partition] = records
+                    following[partition] = records[-1].offset + 1
+        if found:
+            await answers.put(found)
+
+
+def _records(data: bytes, first: int) -> Iterator[Any]:
+    """The records of an answer; it can begin in the middle of a batch, and its last batch can be cut off."""
+    memory = MemoryRecords(data)
+    while memory.has_next():
+        batch = memory.next_batch()
+        if not getattr(batch, "is_control_batch", False):
+            for record in batch:
+                if record.offset >= first:
+                    yield record

@@ -1,0 +1,140 @@
+"""Subscribers of a broker in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.transports.base import Delivery, Incoming, Subscription
+
+#: Seconds between two looks at what there is.
+_LOOK: Final = 0.01
+
+
+class Name:
+    """What the broker knows of a name, whoever subscribes.
+
+    :param messages: the broker's own list.
+    :param position: so many of them are given already, or never will be.
+    """
+
+    def __init__(self, messages: list[Incoming], position: int) -> None:
+        self._messages = messages
+        self._position = position
+        self._again: list[tuple[float, int, Incoming, int]] = []  # due, place among equals, what, next attempt
+        self._places = itertools.count()
+        self.held: dict[MemoryDelivery, None] = {}
+
+    def give_again(self, delivery: MemoryDelivery, due: float) -> None:
+        """To be taken once more, not before that time."""
+        self.held.pop(delivery, None)
+        heapq.heappush(self._again, (due, next(self._places), delivery.message, delivery.attempt + 1))
+
+    def take(self, subscription: MemorySubscription, limit: int) -> list[Delivery]:
+        """What is there now: what is due again before what is new."""
+        now = time.monotonic()
+        for delivery in [one for one in self.held if not one.subscription.alive() or one.deadline < now]:
+            self.give_again(delivery, now)
+        found: list[Delivery] = []
+        while len(found) < limit:
+            if self._again and self._again[0][0] <= now:
+                _, _, message, attempt = heapq.heappop(self._again)
+            elif self._position < len(self._messages):
+                message, attempt = self._messages[self._position], 1
+                self._position += 1
+            else:
+                break
+            delivery = MemoryDelivery(subscription, message, attempt)
+            self.held[delivery] = None
+            found.append(delivery)
+        return found
+
+
+class MemoryDelivery(Delivery):
+    """Settled at once."""
+
+    def __init__(self, subscription: MemorySubscription, message: Incoming, attempt: int) -> None:
+        super().__init__(message, attempt)
+        self.subscription = subscription
+        self.deadline = time.monotonic() + subscription.ack_wait
+        self._settled = False
+
+    async def ack(self) -> None:
+        if not self._settled:
+            self._settled = True
+            await self._check()
+            del self.subscription.name.held[self]
+
+    async def nack(self, delay: float = 0.0) -> None:
+        if not self._settled:
+            self._settled = True
+            due = time.monotonic() + delay
+            await self._check()
+            self.subscription.name.give_again(self, due)
+
+    async def extend(self) -> None:
+        if not self._settled:
+            await self._check()
+            self.deadline = time.monotonic() + self.subscription.ack_wait
+
+    async def _check(self) -> None:
+        await self.subscription.check()
+        if self not in self.subscription.name.held or self.deadline < time.monotonic():
+            raise NotConnectedError(
+                f"the broker gives an event to another: its ack_wait of {self.subscription.ack_wait:g} s is over",
+                "raise ack_wait, or extend in time",
+            )
+
+
+class MemorySubscription(Subscription):
+    """One subscriber.
+
+    :param connected: whether the connection is still the one that it was made over.
+    :param answer: waits until the broker answers.
+    """
+
+    def __init__(
+        self,
+        name: Name,
+        connected: Callable[[], bool],
+        answer: Callable[[], Awaitable[None]],
+        in_flight: int,
+        ack_wait: float,
+    ) -> None:
+        self.name = name
+        self.ack_wait = ack_wait
+        self._connected = connected
+        self._answer = answer
+        self._in_flight = in_flight
+        self._closed = False
+
+    def alive(self) -> bool:
+        """Whether it can still settle what it holds."""
+        return not self._closed and self._connected()
+
+    async def check(self) -> None:
+        """Does the broker answer us?
+
+        :raises NotConnectedError: no.
+        """
+        await self._answer()
+        if not self.alive():
+            raise NotConnectedError("the subscription to the broker has ended", "connect, and subscribe again")
+
+    async def receive(self, limit: int, wait: float) -> list[Delivery]:
+        end = time.monotonic() + wait
+        while True:
+            await self.check()
+            held = sum(1 for one in self.name.held if one.subscription is self)
+            found = self.name.take(self, min(limit, self._in_flight - held))
+            if found or time.monotonic() >= end:
+                return found
+            await asyncio.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+
+    async def close(self) -> None:
+        self._closed = True

@@ -1,0 +1,272 @@
+"""The past of a name that begins with the oldest event: what the history holds, put into the name's inbox once.
+
+The name's queue is bound first; then the history is copied up to that moment; and only when that has been received does
+anybody take from the name's queue. So every event comes, in order, and only once as long as nobody is killed meanwhile.
+
+How far it has come is said by one message in the queue ``orthanc.beginning.{name}``. Whoever holds it does the work,
+one step at a time, and puts the next such message there before it acknowledges the last: another goes on where it died.
+The last copy is followed by a message that says so, and whoever receives that deletes the queue, by which others learn
+of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from aiormq.abc import DeliveredMessage
+
+from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_message import headers_of
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues, bind
+from orthanc_events_bridge.transports.rabbitmq_topology import offset
+
+#: The ``orthanc-operation`` of the message behind the last copy.
+_END: Final = "end-of-past"
+#: So many messages are copied in one step; and so many are fetched, more than are ever stored together.
+_STEP: Final = 200
+_FETCH: Final = 10_000
+#: Seconds after which a history that shows nothing is empty.
+_EMPTY: Final = 1.0
+#: Seconds after which what was routed by the bindings of a moment ago has come to where it was sent.
+_MARGIN: Final = 0.1
+
+
+class Beginning:
+    """One subscriber's part in it.
+
+    :param copies: opened by whom it belongs to.
+    """
+
+    def __init__(self, connection: Connection, options: RabbitOptions, queues: Queues, copies: Copies) -> None:
+        self._connection = connection
+        self._options = options
+        self._queues = queues
+        self._copies = copies
+        self._news = asyncio.Event()
+        self._mark: DeliveredMessage | None = None
+        self._deleted = False
+        self._received = False
+        self._stopped = False
+        self._reader: Channel | None = None
+        self._read: deque[DeliveredMessage] = deque()
+
+    # From outside.
+
+    async def announce(self) -> None:
+        """Write down that there is a past to be copied.
+
+        :raises TransportError: RabbitMQ doesn't answer, or does not permit it.
+        """
+        await self._put({})
+
+    def end_received(self) -> None:
+        """The message behind the last copy was."""
+        self._received = True
+        self._news.set()
+
+    def stop(self) -> None:
+        """Let the step that is being done be the last."""
+        self._stopped = True
+        self._news.set()
+
+    async def run(self) -> bool:
+        """Take part until the past has been received.
+
+        :return: whether it has; not if it was stopped.
+        :raises ClosedError: RabbitMQ does not permit something.
+        :raises TransportError: RabbitMQ doesn't answer.
+        """
+        connection, queue = self._connection, self._queues.beginning
+        channel = await connection.channel()
+        try:
+            await connection.ask(channel.basic_qos(prefetch_count=1))
+            await connection.ask(channel.consume(queue, self._on_mark, self._on_deleted))
+            known = ""
+            while not self._deleted:
+                await self._until(lambda: self._mark or self._received or self._deleted or self._stopped)
+                mark, self._mark = self._mark, None
+                if self._received:
+                    await connection.ask(channel.queue_delete(queue))
+                    return True
+                if self._stopped:
+                    return False
+                if mark is None:
+                    continue
+                state = json.loads(mark.body)
+                # Another than we have put there is one that its writer had not come to acknowledge.
+                if known in ("", state["id"]):
+                    if state.get("over"):
+                        continue  # kept, so that nobody else sees it
+                    following = await self._step(state)
+                    if following is None:
+                        return False
+                    known = await self._put(following)
+                await connection.ask(channel.basic_ack(mark.delivery_tag or 0))
+            return True
+        except ClosedError as error:
+            if error.missing and channel.fault is not None:  # it is over already
+                return True
+            raise
+        finally:
+            for one in (channel, self._reader):
+                if one is not None:
+                    await connection.end(one)
+
+    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> None:
+        """Wait for news, at most so long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not condition() and loop.time() < end:
+            self._news.clear()
+            await self._connection.wait_for(self._news, end - loop.time() if seconds < math.inf else None)
+
+    def _on_mark(self, message: DeliveredMessage) -> None:
+        self._mark = message
+        self._news.set()
+
+    def _on_deleted(self) -> None:
+        self._deleted = True
+        self._news.set()
+
+    async def _put(self, state: Mapping[str, Any]) -> str:
+        identifier = uuid.uuid4().hex
+        body = json.dumps({**state, "id": identifier}).encode()
+        await self._copies.sent(self._copies.send(self._queues.beginning, {}, body, "application/json"))
+        return identifier
+
+    # The steps.
+
+    async def _step(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Do what comes next.
+
+        :return: how far it has come then; none where it was stopped before it had done anything.
+        """
+        if "until" not in state:
+            return await self._plan()
+        if state["next"] <= state["until"]:
+            return await self._copy(state)
+        await self._copies.sent(self._copies.send(self._queues.inbox, {"orthanc-operation": _END}, b"", None))
+        return {"over": True}
+
+    async def _plan(self) -> dict[str, Any] | None:
+        """Bind the name's queue, and find out what it doesn't get."""
+        connection, options = self._connection, self._options
+        channel = await connection.channel()
+        try:
+            seen: list[int] = []
+
+            def see(message: DeliveredMessage) -> None:
+                seen.append(offset(message))
+                self._news.set()
+
+            await self._consume(channel, see, "first", 1)
+            await self._until(lambda: seen or self._stopped, _EMPTY)
+            if self._stopped:
+                return None
+            # Both queues begin with the same event: what comes to the one comes to the other, and need not be copied.
+            live, fork = self._queues.live, self._queues.beginning
+            skip: list[str] = []
+            twin = (await connection.ask(channel.queue_declare(exclusive=True, auto_delete=True))).queue or ""
+            await connection.ask(channel.basic_qos(prefetch_count=0))
+            await connection.ask(channel.consume(twin, lambda message: skip.append(_id(message)), _nothing))
+            await connection.ask(channel.exchange_declare(fork, exchange_type="fanout"))
+            for queue in (live, twin):
+                await connection.ask(channel.queue_bind(queue, fork))
+            await connection.ask(channel.exchange_bind(fork, options.exchange, "#"))
+            await connection.ask(bind(channel, options, live))
+            await asyncio.sleep(_MARGIN)
+            last = await self._last() if seen else -1
+            await asyncio.sleep(_MARGIN)
+            await connection.ask(channel.exchange_delete(fork))
+            await connection.ask(channel.queue_declare(twin, passive=True))  # answered when all of it is here
+            return {"next": seen[0] if seen else 0, "until": last, "skip": skip}
+        finally:
+            await connection.end(channel)
+
+    async def _last(self) -> int:
+        """The number of the history's last message; -1 if there is none."""
+        connection = self._connection
+        channel = await connection.channel()
+        try:
+            seen: list[int] = []
+
+            def see(message: DeliveredMessage) -> None:
+                seen.append(offset(message))
+                self._news.set()
+
+            await self._consume(channel, see, "last", _FETCH)
+            await self._until(lambda: seen, _EMPTY)
+            # It hands over all that is stored together before it answers the next question.
+            await connection.ask(channel.queue_declare(self._options.history, passive=True))
+            return max(seen, default=-1)
+        finally:
+            await connection.end(channel)
+
+    async def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        connection = self._connection
+        if self._reader is None:
+            state["until"] = min(state["until"], await self._last())  # it may be another history by now
+            self._reader = await connection.channel()
+            await self._consume(self._reader, self._on_read, state["next"], 2 * _STEP)
+            return state
+        await self._until(lambda: self._read, self._options.ack_timeout)
+        some = [self._read.popleft() for _ in range(min(_STEP, len(self._read)))]
+        if not some:
+            raise NotConnectedError(
+                f"the history {self._options.history} of RabbitMQ gives no more events", "check the server"
+            )
+        skip = set(state["skip"])
+        sent = [
+            self._copies.send(
+                self._queues.inbox, _headers(message), message.body, message.header.properties.content_type
+            )
+            for message in some
+            if offset(message) <= state["until"] and _id(message) not in skip
+        ]
+        for future in sent:
+            await self._copies.sent(future)
+        await connection.ask(self._reader.basic_ack(some[-1].delivery_tag or 0, multiple=True))
+        return state | {"next": offset(some[-1]) + 1}
+
+    def _on_read(self, message: DeliveredMessage) -> None:
+        self._read.append(message)
+        self._news.set()
+
+    async def _consume(self, channel: Channel, receive: Any, begin: str | int, count: int) -> None:
+        connection, history = self._connection, self._options.history
+
+        def gone() -> None:
+            connection.fail(
+                NotConnectedError(
+                    f"the history {history} of RabbitMQ was deleted", "it is made or found again by itself"
+                )
+            )
+
+        await connection.ask(channel.basic_qos(prefetch_count=count))
+        await connection.ask(channel.consume(history, receive, gone, arguments={"x-stream-offset": begin}))
+
+
+def is_end(message: DeliveredMessage) -> bool:
+    """Is it the message behind the last copy?"""
+    return (message.header.properties.headers or {}).get("orthanc-operation") == _END
+
+
+def _headers(message: DeliveredMessage) -> dict[str, Any]:
+    return headers_of(message) | {"orthanc-address": message.routing_key or ""}
+
+
+def _id(message: DeliveredMessage) -> str:
+    return str((message.header.properties.headers or {}).get("orthanc-event-id"))
+
+
+def _nothing() -> None:
+    """A queue of our own was deleted, and that is of no interest."""

@@ -1,0 +1,343 @@
+"""Connections to RabbitMQ, for publishing and for subscribing alike.
+
+What aiormq leaves to us, as measured: a frozen server surfaces as a bare ``CancelledError``, and closing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import ssl
+from collections.abc import Awaitable
+from typing import Any, Final, TypeVar
+
+import aiormq
+from aiormq.exceptions import AMQPError, AuthenticationError
+from yarl import URL
+
+from orthanc_events_bridge.errors import (
+    NotConnectedError,
+    RefusedError,
+    TransportConfigurationError,
+    TransportError,
+)
+from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, chain, closed, words
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.tls import client_context
+
+__all__ = ["Channel", "ClosedError", "Connection", "Servers"]
+
+_T = TypeVar("_T")
+
+#: Seconds that saying goodbye may take, and then cutting the connection off.
+_GOODBYE: Final = 0.4
+_CUTTING: Final = 0.3
+#: Seconds between two heartbeats; a server that is silent for three and a half times that is given up.
+_HEARTBEAT: Final = 10
+
+
+class _HungUpError(TransportConfigurationError):
+    """The server ended the connection in place of answering the login."""
+
+
+class Connection:
+    """One connection to one server; made by `Servers.open`, used once, and ended by `give_up`.
+
+    :ivar fault: why it can't be used any more.
+    :ivar alarm: why the server takes no messages at the moment; empty when it takes them.
+    """
+
+    def __init__(self, options: RabbitOptions, server: str) -> None:
+        host, port, vhost = options.address(server)
+        self.vhost = vhost
+        self.url = f"{'amqps' if options.tls_required else 'amqp'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self.fault: TransportError | None = None
+        self.alarm = ""
+        self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._options = options
+        tls = client_context(options.tls, "RabbitMQ") if options.tls_required else None
+        self._sockets = Sockets(host, port, tls, options.tls.server_hostname)
+        query = {"heartbeat": str(_HEARTBEAT), "name": f"orthanc-events-bridge {options.name}", "auth": options.auth}
+        # The password is read now, so that a rotated one is used.
+        user, password = (options.user, options.secret("password")) if options.user else (None, None)
+        address = URL.build(scheme="amqp", host=host, port=port, user=user, password=password, query=query)
+        self._amqp = Amqp(address, transport_factory=self._sockets)
+        self._amqp.vhost = vhost
+        self._amqp.on_blocked = self._on_blocked
+
+    @classmethod
+    async def open(cls, options: RabbitOptions, server: str) -> Connection:
+        """Connect to a server.
+
+        :raises NotConnectedError: it can't be reached.
+        :raises TransportConfigurationError: it refuses us, or we refuse it.
+        """
+        try:
+            return await cls._open(options, server)
+        except _HungUpError:
+            # It was on its way down, or its answer got lost behind the end of the connection.
+            pass
+        try:
+            return await cls._open(options, server)
+        except _HungUpError as error:
+            raise TransportConfigurationError(error.message, error.remedy) from error
+
+    @classmethod
+    async def _open(cls, options: RabbitOptions, server: str) -> Connection:
+        connection = cls(options, server)
+        opening = asyncio.ensure_future(connection._amqp.connect())
+        try:
+            await asyncio.wait([opening], timeout=options.connect_timeout)
+            if not opening.done():
+                raise connection._not_connected(TimeoutError())
+            if opening.cancelled():
+                raise connection._not_connected(ConnectionError("given up"))
+            error = opening.exception()
+            if error is not None:
+                raise connection._not_connected(error) from (error if isinstance(error, Exception) else None)
+        except BaseException:
+            opening.cancel()
+            await connection.give_up()
+            raise
+        connection._amqp.closing.add_done_callback(connection._on_closed)
+        return connection
+
+    # What it is.
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether it runs over TLS."""
+        writer = self._sockets.writer
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
+
+    @property
+    def version(self) -> str:
+        """The server's version."""
+        return str(dict(self._amqp.server_properties).get("version", "of unknown version"))
+
+    @property
+    def frame_max(self) -> int:
+        """How large a frame can be, in bytes, its own eight included."""
+        return self._amqp.connection_tune.frame_max or 131072
+
+    # What goes over it.
+
+    async def channel(self, *, confirms: bool = False) -> Channel:
+        """Open a channel.
+
+        :param confirms: the server is to confirm what is published on it.
+        :raises TransportError: as `ask`.
+        """
+        self.check()
+        number = next(number for number in itertools.count(1) if number not in self._amqp.channels)
+        channel = Channel(self._amqp, number, confirms=confirms)
+        self._amqp.channels[number] = channel
+        try:
+            await self.ask(channel.open())
+        except ClosedError as error:
+            raise self.lost(error) from error
+        return channel
+
+    async def end(self, channel: Channel) -> None:
+        """Close a channel. Never raises, and does not wait for a server that doesn't answer."""
+        if channel.fault is None and self.fault is None:
+            with contextlib.suppress(TransportError, ClosedError):
+                await self.ask(channel.close())
+
+    async def ask(self, question: Awaitable[_T]) -> _T:
+        """The answer to a request on a channel, within ``connect_timeout``.
+
+        :raises ClosedError: the server has closed the channel for it.
+        :raises TransportError: there is no answer, or there will be none while an alarm is on.
+        """
+        asking = asyncio.ensure_future(question)
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, also if nobody waits
+        try:
+            if not await self.wait(asking, self._options.connect_timeout):
+                if self.alarm:  # then the server doesn't even read from this connection
+                    raise self.alarmed()
+                raise NotConnectedError(
+                    f"RabbitMQ at {self.url} does not answer within {self._options.connect_timeout:g} s",
+                    "check that the server is well",
+                )
+            return asking.result()
+        except asyncio.CancelledError:
+            # aiormq's way to say that the connection is gone looks like an order to us to stop.
+            if asking.cancelled() and not _ordered_to_stop():
+                raise self.lost() from None
+            raise
+        except aiormq.exceptions.ChannelClosed as error:
+            raise closed(error) from error
+        except (AMQPError, OSError, RuntimeError) as error:
+            raise self.lost(error) from error
+        finally:
+            if not asking.done():
+                asking.cancel()
+
+    def write(self, frames: bytes) -> None:
+        """Hand over whole frames as the protocol spells them."""
+        assert self._sockets.writer is not None
+        self._sockets.writer.write(frames)
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes the socket has not taken yet."""
+        assert self._sockets.writer is not None
+        return self._sockets.writer.transport.get_write_buffer_size()
+
+    async def drain(self) -> None:
+        """Wait while too much is under way to the socket.
+
+        :raises OSError: the connection is gone.
+        """
+        assert self._sockets.writer is not None
+        await self._sockets.writer.drain()
+
+    async def wait(self, future: asyncio.Future[Any], seconds: float | None) -> bool:
+        """Wait for something, but not longer than the connection lasts.
+
+        :return: whether it came in time.
+        :raises TransportError: the connection can't be used any more.
+        """
+        if not future.done():
+            self.check()
+            await asyncio.wait({future, self._faulty}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                self.check()
+        return future.done()
+
+    async def wait_for(self, event: asyncio.Event, seconds: float | None = None) -> bool:
+        """The same for an event, or for as long as it takes."""
+        waiting = asyncio.ensure_future(event.wait())
+        try:
+            return await self.wait(waiting, seconds)
+        finally:
+            waiting.cancel()
+
+    # Its end.
+
+    def fail(self, error: TransportError) -> None:
+        """From now on it can't be used any more; who waits for it is told."""
+        if self.fault is None:
+            self.fault = error
+        if not self._faulty.done():
+            self._faulty.set_result(None)
+
+    def lost(self, error: BaseException | None = None) -> NotConnectedError:
+        """The error that says so."""
+        text = f": {words(error)}" if error and words(error) else ""
+        return NotConnectedError(
+            f"the connection to RabbitMQ at {self.url} was lost{text}", "it is made again by itself"
+        )
+
+    def check(self) -> None:
+        """Is it still there?
+
+        :raises TransportError: no.
+        """
+        if self.fault is None and not self._amqp.is_opened:
+            self.fail(self.lost())
+        if self.fault is not None:
+            raise self.fault
+
+    def alarmed(self) -> RefusedError:
+        """The error that says that an alarm is on."""
+        return RefusedError(
+            f"RabbitMQ takes no events, since an alarm is on: {self.alarm}",
+            "give the server memory or disk, or raise vm_memory_high_watermark or lower disk_free_limit; it goes on by "
+            "itself",
+        )
+
+    def _on_blocked(self, reason: str) -> None:
+        self.alarm = reason
+
+    def _on_closed(self, closing: asyncio.Future[Any]) -> None:
+        self.fail(self.lost(None if closing.cancelled() else closing.exception()))
+
+    async def give_up(self) -> None:
+        """End it: politely where the server answers at once; nothing that a frozen one doesn't take holds it up."""
+        healthy = self.fault is None and self._amqp.is_opened
+        self.fail(self.lost())
+        writer = self._sockets.writer
+        if writer is None:
+            return
+        if not healthy or writer.transport.get_write_buffer_size():
+            writer.transport.abort()
+        closing = asyncio.ensure_future(self._amqp.close())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([closing], timeout=_GOODBYE)
+        if not closing.done():
+            writer.transport.abort()
+            await asyncio.wait([closing], timeout=_CUTTING)
+
+    # What it is ended by at the beginning.
+
+    def _not_connected(self, error: BaseException) -> TransportError:
+        """Which of our errors a failed attempt to connect is."""
+        place = f"RabbitMQ at {self.url}"
+        text = words(error)
+        for cause in chain(error):
+            if isinstance(cause, ssl.SSLError):
+                return TransportConfigurationError(
+                    f"{place}: TLS failed: {words(cause)}",
+                    "check tls.ca_file, the names and dates in the certificates, and tls.cert_file",
+                )
+        if isinstance(error, AuthenticationError):
+            return TransportConfigurationError(
+                f"{place} does not offer to log in by {self._options.auth.upper()}, but by {error.args[0]}",
+                "set auth to plain, or enable the plugin rabbitmq_auth_mechanism_ssl and its mechanism at the server",
+            )
+        if isinstance(error, ClosedError):
+            if error.code == 403:
+                return TransportConfigurationError(
+                    f"{place} refuses the credentials: {text}",
+                    "check user and password, or the certificate; RabbitMQ takes guest from its own machine only",
+                )
+            if error.code == 530:
+                return TransportConfigurationError(
+                    f"{place} does not let us into the virtual host {self.vhost}: {text}",
+                    "check the virtual host in the URL, and the user's permissions and limits there",
+                )
+        if isinstance(error, TimeoutError):
+            text = f"no answer within {self._options.connect_timeout:g} s"
+        elif self.encrypted and isinstance(error, AMQPError | OSError):
+            # From TLS 1.3 on a server looks at our certificate when the handshake is over for us.
+            return _HungUpError(
+                f"{place} ended the connection while we logged in: {text}",
+                "check tls.cert_file if it verifies its clients; see its log",
+            )
+        if isinstance(error, AMQPError | OSError | ClosedError):
+            return NotConnectedError(f"{place} can't be reached: {text}", "start RabbitMQ, or check `servers`")
+        return TransportConfigurationError(f"{place}: {type(error).__name__}: {text}", "check the transport's options")
+
+
+class Servers:
+    """The servers of one cluster, tried in turn, beginning with the one that worked last."""
+
+    def __init__(self, options: RabbitOptions) -> None:
+        self._options = options
+        self._next = 0
+
+    async def open(self) -> Connection:
+        """Connect to the first that takes us.
+
+        :raises TransportError: none does; what a person has to mend is said first.
+        """
+        problem: TransportError | None = None
+        for _ in self._options.servers:
+            try:
+                return await Connection.open(
+                    self._options, self._options.servers[self._next % len(self._options.servers)]
+                )
+            except TransportError as error:
+                self._next += 1
+                if not isinstance(problem, TransportConfigurationError):
+                    problem = error
+        assert problem is not None
+        raise problem
+
+
+def _ordered_to_stop() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,72 @@
+"""What a message of RabbitMQ says to a subscriber, and what its copy says that is to be given again."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from aiormq.abc import DeliveredMessage
+
+from orthanc_events_bridge.transports.base import Incoming
+
+#: What RabbitMQ tells about one delivery; all other headers a copy keeps.
+_OF_DELIVERY: Final = (
+    "x-delivery-count",
+    "x-acquired-count",
+    "x-stream-offset",
+    "x-death",
+    "x-first-death",
+    "x-last-death",
+)
+
+
+def headers_of(message: DeliveredMessage) -> dict[str, Any]:
+    """A message's headers, without what RabbitMQ says about this delivery of it."""
+    headers: dict[str, Any] = dict(message.header.properties.headers or {})
+    return {name: value for name, value in headers.items() if not name.startswith(_OF_DELIVERY)}
+
+
+def incoming(message: DeliveredMessage) -> Incoming:
+    """As a consumer gets it; a copy under the original's address."""
+    headers = {name.lower(): str(value) for name, value in headers_of(message).items()}
+    address = headers.get("orthanc-address") or message.routing_key or ""
+    return Incoming(address, message.body, headers | {"content-type": message.header.properties.content_type or ""})
+
+
+def attempt(message: DeliveredMessage) -> int:
+    """How often it was given, this time included: by copies, and since the last by subscribers that died."""
+    headers: dict[str, Any] = dict(message.header.properties.headers or {})
+    died = _number(headers.get("x-delivery-count")) or int(bool(getattr(message.delivery, "redelivered", False)))
+    return _number(headers.get("orthanc-attempts")) + died + 1
+
+
+def retry_headers(message: DeliveredMessage, consumer: str, delay: float) -> dict[str, Any]:
+    """With what headers a copy is sent that is to be given again, in so many seconds."""
+    headers = headers_of(message)
+    headers.pop("orthanc-due", None)
+    headers |= {
+        "orthanc-operation": "retry",
+        "orthanc-consumer": consumer,
+        "orthanc-attempts": str(attempt(message)),
+        "orthanc-address": incoming(message).address,
+    }
+    if delay > 0:
+        due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
+        headers["orthanc-due"] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return headers
+
+
+def seconds_left(message: DeliveredMessage) -> float:
+    """In how many seconds it may be given."""
+    text = (message.header.properties.headers or {}).get("orthanc-due")
+    try:
+        return datetime.fromisoformat(str(text)).timestamp() - time.time() if text else 0.0
+    except ValueError:  # somebody else's
+        return 0.0
+
+
+def _number(value: object) -> int:
+    text = str(value)
+    return int(text) if text.isascii() and text.isdecimal() else 0

@@ -1,0 +1,211 @@
+"""The queues of a consumer's name: found and checked, or made.
+
+``orthanc.consumer.{name}`` is bound to the exchange. ``orthanc.inbox.{name}`` takes what is for this name alone: what
+is tried again, and the past of a name that begins with the oldest event. What is to be tried later waits in
+``orthanc.retry.{name}.{seconds}`` and goes to the inbox when the time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+
+_T = TypeVar("_T")
+
+#: How long a message can wait at a time, in seconds; a longer delay is made of several waits.
+STEPS: Final = (1, 5, 30, 120, 600, 3600)
+#: RabbitMQ 4 drops a message that was given so often and never settled: 20 times, if nothing is said.
+_ENOUGH: Final = 1_000_000_000
+#: For so many seconds at most others are waited for who make the same queues, and so many between two looks.
+_TURN: Final = 30.0
+_PAUSE: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """The names of a consumer's queues."""
+
+    name: str
+
+    @property
+    def live(self) -> str:
+        """What is published."""
+        return f"orthanc.consumer.{self.name}"
+
+    @property
+    def inbox(self) -> str:
+        """What is for this name alone."""
+        return f"orthanc.inbox.{self.name}"
+
+    @property
+    def beginning(self) -> str:
+        """There as long as the past is still to be copied (`orthanc_events_bridge.transports.rabbitmq_beginning`); an
+        exchange of this name, for a moment."""
+        return f"orthanc.beginning.{self.name}"
+
+    def retry(self, seconds: int) -> str:
+        """Where a message waits so long."""
+        return f"orthanc.retry.{self.name}.{seconds}"
+
+    @property
+    def lasting(self) -> dict[str, dict[str, Any]]:
+        """All but `beginning`, each with its arguments; `live` is the last."""
+        limit: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": _ENOUGH}
+        later: dict[str, Any] = limit | {
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": self.inbox,
+            "x-dead-letter-strategy": "at-least-once",  # needs reject-publish
+            "x-overflow": "reject-publish",
+        }
+        waiting = {self.retry(seconds): later | {"x-message-ttl": seconds * 1000} for seconds in STEPS}
+        return {self.inbox: limit} | waiting | {self.live: limit}
+
+
+async def open_queues(
+    connection: Connection, options: RabbitOptions, queues: Queues, begin: Callable[[], Awaitable[None]] | None
+) -> bool:
+    """Find a name's queues and check them, or make them.
+
+    :param begin: makes the name's very first subscription begin with the oldest event.
+    :return: whether the past is still to be copied; otherwise the name's queue is bound to the exchange.
+    :raises NotConnectedError: RabbitMQ doesn't answer.
+    :raises TransportConfigurationError: they can't be used as they are.
+    """
+    asking = _Asking(connection)
+    try:
+        if not options.declare:
+            await asking.check(queues.lasting)
+        elif not await asking.exists(queues.live):
+            async with _alone(connection, f"{queues.live}.making"):
+                if not await asking.exists(queues.live):
+                    await _make(asking, queues, begin)
+        # Where there is one, it was made before the name's queue.
+        beginning = await asking.exists(queues.beginning)
+        if options.declare:
+            for queue, arguments in queues.lasting.items():
+                await asking.declare(queue, arguments)
+            if not beginning:
+                await asking.ask(queues.live, lambda channel: bind(channel, options, queues.live))
+        return beginning
+    finally:
+        await asking.end()
+
+
+async def _make(asking: _Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
+    """Make a new name's queues."""
+    # Of a start that was not finished; it may not even say how far it had come.
+    await asking.ask(queues.beginning, lambda channel: channel.queue_delete(queues.beginning))
+    if begin is not None:
+        arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True, "x-delivery-limit": _ENOUGH}
+        await asking.declare(queues.beginning, arguments)
+        await begin()
+    for queue, arguments in queues.lasting.items():
+        await asking.declare(queue, arguments)
+    # 3.10 writes down that a quorum queue was elected a leader when the next one is, or seconds later; one that is
+    # killed before never has a leader again, and then not even an event is confirmed to its publisher.
+    last = f"{queues.live}.made"
+    await asking.declare(last, {"x-queue-type": "quorum"})
+    await asking.ask(last, lambda channel: channel.queue_delete(last))
+
+
+@contextlib.asynccontextmanager
+async def _alone(connection: Connection, queue: str) -> AsyncGenerator[None]:
+    """Do something that only one can do at a time: where two make a quorum queue, 3.10 ends the connection of one.
+
+    :param queue: is there meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _TURN
+    while True:
+        channel = await connection.channel()
+        try:
+            await connection.ask(channel.queue_declare(queue, durable=True, auto_delete=True))
+            await connection.ask(channel.consume(queue, lambda message: None, lambda: None, exclusive=True))
+            break
+        except ClosedError as error:
+            if not error.missing and "exclusive use" not in error.text:
+                raise refused(connection, queue, error) from error
+        if loop.time() > end:
+            raise NotConnectedError(
+                f"somebody else has been making {queue.removesuffix('.making')} at RabbitMQ for {_TURN:g} s",
+                "see `rabbitmqctl list_consumers`",
+            )
+        await asyncio.sleep(_PAUSE)
+    try:
+        yield
+    finally:
+        await connection.end(channel)
+
+
+def bind(channel: Channel, options: RabbitOptions, queue: str) -> Awaitable[object]:
+    """Let a queue have every event."""
+    return channel.queue_bind(queue, options.exchange, "#")
+
+
+class _Asking:
+    """A channel to ask on; another one when the server has closed it for an answer."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._channel: Channel | None = None
+
+    async def _answer(self, question: Callable[[Channel], Awaitable[_T]]) -> _T:
+        if self._channel is None or self._channel.fault is not None:
+            self._channel = await self._connection.channel()
+        return await self._connection.ask(question(self._channel))
+
+    async def exists(self, queue: str) -> bool:
+        try:
+            await self._answer(lambda channel: channel.queue_declare(queue, passive=True))
+        except ClosedError as error:
+            if error.missing:
+                return False
+            raise refused(self._connection, queue, error) from error
+        return True
+
+    async def check(self, queues: dict[str, dict[str, Any]]) -> None:
+        missing = [queue for queue in queues if not await self.exists(queue)]
+        if missing:
+            raise TransportConfigurationError(
+                f"RabbitMQ has no queue {', '.join(missing)}, and declare is false",
+                "make it, or set declare to true",
+            )
+
+    async def declare(self, queue: str, arguments: dict[str, Any]) -> None:
+        await self.ask(queue, lambda channel: channel.queue_declare(queue, durable=True, arguments=arguments))
+
+    async def ask(self, queue: str, question: Callable[[Channel], Awaitable[object]]) -> None:
+        try:
+            await self._answer(question)
+        except ClosedError as error:
+            raise refused(self._connection, queue, error) from error
+
+    async def end(self) -> None:
+        if self._channel is not None:
+            await self._connection.end(self._channel)
+
+
+def refused(connection: Connection, queue: str, error: ClosedError) -> TransportError:
+    """Which of our errors it is that RabbitMQ doesn't let us use a queue."""
+    if error.code == 403:
+        return TransportConfigurationError(
+            f"RabbitMQ does not permit this user to use the queue {queue}: {error.text}",
+            r"let it configure, write and read ^orthanc\..*, write to amq.default, and use amq.gen-*",
+        )
+    if error.code in (405, 406):
+        return TransportConfigurationError(
+            f"RabbitMQ has the queue {queue} with other settings: {error.text}",
+            "delete it when it is empty, so that it is made anew, or give the consumer another name",
+        )
+    if error.code == 404:  # deleted while we asked, or its node is down
+        return connection.lost(error)
+    return TransportConfigurationError(
+        f"RabbitMQ refuses the queue {queue}: {error.text} ({error.code})", "see the RabbitMQ server's log"
+    )

@@ -1,0 +1,326 @@
+"""Subscribers of RabbitMQ: those of one name share its queues.
+
+RabbitMQ has no deadline for a delivery (but for ``consumer_timeout``, 30 minutes if nothing is said): what is not
+settled comes again when its subscriber's channel is closed, and that is when its connection ends or is silent for two
+heartbeats.
+
+A message is never given back to be tried again: a copy is put into the inbox, or where it waits until then, and when
+that is confirmed the original is acknowledged. How often it was tried is counted in our own header: RabbitMQ 4 drops
+its ``x-death`` from what clients publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import OrderedDict, deque
+from typing import Any, Final
+
+import pamqp.frame
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.base import Delivery, Subscription
+from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
+from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_message import (
+    attempt,
+    headers_of,
+    incoming,
+    retry_headers,
+    seconds_left,
+)
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues, refused
+
+#: So many acknowledgements are sent at once; fewer as soon as there is nothing else to do.
+_ACKS: Final = 64
+#: A message that is due in so many seconds waits here.
+_SOON: Final = 0.25
+#: So many deliveries RabbitMQ can be told to give at a time.
+_MOST: Final = 65535
+#: Seconds that each of the two steps of closing may take.
+_CLOSING: Final = 0.4
+
+
+class RabbitDelivery(Delivery):
+    """Settled by an acknowledgement, which RabbitMQ does not answer: what got lost with the connection comes again."""
+
+    def __init__(self, subscription: RabbitSubscription, raw: DeliveredMessage) -> None:
+        super().__init__(incoming(raw), attempt(raw))
+        self._subscription = subscription
+        self.raw = raw
+
+    async def ack(self) -> None:
+        self._subscription.acknowledge(self)
+
+    async def nack(self, delay: float = 0.0) -> None:
+        await self._subscription.give_back(self, delay)
+
+    async def extend(self) -> None:
+        """See `orthanc_events_bridge.transports.base.Delivery.extend`. RabbitMQ takes nothing back from who lives."""
+        self._subscription.check()
+
+
+class RabbitSubscription(Subscription):
+    """Made by `open`."""
+
+    def __init__(self, connection: Connection, options: RabbitOptions, queues: Queues, in_flight: int) -> None:
+        self._connection = connection
+        self._options = options
+        self._queues = queues
+        self._in_flight = in_flight
+        self._copies = Copies(connection, options.ack_timeout)
+        self._channel: Channel | None = None
+        self._beginning: Beginning | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._unsettled: OrderedDict[int, None] = OrderedDict()  # delivery tags, in order
+        self._acks: list[int] = []
+        self._ends: list[int] = []  # of messages that say that the past is over
+        self._came: deque[RabbitDelivery] = deque()
+        self._held: dict[RabbitDelivery, None] = {}
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._news = asyncio.Event()
+        self._fault: NotConnectedError | None = None
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls, connection: Connection, options: RabbitOptions, name: str, *, oldest: bool, in_flight: int
+    ) -> RabbitSubscription:
+        """Find the name's queues and check them, or make them, and begin to receive.
+
+        :raises NotConnectedError: RabbitMQ doesn't answer.
+        :raises TransportConfigurationError: they can't be used, or not be made.
+        """
+        self = cls(connection, options, Queues(name), in_flight)
+        try:
+            await self._open(oldest)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def _open(self, oldest: bool) -> None:
+        connection = self._connection
+        await self._copies.open()
+        beginning = Beginning(connection, self._options, self._queues, self._copies)
+        if await open_queues(connection, self._options, self._queues, beginning.announce if oldest else None):
+            self._beginning = beginning
+        channel = self._channel = await connection.channel()
+        channel.on_fault = self._on_closed
+        await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
+        await self._consume(self._queues.inbox)
+        if self._beginning is None:
+            await self._consume(self._queues.live)
+        else:
+            self._task = asyncio.create_task(self._begin(self._beginning))
+
+    async def _begin(self, beginning: Beginning) -> None:
+        """What is published now comes when the past has come."""
+        try:
+            if await beginning.run():
+                self._past_received()
+                await self._consume(self._queues.live)
+        except ClosedError as error:
+            self._fail(
+                NotConnectedError(f"RabbitMQ does not let us copy the history: {error.text}", "let the user read it")
+            )
+        except TransportError as error:
+            self._fail(NotConnectedError(error.message, error.remedy))
+
+    def _past_received(self) -> None:
+        self._beginning = None
+        while self._ends:
+            self._settled(self._ends.pop())
+
+    async def _consume(self, queue: str) -> None:
+        def cancelled() -> None:
+            self._fail(
+                NotConnectedError(f"the queue {queue} of RabbitMQ was deleted", "it is made again when subscribing")
+            )
+
+        assert self._channel is not None
+        try:
+            await self._connection.ask(self._channel.consume(queue, self._on_message, cancelled))
+        except ClosedError as error:
+            raise refused(self._connection, queue, error) from error
+
+    # Receiving.
+
+    async def receive(self, limit: int, wait: float) -> list[Delivery]:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait
+        if not self._came:
+            await asyncio.sleep(0)
+        while True:
+            self.check()
+            self._flush()
+            found: list[Delivery] = []
+            room = min(limit, self._in_flight - len(self._held))
+            while self._came and len(found) < room:
+                delivery = self._came.popleft()
+                self._held[delivery] = None
+                found.append(delivery)
+            left = end - loop.time()
+            if found or left <= 0:
+                return found
+            self._news.clear()
+            with contextlib.suppress(TransportError):  # the check says it
+                await self._connection.wait_for(self._news, left)
+
+    def _on_message(self, raw: DeliveredMessage) -> None:
+        if self._closed:
+            return  # it comes again
+        tag = raw.delivery_tag or 0
+        self._unsettled[tag] = None
+        if is_end(raw):
+            self._ends.append(tag)
+            if self._beginning is not None:
+                self._beginning.end_received()
+            else:
+                self._past_received()
+            return
+        left = seconds_left(raw)
+        if left > _SOON:
+            self._send(raw, headers_of(raw), left)
+        elif left > 0:
+            self._later(left, raw)
+        else:
+            self._ripe(raw)
+
+    def _later(self, seconds: float, raw: DeliveredMessage) -> None:
+        def ripe() -> None:
+            self._timers.discard(timer)
+            self._on_message(raw)
+
+        timer = asyncio.get_running_loop().call_later(seconds, ripe)
+        self._timers.add(timer)
+
+    def _ripe(self, raw: DeliveredMessage) -> None:
+        self._came.append(RabbitDelivery(self, raw))
+        self._news.set()
+
+    # Settling.
+
+    def acknowledge(self, delivery: RabbitDelivery) -> None:
+        """Once; see `orthanc_events_bridge.transports.base.Delivery.ack`."""
+        self.check()
+        if delivery in self._held:
+            del self._held[delivery]
+            self._news.set()  # there is room
+            self._settled(delivery.raw.delivery_tag or 0)
+
+    def _settled(self, tag: int) -> None:
+        if self._fault is not None and self._closed:
+            return  # the channel is being closed
+        if not self._acks:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._acks.append(tag)
+        if len(self._acks) >= _ACKS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Acknowledge what is settled: by one word what lies before all that isn't."""
+        channel = self._channel
+        if not self._acks or channel is None or channel.fault is not None or self._connection.fault is not None:
+            return
+        for tag in self._acks:
+            self._unsettled.pop(tag, None)
+        first = next(iter(self._unsettled), math.inf)
+        tags, self._acks = sorted(self._acks), []
+        before = [tag for tag in tags if tag < first]
+        frames = [Basic.Ack(delivery_tag=before[-1], multiple=True)] if before else []
+        frames += [Basic.Ack(delivery_tag=tag) for tag in tags[len(before) :]]
+        self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+
+    async def give_back(self, delivery: RabbitDelivery, delay: float) -> None:
+        """Once; see `orthanc_events_bridge.transports.base.Delivery.nack`."""
+        self.check()
+        if delivery not in self._held:
+            return
+        del self._held[delivery]
+        self._news.set()
+        headers = retry_headers(delivery.raw, self._queues.name, delay)
+        try:
+            await self._copies.sent(self._send(delivery.raw, headers, delay))
+        except TransportError as error:
+            # With the channel it comes again.
+            self._fail(NotConnectedError(error.message, error.remedy))
+            self.check()
+
+    def _send(self, raw: DeliveredMessage, headers: dict[str, Any], delay: float) -> asyncio.Future[str]:
+        """Put a copy where it waits; the original is settled as soon as that is confirmed, whoever waits for it."""
+        queue = self._queues.inbox
+        if delay > _SOON:  # else it waits with whom it is given to
+            queue = self._queues.retry(max((step for step in STEPS if step <= delay), default=STEPS[0]))
+
+        def confirmed(future: asyncio.Future[str]) -> None:
+            if future.result():
+                self._fail(self._copies.refusal(future))
+            else:
+                self._settled(raw.delivery_tag or 0)
+
+        future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
+        future.add_done_callback(confirmed)
+        return future
+
+    # Its end.
+
+    def check(self) -> None:
+        """Is it still there?
+
+        :raises NotConnectedError: no.
+        """
+        if self._fault is None:
+            try:
+                self._connection.check()
+            except TransportError as error:
+                self._fail(NotConnectedError(error.message, error.remedy))
+        if self._fault is not None:
+            raise self._fault
+
+    def _on_closed(self, fault: ClosedError) -> None:
+        self._fail(
+            NotConnectedError(
+                f"RabbitMQ has closed the channel of a subscription: {fault.text} ({fault.code})",
+                "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
+            )
+        )
+
+    def _fail(self, error: NotConnectedError) -> None:
+        if self._fault is None:
+            self._flush()
+            self._fault = error
+        self._news.set()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        doing: list[asyncio.Future[Any]] = [*self._copies.waiting]
+        if self._beginning is not None and self._task is not None:
+            self._beginning.stop()
+            doing.append(self._task)
+        if doing and self._fault is None:  # what is done by half would be done twice
+            await asyncio.wait(doing, timeout=_CLOSING)
+        self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
+        self._acks.clear()  # nothing may be written any more
+        for timer in self._timers:
+            timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        channels = (self._channel, self._copies.channel)
+        doing = [asyncio.ensure_future(self._connection.end(channel)) for channel in channels if channel is not None]
+        if self._task is not None:
+            doing.append(self._task)
+        if doing:
+            await asyncio.wait(doing, timeout=_CLOSING)
+            for one in doing:
+                one.cancel()
+            await asyncio.wait(doing, timeout=_CLOSING / 4)
+        self._held.clear()
+        self._came.clear()

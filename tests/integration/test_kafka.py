@@ -1,0 +1,473 @@
+"""What is Kafka's own: the binding, the topic, the producer's numbers, and a cluster that loses servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from zlib import crc32
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.structs import ConsumerRecord
+from cloudevents.core.bindings.kafka import KafkaMessage, from_binary, from_structured, to_binary, to_structured
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+
+from orthanc_events_bridge.errors import (
+    EventRejectedError,
+    NotConnectedError,
+    RefusedError,
+    TransportConfigurationError,
+    TransportError,
+)
+from orthanc_events_bridge.events.mapping import to_outgoing
+from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_cluster
+from orthanc_events_bridge.testing.programs import require
+from orthanc_events_bridge.transports.base import Outgoing, PublishError
+from orthanc_events_bridge.transports.kafka import KafkaTransport
+from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from tests.contract.harness import event, events, run
+from tests.contract.kafka_tools import administrate, alter_topic, aside, connect, failing, kafka_transport, read_topic
+from tests.contract.link import Link
+
+pytestmark = pytest.mark.integration
+
+KEYS = [f"study-{number}" for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    require("kafka")
+    found = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    found.start()
+    try:
+        yield found
+    finally:
+        found.close(kill=True)
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest) -> str:
+    """A name that no other test uses."""
+    return f"t{crc32(request.node.name.encode())}"
+
+
+def read(server: KafkaServer, topic: str) -> list[ConsumerRecord]:
+    return aside(read_topic(f"127.0.0.1:{server.admin_port}", topic))
+
+
+def ids(records: Sequence[ConsumerRecord]) -> list[str]:
+    return [dict(record.headers)["orthanc-event-id"].decode() for record in records]
+
+
+def check(records: Sequence[ConsumerRecord], sent: Sequence[Outgoing]) -> Counter[str]:
+    """Everything is there, the first of each in the order of its key; how often each is there."""
+    found = ids(records)
+    assert set(found) == {one.id for one in sent}
+    first = list(dict.fromkeys(found))
+    for key in {one.key for one in sent}:
+        mine = [one.id for one in sent if one.key == key]
+        members = set(mine)
+        assert [one for one in first if one in members] == mine
+    return Counter(found)
+
+
+async def publish(transport: KafkaTransport, sent: Sequence[Outgoing]) -> None:
+    await transport.connect()
+    await transport.publish(sent)
+    await transport.close()
+
+
+# What is written.
+
+SHAPE = {
+    "source": "urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e",
+    "site": "north",
+    "type_prefix": "io.orthanc-events",
+    "schema_base": "https://example.org/schemas/",
+}
+STUDY = "0000000a-00000000-00000000-00000000-00000000"
+
+
+def outgoing(*, binary: bool) -> Outgoing:
+    extra = {"parents": {"study": STUDY, "patient": STUDY[::-1]}, "metadata": {"Much": "ä€😀"}}
+    instance = f"{STUDY[:-1]}7"
+    row = OutboxRow(7, "NewInstance", "instance", instance, 1_700_000_000_007, 7, "20231114T221320", None, 1, 1, extra)
+    return to_outgoing(row, SHAPE, "8be797cd-5573-46b7-8097-bea664a99a80", binary=binary)
+
+
+def test_both_modes_are_those_of_the_official_binding(server: KafkaServer, topic: str) -> None:
+    run(publish(kafka_transport(server.port, topic=topic), [outgoing(binary=False), outgoing(binary=True)]))
+    structured, binary = (KafkaMessage(dict(row.headers), row.key, row.value) for row in read(server, topic))
+    ours = {"orthanc-event-id", "orthanc-site"}
+    assert structured.headers["orthanc-site"] == binary.headers["orthanc-site"] == b"north"
+    assert structured.key == binary.key == STUDY.encode()
+    assert structured.headers.keys() == ours | {"content-type"}
+
+    event = from_structured(structured, JSONFormat(), CloudEvent)
+    assert from_binary(binary, JSONFormat(), CloudEvent).get_attributes() == event.get_attributes()
+    for found, theirs in ((structured, to_structured), (binary, to_binary)):
+        expected = theirs(event, JSONFormat())
+        assert {name: value for name, value in found.headers.items() if name not in ours} == expected.headers
+        assert json.loads(found.value) == json.loads(expected.value)
+        assert isinstance(found.key, bytes) and found.key.decode() == expected.key
+    assert event.get_id().encode() == structured.headers["orthanc-event-id"]
+
+
+@pytest.mark.parametrize("partitions", [1, 3, 64])
+def test_any_language_finds_the_partition_of_a_study(server: KafkaServer, topic: str, partitions: int) -> None:
+    run(publish(kafka_transport(server.port, topic=topic, partitions=partitions), events(200, keys=KEYS)))
+    records = read(server, topic)
+    assert [row.partition for row in records] == [crc32(row.key) % 64 % partitions for row in records]
+    check(records, events(200, keys=KEYS))
+
+
+def test_compressed_events_are_read_like_others(server: KafkaServer, topic: str) -> None:
+    sent = events(300, keys=KEYS, size=2000)
+    run(publish(kafka_transport(server.port, topic=topic, compression="gzip"), sent))
+    records = read(server, topic)
+    assert max(check(records, sent).values()) == 1
+    assert sorted(record.value for record in records) == sorted(one.body for one in sent)
+    kept = sum(path.stat().st_size for path in server.data.glob(f"{topic}-*/*.log"))
+    assert 0 < kept < sum(len(one.body) for one in sent) / 4
+
+
+# The topic.
+
+
+def settings(server: KafkaServer, topic: str) -> dict[str, str]:
+    async def work(admin: AIOKafkaAdminClient) -> dict[str, str]:
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        return {row[0]: row[1] for row in answer.resources[0][4]}
+
+    return administrate(f"127.0.0.1:{server.admin_port}", work)
+
+
+def test_the_topic_is_made_as_the_options_say(server: KafkaServer, topic: str) -> None:
+    limits = {"max_age": "12h", "max_bytes": "8MiB"}
+    lines = connect(kafka_transport(server.port, topic=topic, partitions=5, limits=limits))
+    assert "5 partitions, 1 replicas" in lines[1]
+    assert "age 12h, size of a partition 8MiB" in lines[2]
+    found = settings(server, topic)
+    assert found["retention.ms"] == "43200000"
+    assert found["retention.bytes"] == "8388608"
+    assert found["segment.bytes"] == "2097152"  # only whole ones are dropped
+    assert (found["cleanup.policy"], found["min.insync.replicas"]) == ("delete", "1")
+    assert found["unclean.leader.election.enable"] == "false"
+
+
+def test_unlimited(server: KafkaServer, topic: str) -> None:
+    lines = connect(kafka_transport(server.port, topic=topic, limits={"max_age": 0, "max_bytes": 0}))
+    assert "age unlimited, size of a partition unlimited" in lines[2]
+    assert (settings(server, topic)["retention.ms"], settings(server, topic)["retention.bytes"]) == ("-1", "-1")
+
+
+def test_more_replicas_than_there_are_servers(server: KafkaServer, topic: str) -> None:
+    transport = kafka_transport(server.port, topic=topic, limits={"replicas": 3})
+
+    async def main() -> None:
+        with failing(TransportConfigurationError) as caught:
+            await transport.connect()
+        assert "replica" in str(caught[0]).lower()
+        await transport.close()
+
+    run(main())
+
+
+def test_a_topic_that_a_consumer_made_by_asking_for_it(server: KafkaServer, topic: str) -> None:
+    """Kafka does that by default, with settings of its own."""
+
+    async def main() -> None:
+        transport = kafka_transport(server.port, topic=topic)
+        first = await transport.connect()
+        await transport.publish(events(10))
+
+        async def delete(admin: AIOKafkaAdminClient) -> None:
+            await admin.delete_topics([topic])
+            while topic in await admin.list_topics():  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.02)
+            await admin.create_topics([NewTopic(topic, 1, 1)])
+
+        administrate(f"127.0.0.1:{server.admin_port}", delete)
+        with failing(NotConnectedError, confirmed=0):
+            await transport.publish(events(10, start=10))
+        await transport.close()
+        with failing(TransportConfigurationError) as caught:
+            await transport.connect()
+        assert "partitions is 1, wanted 4" in str(caught[0])
+        await transport.close()
+        other = kafka_transport(server.port, topic=topic, declare=False)
+        assert await other.connect() not in ("", first)
+        await other.publish(events(10))
+        await other.close()
+
+    run(main())
+    check(read(server, topic)[-10:], events(10))
+
+
+# What can't be taken.
+
+
+def test_a_limit_that_is_lowered_while_connected(server: KafkaServer, topic: str) -> None:
+    sent = events(60, size=2000)
+    sent[33] = event(33, size=30_000)
+    transport = kafka_transport(server.port, topic=topic, declare=False)
+    refusals: list[tuple[int, PublishError]] = []
+
+    async def main() -> None:
+        await publish(kafka_transport(server.port, topic=topic), [])
+        await transport.connect()
+        await transport.publish(sent[:3])
+        alter_topic(f"127.0.0.1:{server.admin_port}", topic, max_message_bytes="20000")
+        done = 3
+        while done < len(sent):
+            try:
+                await transport.publish(sent[done:])
+                done = len(sent)
+            except PublishError as error:
+                done += error.confirmed
+                refusals.append((done, error))
+                done += isinstance(error.error, EventRejectedError)
+        await transport.close()
+
+    run(main())
+    assert {type(error.error) for _, error in refusals} == {EventRejectedError, RefusedError}
+    assert [place for place, error in refusals if isinstance(error.error, EventRejectedError)] == [33]
+    # Not one that was sent behind a refused batch has overtaken it.
+    assert ids(read(server, topic)) == [one.id for one in sent if one is not sent[33]]
+
+
+# The producer's numbers.
+
+
+class Careless(KafkaTransport):
+    without = frozenset({"idempotence"})
+
+
+class OneWay(Link):
+    """Passes on what the client says, and, while it is deaf, no answer."""
+
+    deaf = False
+
+    def _read(self, source: socket.socket, chunks: queue.Queue[tuple[float, bytes]], is_client: bool) -> None:
+        if is_client:
+            super()._read(source, chunks, is_client)
+            return
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.deaf:
+                    chunks.put((0.0, data))
+        chunks.put((0.0, b""))
+
+
+@pytest.mark.parametrize(("kind", "copies"), [(KafkaTransport, 1), (Careless, 2)])
+def test_what_was_stored_and_not_answered_is_not_stored_again(
+    server: KafkaServer, topic: str, kind: type[KafkaTransport], copies: int
+) -> None:
+    sent = events(200, keys=KEYS)
+    options = KafkaOptions.model_validate(
+        {
+            "servers": [f"127.0.0.1:{server.proxy_port}"],
+            "topic": topic,
+            "partitions": 4,
+            "connect_timeout": 20,
+            "ack_timeout": 3,
+        }
+    )
+
+    async def main() -> None:
+        transport = kind(options)
+        with closing(OneWay(server.behind_port, port=server.proxy_port)) as link:
+            await transport.connect()
+            link.deaf = True
+            with failing(NotConnectedError, confirmed=0):
+                await transport.publish(sent)
+            await transport.close()
+            link.deaf = False
+            await transport.connect()
+            await transport.publish(sent)
+            await transport.publish(events(20, start=200, keys=KEYS))
+            await transport.close()
+
+    run(main())
+    counted = check(read(server, topic), events(220, keys=KEYS))
+    assert {counted[one.id] for one in sent} == {copies}
+
+
+@pytest.mark.parametrize("trouble", ["gap", "fenced"])
+def test_a_producer_that_kafka_does_not_accept_any_more(server: KafkaServer, topic: str, trouble: str) -> None:
+    async def main() -> None:
+        transport = kafka_transport(server.port, topic=topic)
+        await transport.connect()
+        producer = transport._publisher._producer
+        if trouble == "fenced":  # as if another had taken over, with a later epoch
+            producer.begin(producer._id, 5)
+        await transport.publish(events(10))
+        if trouble == "fenced":
+            producer._epoch = 3
+        else:
+            producer._next = {partition: number + 7 for partition, number in producer._next.items()}
+        with failing(NotConnectedError, confirmed=0) as caught:
+            await transport.publish(events(10, start=10))
+        assert "lost the count" in str(caught[0])
+        await transport.close()
+        await transport.connect()
+        await transport.publish(events(10, start=10))
+        await transport.close()
+
+    run(main())
+    assert max(check(read(server, topic), events(20)).values()) == 1
+
+
+# Several servers.
+
+
+def test_a_dead_server_among_several(server: KafkaServer, topic: str) -> None:
+    with closing(Link(1)) as dead:
+        nobody = dead.port
+    run(publish(kafka_transport(nobody, server.port, topic=topic), events(3)))
+    check(read(server, topic), events(3))
+
+
+def test_of_several_refusals_that_is_told_which_a_person_can_mend(server: KafkaServer, topic: str) -> None:
+    with closing(Link(1)) as dead:
+        nobody = dead.port
+    login = {"sasl": "plain", "user": "a", "password": "b"}
+
+    async def main() -> None:
+        transport = kafka_transport(server.port, nobody, topic=topic, **login)
+        with failing(TransportConfigurationError):
+            await transport.connect()
+        await transport.close()
+
+    run(main())
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[KafkaServer]]:
+    require("kafka")
+    found = kafka_cluster(tmp_path_factory.mktemp("cluster"))
+    with ExitStack() as stack:
+        for node in found:
+            stack.callback(node.close, kill=True)
+            node.start(wait=False)
+        for node in found:
+            node.wait_ready()
+        yield found
+
+
+@pytest.fixture
+def cluster(nodes: list[KafkaServer]) -> Iterator[list[KafkaServer]]:
+    yield nodes
+    for node in nodes:
+        if not node.running:
+            node.start(wait=False)
+    for node in nodes:
+        node.wait_ready()
+
+
+def replicated(nodes: Sequence[KafkaServer], topic: str, needed: int = 2) -> KafkaTransport:
+    limits = {"replicas": 3, "min_insync_replicas": needed}
+    ports = [node.port for node in nodes]
+    return kafka_transport(*ports, topic=topic, partitions=6, limits=limits, ack_timeout=5, connect_timeout=5)
+
+
+async def relay(
+    transport: KafkaTransport, following: Callable[[], Sequence[Outgoing]], problems: list[TransportError]
+) -> list[Outgoing]:
+    """Publish as the relay does; what comes to be sent is asked for until there is nothing; give all of it."""
+    everything: list[Outgoing] = []
+    left: list[Outgoing] = []
+    while True:
+        try:
+            await transport.connect()
+            while True:
+                if not left:
+                    left = list(following())
+                    everything += left
+                if not left:
+                    await transport.close()
+                    return everything
+                await transport.publish(left)
+                left = []
+        except PublishError as error:
+            left = [one for i, one in enumerate(left) if i >= error.confirmed and i not in error.stored]
+            problems.append(error.error)
+        except TransportError as error:
+            problems.append(error)
+        if not isinstance(problems[-1], RefusedError):
+            await transport.close()
+        await asyncio.sleep(0.1)
+
+
+def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topic: str) -> None:
+    problems: list[TransportError] = []
+
+    async def main() -> list[Outgoing]:
+        number = 0
+
+        def following() -> list[Outgoing]:
+            nonlocal number
+            if losing.done():
+                return []
+            number += 100
+            return events(100, start=number - 100, keys=KEYS)
+
+        def lose() -> None:
+            for node in cluster:  # each leads some partitions
+                moment = number
+                while number < moment + 500:
+                    time.sleep(0.02)
+                node.kill()
+                node.start()
+
+        losing = asyncio.get_running_loop().run_in_executor(None, lose)
+        sent = await relay(replicated(cluster, topic), following, problems)
+        await losing
+        return sent
+
+    sent = run(main(), seconds=300)
+    assert problems  # somebody has noticed
+    assert {type(problem) for problem in problems} <= {NotConnectedError, RefusedError}
+    assert max(check(read(cluster[0], topic), sent).values()) == 1
+
+
+@pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
+def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, down: int) -> None:
+    problems: list[TransportError] = []
+    sent = events(300, keys=KEYS)
+
+    def noticed() -> bool:
+        if down == 2:  # nobody is there to say what is missing
+            return len(problems) >= 3
+        return any("min.insync.replicas" in one.message for one in problems if isinstance(one, RefusedError))
+
+    async def main() -> None:
+        transport = replicated(cluster, topic, needed)
+        await transport.connect()
+        await transport.publish(sent[:100])
+        for node in cluster[:down]:
+            node.kill()
+        batches = iter([sent[100:200], sent[200:], []])
+        relaying = asyncio.create_task(relay(transport, lambda: next(batches), problems))
+        while not noticed():  # nobody tells
+            assert not relaying.done()
+            await asyncio.sleep(0.05)
+        for node in cluster[:down]:
+            await asyncio.to_thread(node.start, wait=False)
+        await relaying
+
+    run(main(), seconds=300)
+    assert {type(problem) for problem in problems} <= {NotConnectedError, RefusedError}
+    for problem in problems:
+        assert "Kafka" in problem.message and problem.remedy
+    check(read(cluster[-1], topic), sent)
