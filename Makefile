@@ -15,7 +15,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
@@ -30,8 +30,9 @@ test-unit: setup ## the fast ones: seconds, no servers
 test-contract: setup ## what every transport must do, against real brokers
 	$(PYTEST) tests/contract
 
-test-containers: setup ## the contract and some faults, with brokers in containers (images are built first)
-	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) --durations=10 tests/contract
+test-containers: ## the contract with brokers in containers (a container engine and images are made first)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) --durations=10 tests/contract tests/integration/test_containers.py
 
 test-integration: setup ## the way from a DICOM file to the stream, on real servers
 	$(PYTEST) $(wildcard tests/integration tests/e2e)
