@@ -15,7 +15,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
@@ -40,10 +40,12 @@ test-integration: setup ## the way from a DICOM file to the stream, on real serv
 test-faults: setup ## kills, freezes, full disks, on real servers
 	$(PYTEST) --durations=10 tests/faults
 
-test-slow: setup ## only the long forms that `make test` leaves out
+test-slow: ## only what `make test` leaves out: the long forms, and the tests on RabbitMQ and Kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
 	$(PYTEST) --durations=10 -m slow
 
-test-mutants: setup ## each protection switched off: the ledger must report the harm
+test-mutants: ## each protection switched off: the ledger must report the harm
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
 	$(PYTEST) --durations=10 -m mutant
 
 test-bare: ## `make demo` and `make test` in a freshly debootstrapped Debian 12 (root; result in tests/bare/)
