@@ -63,6 +63,19 @@ class Sockets(aiormq.connection.TransportFactory):
         reader, self.writer = await asyncio.open_connection(**self._arguments)
         return reader, self.writer
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether it is open, or was, and with TLS."""
+        return self.writer is not None and self._arguments["ssl"] is not None
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes it has not taken yet."""
+        # A closed one of TLS can't be asked.
+        if self.writer is None or self.writer.transport.is_closing():
+            return 0
+        return self.writer.transport.get_write_buffer_size()
+
 
 class Amqp(aiormq.Connection):
     """aiormq's connection; tells of an alarm, and of what a refused login was refused for."""

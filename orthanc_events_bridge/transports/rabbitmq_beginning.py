@@ -104,8 +104,11 @@ class Beginning:
                 state = json.loads(mark.body)
                 # Another than we have put there is one that its writer had not come to acknowledge.
                 if known in ("", state["id"]):
-                    if state.get("over"):
-                        continue  # kept, so that nobody else sees it
+                    if "until" in state and state["next"] > state["until"]:
+                        await self._copies.sent(
+                            self._copies.send(self._queues.inbox, {"orthanc-operation": _END}, b"", None)
+                        )
+                        continue  # it is kept, so that nobody else does the same
                     following = await self._step(state)
                     if following is None:
                         return False
@@ -150,12 +153,7 @@ class Beginning:
 
         :return: how far it has come then; none where it was stopped before it had done anything.
         """
-        if "until" not in state:
-            return await self._plan()
-        if state["next"] <= state["until"]:
-            return await self._copy(state)
-        await self._copies.sent(self._copies.send(self._queues.inbox, {"orthanc-operation": _END}, b"", None))
-        return {"over": True}
+        return await (self._copy(state) if "until" in state else self._plan())
 
     async def _plan(self) -> dict[str, Any] | None:
         """Bind the name's queue, and find out what it doesn't get."""

@@ -73,15 +73,13 @@ class Connection:
         :raises NotConnectedError: it can't be reached.
         :raises TransportConfigurationError: it refuses us, or we refuse it.
         """
-        try:
+        # It was on its way down, or its answer got lost behind the end of the connection.
+        with contextlib.suppress(_HungUpError):
             return await cls._open(options, server)
-        except _HungUpError:
-            # It was on its way down, or its answer got lost behind the end of the connection.
-            pass
         try:
             return await cls._open(options, server)
         except _HungUpError as error:
-            raise TransportConfigurationError(error.message, error.remedy) from error
+            raise TransportConfigurationError(error.message, error.remedy) from None
 
     @classmethod
     async def _open(cls, options: RabbitOptions, server: str) -> Connection:
@@ -95,7 +93,7 @@ class Connection:
                 raise connection._not_connected(ConnectionError("given up"))
             error = opening.exception()
             if error is not None:
-                raise connection._not_connected(error) from (error if isinstance(error, Exception) else None)
+                raise connection._not_connected(error)
         except BaseException:
             opening.cancel()
             await connection.give_up()
@@ -108,8 +106,7 @@ class Connection:
     @property
     def encrypted(self) -> bool:
         """Whether it runs over TLS."""
-        writer = self._sockets.writer
-        return writer is not None and writer.get_extra_info("ssl_object") is not None
+        return self._sockets.encrypted
 
     @property
     def version(self) -> str:
@@ -161,19 +158,20 @@ class Connection:
                     f"RabbitMQ at {self.url} does not answer within {self._options.connect_timeout:g} s",
                     "check that the server is well",
                 )
-            return asking.result()
-        except asyncio.CancelledError:
-            # aiormq's way to say that the connection is gone looks like an order to us to stop.
-            if asking.cancelled() and not _ordered_to_stop():
-                raise self.lost() from None
-            raise
-        except aiormq.exceptions.ChannelClosed as error:
-            raise closed(error) from error
-        except (AMQPError, OSError, RuntimeError) as error:
-            raise self.lost(error) from error
         finally:
             if not asking.done():
                 asking.cancel()
+        if asking.cancelled():  # aiormq's way to say that the connection is gone; to us it would be an order to stop
+            raise self.lost()
+        error = asking.exception()
+        if error is None:
+            return asking.result()
+        # Not chained: aiormq's errors lead back to themselves.
+        if isinstance(error, aiormq.exceptions.ChannelClosed):
+            raise closed(error)
+        if isinstance(error, AMQPError | OSError | RuntimeError):
+            raise self.lost(error)
+        raise error
 
     def write(self, frames: bytes) -> None:
         """Hand over whole frames as the protocol spells them."""
@@ -183,8 +181,7 @@ class Connection:
     @property
     def waiting(self) -> int:
         """How many bytes the socket has not taken yet."""
-        assert self._sockets.writer is not None
-        return self._sockets.writer.transport.get_write_buffer_size()
+        return self._sockets.waiting
 
     async def drain(self) -> None:
         """Wait while too much is under way to the socket.
@@ -262,7 +259,7 @@ class Connection:
         writer = self._sockets.writer
         if writer is None:
             return
-        if not healthy or writer.transport.get_write_buffer_size():
+        if not healthy or self.waiting:
             writer.transport.abort()
         closing = asyncio.ensure_future(self._amqp.close())
         closing.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -336,8 +333,3 @@ class Servers:
                     problem = error
         assert problem is not None
         raise problem
-
-
-def _ordered_to_stop() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -116,7 +116,11 @@ class Copies:
             self._returned.add(int(tag))  # its confirm follows
 
     def _on_fault(self, fault: ClosedError) -> None:
+        self.abandon(fault.text)
+
+    def abandon(self, why: str) -> None:
+        """Wait for no answer any more."""
         waiting, self._waiting = self._waiting, {}
         for _, future in waiting.values():
             if not future.done():
-                future.set_result(fault.text)
+                future.set_result(why)

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
-import pamqp.frame
 from aiormq.abc import DeliveredMessage
-from pamqp.commands import Basic
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery, Subscription
+from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -36,14 +35,13 @@ from orthanc_events_bridge.transports.rabbitmq_message import (
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues, refused
 
-#: So many acknowledgements are sent at once; fewer as soon as there is nothing else to do.
-_ACKS: Final = 64
 #: A message that is due in so many seconds waits here.
 _SOON: Final = 0.25
 #: So many deliveries RabbitMQ can be told to give at a time.
 _MOST: Final = 65535
-#: Seconds that each of the two steps of closing may take.
-_CLOSING: Final = 0.4
+#: Seconds that closing may take, of which so many are left for the steps that follow the first, and the second.
+_CLOSING: Final = 0.9
+_LEFT: Final = (0.45, 0.2, 0.05)
 
 
 class RabbitDelivery(Delivery):
@@ -77,8 +75,8 @@ class RabbitSubscription(Subscription):
         self._channel: Channel | None = None
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
-        self._unsettled: OrderedDict[int, None] = OrderedDict()  # delivery tags, in order
-        self._acks: list[int] = []
+        self._consumers: list[str] = []
+        self._acks: Acks | None = None
         self._ends: list[int] = []  # of messages that say that the past is over
         self._came: deque[RabbitDelivery] = deque()
         self._held: dict[RabbitDelivery, None] = {}
@@ -111,6 +109,7 @@ class RabbitSubscription(Subscription):
         if await open_queues(connection, self._options, self._queues, beginning.announce if oldest else None):
             self._beginning = beginning
         channel = self._channel = await connection.channel()
+        self._acks = Acks(connection, channel)
         channel.on_fault = self._on_closed
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
@@ -135,7 +134,7 @@ class RabbitSubscription(Subscription):
     def _past_received(self) -> None:
         self._beginning = None
         while self._ends:
-            self._settled(self._ends.pop())
+            self._settle(self._ends.pop())
 
     async def _consume(self, queue: str) -> None:
         def cancelled() -> None:
@@ -145,7 +144,8 @@ class RabbitSubscription(Subscription):
 
         assert self._channel is not None
         try:
-            await self._connection.ask(self._channel.consume(queue, self._on_message, cancelled))
+            consuming = self._channel.consume(queue, self._on_message, cancelled)
+            self._consumers.append(await self._connection.ask(consuming))
         except ClosedError as error:
             raise refused(self._connection, queue, error) from error
 
@@ -154,11 +154,11 @@ class RabbitSubscription(Subscription):
     async def receive(self, limit: int, wait: float) -> list[Delivery]:
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
-        if not self._came:
+        if not self._came and self._acks is not None:
+            self._acks.flush()  # they make room for more
             await asyncio.sleep(0)
         while True:
             self.check()
-            self._flush()
             found: list[Delivery] = []
             room = min(limit, self._in_flight - len(self._held))
             while self._came and len(found) < room:
@@ -173,10 +173,10 @@ class RabbitSubscription(Subscription):
                 await self._connection.wait_for(self._news, left)
 
     def _on_message(self, raw: DeliveredMessage) -> None:
-        if self._closed:
+        if self._closed or self._acks is None:
             return  # it comes again
         tag = raw.delivery_tag or 0
-        self._unsettled[tag] = None
+        self._acks.given(tag)
         if is_end(raw):
             self._ends.append(tag)
             if self._beginning is not None:
@@ -212,30 +212,11 @@ class RabbitSubscription(Subscription):
         if delivery in self._held:
             del self._held[delivery]
             self._news.set()  # there is room
-            self._settled(delivery.raw.delivery_tag or 0)
+            self._settle(delivery.raw.delivery_tag or 0)
 
-    def _settled(self, tag: int) -> None:
-        if self._fault is not None and self._closed:
-            return  # the channel is being closed
-        if not self._acks:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._acks.append(tag)
-        if len(self._acks) >= _ACKS:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Acknowledge what is settled: by one word what lies before all that isn't."""
-        channel = self._channel
-        if not self._acks or channel is None or channel.fault is not None or self._connection.fault is not None:
-            return
-        for tag in self._acks:
-            self._unsettled.pop(tag, None)
-        first = next(iter(self._unsettled), math.inf)
-        tags, self._acks = sorted(self._acks), []
-        before = [tag for tag in tags if tag < first]
-        frames = [Basic.Ack(delivery_tag=before[-1], multiple=True)] if before else []
-        frames += [Basic.Ack(delivery_tag=tag) for tag in tags[len(before) :]]
-        self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+    def _settle(self, tag: int) -> None:
+        if self._acks is not None:
+            self._acks.settle(tag)
 
     async def give_back(self, delivery: RabbitDelivery, delay: float) -> None:
         """Once; see `orthanc_events_bridge.transports.base.Delivery.nack`."""
@@ -262,7 +243,7 @@ class RabbitSubscription(Subscription):
             if future.result():
                 self._fail(self._copies.refusal(future))
             else:
-                self._settled(raw.delivery_tag or 0)
+                self._settle(raw.delivery_tag or 0)
 
         future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
         future.add_done_callback(confirmed)
@@ -293,7 +274,6 @@ class RabbitSubscription(Subscription):
 
     def _fail(self, error: NotConnectedError) -> None:
         if self._fault is None:
-            self._flush()
             self._fault = error
         self._news.set()
 
@@ -301,26 +281,43 @@ class RabbitSubscription(Subscription):
         if self._closed:
             return
         self._closed = True
-        doing: list[asyncio.Future[Any]] = [*self._copies.waiting]
-        if self._beginning is not None and self._task is not None:
-            self._beginning.stop()
-            doing.append(self._task)
-        if doing and self._fault is None:  # what is done by half would be done twice
-            await asyncio.wait(doing, timeout=_CLOSING)
+        end = asyncio.get_running_loop().time() + _CLOSING
+        work = [self._task] if self._task is not None else []
+        if self._fault is None:  # what is done by half would be done twice
+            if self._beginning is not None:
+                self._beginning.stop()
+            await _wait([*self._copies.waiting, *work], end - _LEFT[0])
         self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
-        self._acks.clear()  # nothing may be written any more
+        self._copies.abandon("the subscription is closed")
         for timer in self._timers:
             timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
+        for task in work:
+            task.cancel()
+        if self._acks is not None:
+            self._acks.close()
+        settling = asyncio.ensure_future(self._settle_all())
+        await _wait([settling], end - _LEFT[1])
         channels = (self._channel, self._copies.channel)
-        doing = [asyncio.ensure_future(self._connection.end(channel)) for channel in channels if channel is not None]
-        if self._task is not None:
-            doing.append(self._task)
-        if doing:
-            await asyncio.wait(doing, timeout=_CLOSING)
-            for one in doing:
-                one.cancel()
-            await asyncio.wait(doing, timeout=_CLOSING / 4)
+        ends = [asyncio.ensure_future(self._connection.end(channel)) for channel in channels if channel is not None]
+        await _wait(ends, end - _LEFT[2])
+        for one in (settling, *ends):
+            one.cancel()
+        await _wait([settling, *ends, *work], end)
         self._held.clear()
         self._came.clear()
+
+    async def _settle_all(self) -> None:
+        """Wait until RabbitMQ has done what it was told: what it keeps back it forgets when the channel is closed."""
+        channel = self._channel
+        if channel is None or channel.fault is not None:
+            return
+        with contextlib.suppress(TransportError, ClosedError):
+            # A queue answers this behind all before it; what was kept back until then is sent to it before the second.
+            for consumer in self._consumers:
+                await self._connection.ask(channel.basic_cancel(consumer))
+            await self._connection.ask(channel.queue_declare(self._queues.inbox, passive=True))
+
+
+async def _wait(work: Sequence[asyncio.Future[Any]], end: float) -> None:
+    if work:
+        await asyncio.wait(work, timeout=max(0.0, end - asyncio.get_running_loop().time()))
