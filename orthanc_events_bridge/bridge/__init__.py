@@ -216,11 +216,15 @@ class Bridge:
             await asyncio.sleep(_TICK)
 
     def _take_over(self, state: State, fleet: Fleet) -> None:
-        """Use changed settings: they are told to capture first, so that a failure leaves all as it was."""
+        """Use changed settings: they are told to capture first, so that a failure leaves all as it was.
+
+        Only then is it said that they apply.
+        """
         settings = self._configuration.settings
         self._tell_capture(state)
         logging.getLogger().setLevel(settings.log_level.upper())
-        fleet.settings = settings
+        before, fleet.settings = fleet.settings, settings
+        self._configuration.applied(before)
 
     async def _drain(self, fleet: Fleet) -> None:
         """Send what is there, within the deadline."""

@@ -64,15 +64,21 @@ class Configuration:
         if found == self.settings:
             log.info("the configuration was read again and says the same as before")
             return
-        log.warning("the changed configuration applies: %s", changes(self.settings, found))
-        if found.source != self.settings.source:
+        self.settings = found
+
+    def applied(self, before: Settings) -> None:
+        """Say that the settings have taken effect, and what that means.
+
+        :param before: those that applied until now.
+        """
+        log.warning("the changed configuration applies: %s", changes(before, self.settings))
+        if self.settings.source != before.source:
             log.warning(
                 "source is another one: what is recorded from now on has ids under it, and consumers take it for the"
                 " events of another Orthanc"
             )
-        if found.capture != self.settings.capture:
+        if self.settings.capture != before.capture:
             log.warning("a changed capture.start has no effect: it is about the very first start only")
-        self.settings = found
 
     def _look(self) -> tuple[int, ...] | None:
         """What tells one state of the file from another; none where it isn't there."""

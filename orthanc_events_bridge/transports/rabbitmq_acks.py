@@ -54,7 +54,10 @@ class Acks:
         before = [tag for tag in tags if tag < first]
         frames = [Basic.Ack(delivery_tag=before[-1], multiple=True)] if before else []
         frames += [Basic.Ack(delivery_tag=tag) for tag in tags[len(before) :]]
-        self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+        try:
+            self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+        except (OSError, RuntimeError) as error:  # it has ended, and nobody has told us yet
+            self._connection.fail(self._connection.lost(error))
 
     def close(self) -> None:
         """The last word: from now on nothing is sent, not even by a channel that gets the same number."""

@@ -77,7 +77,11 @@ class Copies:
             ContentHeader(body_size=len(body), properties=properties),
             *(ContentBody(body[start : start + room]) for start in range(0, len(body), room)),
         ]
-        self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+        try:
+            self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+        except (OSError, RuntimeError) as error:
+            self._connection.fail(self._connection.lost(error))
+            self.abandon("the connection was lost")
         return future
 
     async def sent(self, future: asyncio.Future[str]) -> None:
