@@ -20,18 +20,6 @@ _left = pytest.StashKey[list[str]]()
 REAL = ("integration", "fault", "mutant", "bench")
 
 
-#: Tests that need RabbitMQ or Kafka, by their names; `make test-slow` runs them too. They make a run twice as long.
-OTHER_BROKERS = ("rabbitmq", "kafka", "test_benchmarks", "test_fan_out")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the brokers that are new to the slow form of a run."""
-    for item in items:
-        if "tests/unit/" not in item.nodeid and any(name in item.nodeid for name in OTHER_BROKERS):
-            item.add_marker("slow")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Let every `tmp_path` lie in a folder that goes away, also if pytest is killed; --basetemp keeps it."""

@@ -35,7 +35,8 @@ Beginning
 Settling
     A delivery is settled exactly once: `Delivery.ack`, or `Delivery.nack`, which gives it to the name again, not
     before the delay has passed, without holding up others meanwhile, and also if everything is restarted in between.
-    What was not settled when its subscriber closed or died is given to another of the name.
+    What was not settled when its subscriber closed or died is given to another of the name. An acknowledgement is
+    sent, and no broker here answers it: where the broker or the connection ends just then, the delivery comes again.
 Loss of the connection
     `Subscription.receive` and settling raise `NotConnectedError`; the deliveries in hand are void and come again:
     close, connect, subscribe again.
