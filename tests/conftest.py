@@ -56,6 +56,8 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """No process of a server may be left, nor of what servers have started."""
+    if session.config.stash[_left]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if not wait_until(lambda: not leftovers(), 10):
         for pid in leftovers():
             with contextlib.suppress(OSError):
@@ -63,6 +65,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 session.config.stash[_left].append(f"{pid}: {command}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     kill_all_servers()
+    if hasattr(session.config, "workeroutput"):  # one of several runs side by side, which tells the one above them
+        session.config.workeroutput["left"] = session.config.stash[_left]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what one of several runs side by side has left behind."""
+    node.config.stash[_left] += getattr(node, "workeroutput", {}).get("left", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -32,10 +32,13 @@ def free_port() -> int:
     """Return a TCP port of the loopback interface that nobody listens on, never the same one twice.
 
     It lies below the range from which systems take ports for outgoing connections, so that a client that
-    knocks at a stopped server can't occupy its port, or even connect to itself.
+    knocks at a stopped server can't occupy its port, or even connect to itself. Test runs side by side (pytest-xdist)
+    have a part of the range each, so that none takes the port of another's server that is being started again.
     """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(1000):
-        port = random.randint(15000, 31999)
+        port = random.randrange(15000 + worker, 32000, workers)
         if port in _given_ports:
             continue
         with socket.socket() as probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +154,8 @@ class KafkaHarness(Harness):
         async def work(admin: AIOKafkaAdminClient) -> int:
             names = [name for name, *_ in await admin.list_consumer_groups()]
             # Other tests' consumers stay known: aiokafka can't delete them.
-            return sum("-PLACE" not in name or f"-{self.place}_" in name for name in names)
+            places = [re.findall(r"PLACE\d+", name) for name in names]
+            return sum(not those or self.place in those for those in places)
 
         return administrate(self._url, work)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -120,9 +121,12 @@ class RabbitServer(Server):
         return f"{self.title} {what}. The end of {self.log}:\n" + "\n".join(f"    {line}" for line in reason)
 
     def kill(self) -> None:
-        """See `Server.kill`. What it had started ends by itself then, and is waited for."""
+        """See `Server.kill`. What it had started ends by itself then, and is waited for; once in a while one doesn't."""
         super().kill()
-        wait_until(lambda: not self.children(), 5)
+        if not wait_until(lambda: not self.children(), 5):
+            for pid in self.children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
         """Run ``rabbitmqctl`` against it (about a second) and return what it printed.
