@@ -267,7 +267,8 @@ class Server:
             while (left := self.children()) and time.monotonic() < end:
                 time.sleep(_POLL)
             if left:
-                raise ServerError(self._message(f"left {len(left)} processes behind for {self.grace:.0f} s: {left}"))
+                names = ", ".join(f"{pid} ({_command_line(pid)})" for pid in left)
+                raise ServerError(self._message(f"left {len(left)} processes behind for {self.grace:.0f} s: {names}"))
         finally:
             self._kill_all()
 
@@ -343,6 +344,16 @@ _running: set[Server] = set()
 def running_servers() -> list[Server]:
     """Return the servers that were started and not closed, the oldest first."""
     return sorted(_running, key=lambda server: int(server._mark.split("/")[1]))
+
+
+def _command_line(pid: int) -> str:
+    """The beginning of what a process was started with, and its state; nothing where it has ended."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text("utf-8").replace("\0", " ")[:200]
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return f"{state}: {command.strip()}"
 
 
 @atexit.register

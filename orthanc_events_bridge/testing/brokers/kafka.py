@@ -63,15 +63,17 @@ async def _reader(url: str, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer,
 
 
 async def _read(url: str, topic: str) -> list[Event]:
-    found: list[Event] = []
+    found: dict[TopicPartition, list[Event]] = {}
     async with _reader(url, topic) as (consumer, ends):
-        for partition, end in sorted(ends.items()):
-            consumer.assign([partition])
-            await consumer.seek_to_beginning(partition)
-            while await consumer.position(partition) < end:
-                messages = (await consumer.getmany(timeout_ms=1000)).get(partition, ())
-                found += [decode(one.value or b"", topic, one.offset) for one in messages if one.offset < end]
-    return found
+        if not ends:
+            return []
+        # All of them at once: a change of partitions waits for the requests under way, half a second each.
+        await consumer.seek_to_beginning(*ends)
+        while any([await consumer.position(partition) < end for partition, end in ends.items()]):
+            for partition, messages in (await consumer.getmany(timeout_ms=1000)).items():
+                events = [decode(one.value or b"", topic, one.offset) for one in messages]
+                found.setdefault(partition, []).extend(one for one in events if one.position < ends[partition])
+    return [event for partition in sorted(found) for event in found[partition]]
 
 
 async def _stored(url: str, topic: str) -> int:

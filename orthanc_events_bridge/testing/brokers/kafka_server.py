@@ -150,7 +150,7 @@ log.cleaner.dedupe.buffer.size=8388608
 
     def _format(self) -> None:
         command = [*self._java_command(), "kafka.tools.StorageTool", "format", "--ignore-formatted"]
-        command += ["--cluster-id", self.cluster, "--config", str(self._write_config())]
+        command += [f"--cluster-id={self.cluster}", "--config", str(self._write_config())]
         for user, password in self.scram.items():
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
                 command += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]

@@ -121,8 +121,18 @@ class RabbitServer(Server):
         return f"{self.title} {what}. The end of {self.log}:\n" + "\n".join(f"    {line}" for line in reason)
 
     def kill(self) -> None:
-        """See `Server.kill`. What it had started ends by itself then, and is waited for; once in a while one doesn't."""
+        """See `Server.kill`."""
         super().kill()
+        self._sweep()
+
+    def stop(self) -> float:
+        """See `Server.stop`."""
+        seconds = super().stop()
+        self._sweep()
+        return seconds
+
+    def _sweep(self) -> None:
+        """What the server had started ends by itself, and is waited for; once in a while one of Erlang's doesn't."""
         if not wait_until(lambda: not self.children(), 5):
             for pid in self.children():
                 with contextlib.suppress(ProcessLookupError):
