@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from orthanc_events_bridge.testing.processes import wait_until
 from tests.integration.beside import Beside
 
 pytestmark = pytest.mark.integration
@@ -59,11 +58,6 @@ def test_it_is_configured_checked_published_to_and_read_like_the_others(tmp_path
         beside.record(2)
         beside.wait_delivered("file")
         assert ids(path) == [f"study-{n}" for n in range(1, 6)]
-        # Its identity tells that it was deleted: everything is told again, as the relay does for every transport.
-        path.unlink()
-        beside.kill()
-        beside.start()
-        assert wait_until(lambda: len(ids(path)) == 5, 30, every=0.1), beside.log()
         assert beside.transport("file")["type"] == "file"
 
 

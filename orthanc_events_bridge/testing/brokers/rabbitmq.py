@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import subprocess
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import aiormq
 import aiormq.abc
+from pamqp.commands import Basic
 from pamqp.common import FieldValue
 
 from orthanc_events_bridge.testing.brokers.base import Broker
@@ -27,6 +29,8 @@ _T = TypeVar("_T")
 EXCHANGE: Final = "orthanc.events"
 HISTORY: Final = "orthanc.events.history"
 
+#: The ``type`` of a message that says where a reader is to stop.
+_MARK: Final = "tests.mark"
 _HANDSHAKE: Final = b"AMQP\x00\x00\x09\x01"
 _STARTED: Final = b"Server startup complete"
 
@@ -171,24 +175,18 @@ def read_rabbit(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> lis
     :raises TimeoutError: it took longer.
     :raises MalformedEventError: a message is not an event.
     """
-    messages = asyncio.run(
-        asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue, "first")), timeout)
-    )
-    return [decode(message.body, message.routing_key or "", _position(message)) for message in messages]
+    messages = asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue)), timeout))
+    return [
+        decode(message.body, message.routing_key or "", position) for position, message in enumerate(messages, start=1)
+    ]
 
 
-def rabbit_stored(url: str, *, queue: str = HISTORY, timeout: float = 5.0) -> int:
-    """Return how many messages a stream was ever given; 0 where it, or the server, can't be asked."""
+def rabbit_stored(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> int:
+    """Return how many events a stream holds; 0 where it, or the server, can't be asked."""
     try:
-        last = asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue, "last")), timeout))
+        return len(asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue)), timeout)))
     except (aiormq.exceptions.AMQPError, OSError, TimeoutError, asyncio.CancelledError):
         return 0
-    return _position(last[-1]) if last else 0
-
-
-def _position(message: aiormq.abc.DeliveredMessage) -> int:
-    headers: dict[str, Any] = message.header.properties.headers or {}
-    return 1 + int(headers["x-stream-offset"])
 
 
 async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], Awaitable[_T]]) -> _T:
@@ -199,28 +197,29 @@ async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], A
         await connection.close()
 
 
-async def _read(channel: aiormq.abc.AbstractChannel, stream: str, begin: str) -> list[aiormq.abc.DeliveredMessage]:
+async def _read(channel: aiormq.abc.AbstractChannel, stream: str) -> list[aiormq.abc.DeliveredMessage]:
     """Read a stream to its end.
 
-    The server doesn't say where that is (its count of messages is seconds old), but it hands over all that it has
-    each time an acknowledgement comes, before it answers the next request.
+    The server's count of messages is seconds old, and it pauses where it likes: so the end is marked, by a message
+    that only readers like this one see, and leave out.
     """
+    mark = uuid.uuid4().hex
+    properties = Basic.Properties(message_type=_MARK, message_id=mark)
+    await channel.basic_publish(b"", routing_key=stream, properties=properties, mandatory=True)
     messages: list[aiormq.abc.DeliveredMessage] = []
-    came = asyncio.Event()
+    done = asyncio.get_running_loop().create_future()
 
     async def take(message: aiormq.abc.DeliveredMessage) -> None:
-        messages.append(message)
-        came.set()
+        found = message.header.properties
+        if found.message_type != _MARK:
+            messages.append(message)
+        elif found.message_id == mark:
+            done.set_result(None)
+        await channel.basic_ack(message.delivery_tag or 0, wait=False)
 
-    await channel.basic_qos(prefetch_count=10_000)
-    await channel.basic_consume(stream, take, arguments={"x-stream-offset": begin})
-    with contextlib.suppress(TimeoutError):  # it may be empty
-        await asyncio.wait_for(came.wait(), 1)
-    seen = 0
-    while len(messages) > seen:
-        seen = len(messages)
-        await channel.basic_ack(messages[-1].delivery_tag or 0, multiple=True)
-        await channel.queue_declare(stream, passive=True)
+    await channel.basic_qos(prefetch_count=1000)
+    await channel.basic_consume(stream, take, arguments={"x-stream-offset": "first"})
+    await done
     return messages
 
 
