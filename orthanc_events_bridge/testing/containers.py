@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from docker.errors import (  # type: ignore[import-not-found]  # mypy looks for it in the folder docker/
+    APIError,
     DockerException,
     NotFound,
 )
@@ -34,7 +35,7 @@ from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
 from orthanc_events_bridge.testing.brokers.webhook import PROGRAM, WebhookServer
 from orthanc_events_bridge.testing.engine import STARTER, find_image, shares_network, this_starter
 from orthanc_events_bridge.testing.guard import LABEL, MARK, RUN
-from orthanc_events_bridge.testing.processes import Process, Server, ServerError
+from orthanc_events_bridge.testing.processes import Process, Server, ServerError, wait_until
 from orthanc_events_bridge.testing.servers import NatsServer
 
 #: Output goes to the server's log, so that nothing is lost with the container.
@@ -193,7 +194,19 @@ class ContainerServer(Server):
 
     def freeze(self) -> None:
         """Freeze all its processes: its sockets stay open and nobody answers."""
-        self._wrapped().pause()
+        wrapped = self._wrapped()
+
+        def paused() -> bool:
+            try:
+                wrapped.pause()
+            except APIError as error:  # one that makes threads at this moment can't be frozen
+                if error.status_code != 500:
+                    raise
+                return False
+            return True
+
+        if not wait_until(paused, 10, every=0.2):
+            raise ServerError(f"{self.title} in {self.folder} can't be frozen")
         self._frozen = True
 
     def thaw(self) -> None:

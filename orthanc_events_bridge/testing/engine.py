@@ -11,14 +11,14 @@ import functools
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from docker.errors import (  # type: ignore[import-not-found]  # mypy looks for it in the folder docker/
+    APIError,
     DockerException,
     ImageNotFound,
-    NotFound,
 )
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
@@ -83,8 +83,11 @@ def remove_leftovers(client: Any) -> None:
             except OSError:
                 alive = False
             if not alive:
-                with suppress(NotFound):  # others clean up too
+                try:
                     container.remove(force=True, v=True)
+                except APIError as error:  # others clean up too: gone, or going
+                    if error.status_code not in (404, 409):
+                        raise
 
 
 @functools.cache
