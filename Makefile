@@ -9,8 +9,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
 # Tests of servers wait most of the time: several run side by side (WORKERS=0: one after the other).
-WORKERS ?= 3
-BESIDE := -n $(WORKERS) --dist=loadgroup --durations=10
+BESIDE := scripts/beside.sh $(PYTEST)
 TYPED := $(wildcard orthanc_events_bridge tests tools benchmarks examples)
 CODE := $(TYPED) typings
 
@@ -26,27 +25,27 @@ demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; 
 
 test: ## every test but the slow, on real servers: as processes, and the contract in containers too
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
-	$(PYTEST) $(BESIDE)
-	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) $(BESIDE) tests/contract tests/integration/test_containers.py
+	$(BESIDE)
+	TEST_SERVERS=containers scripts/docker.sh $(BESIDE) tests/contract tests/integration/test_containers.py
 
 test-unit: setup ## the fast ones: seconds, no servers
 	$(PYTEST) tests/unit
 
 test-contract: ## what every transport must do, against real brokers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
-	$(PYTEST) $(BESIDE) tests/contract
+	$(BESIDE) tests/contract
 
 test-containers: ## the contract with brokers in containers (a container engine and images are made first)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
-	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) $(BESIDE) tests/contract tests/integration/test_containers.py
+	TEST_SERVERS=containers scripts/docker.sh $(BESIDE) tests/contract tests/integration/test_containers.py
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
-	$(PYTEST) $(BESIDE) $(wildcard tests/integration tests/e2e)
+	$(BESIDE) $(wildcard tests/integration tests/e2e)
 
 test-faults: ## kills, freezes, full disks, on real servers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
-	$(PYTEST) $(BESIDE) tests/faults
+	$(BESIDE) tests/faults
 
 test-slow: ## only what `make test` leaves out: the long forms
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 import pytest
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
-from orthanc_events_bridge.transports.base import Delivery, Outgoing, Subscription, Transport
+from orthanc_events_bridge.transports.base import Delivery, Outgoing, PublishError, Subscription, Transport
 from tests.contract.harness import CONTENT_TYPE, Harness, event, events, failing, run
 
 pytestmark = pytest.mark.needs("subscribable")
@@ -126,8 +126,9 @@ async def over_new_connections(work: Callable[[bool], Awaitable[None]]) -> None:
     while True:
         try:
             return await work(first)
-        except NotConnectedError:
-            if time.monotonic() > end:
+        except (NotConnectedError, PublishError) as error:
+            lost = error.error if isinstance(error, PublishError) else error
+            if not isinstance(lost, NotConnectedError) or time.monotonic() > end:
                 raise
             first = False
             await asyncio.sleep(0.1)
@@ -657,9 +658,16 @@ def test_a_connection_that_is_lost_while_waiting(harness: Harness, end: str) -> 
 
 
 async def work_until_done(
-    harness: Harness, make: Callable[[], Transport], sent: Sequence[Outgoing], acknowledged: set[str]
+    harness: Harness,
+    make: Callable[[], Transport],
+    sent: Sequence[Outgoing],
+    acknowledged: set[str],
+    go: asyncio.Event | None = None,
 ) -> list[Delivery]:
-    """As a consumer does it: whatever the connection does, until every event is acknowledged."""
+    """As a consumer does it: whatever the connection does, until every event is acknowledged.
+
+    :param go: while it isn't set, the consumer holds what it has.
+    """
     found: list[Delivery] = []
     while len(acknowledged) < len(sent):
         transport = make()
@@ -670,6 +678,8 @@ async def work_until_done(
                     for delivery in await receive(subscription, 10, 0.5):
                         found.append(delivery)
                         await asyncio.sleep(0.002)
+                        if go is not None:
+                            await go.wait()
                         await delivery.ack()
                         acknowledged.add(id_of(delivery))
         except NotConnectedError:
@@ -699,10 +709,15 @@ def test_a_broker_that_is_killed_in_mid_consume(harness: Harness) -> None:
         acknowledged: set[str] = set()
         async with connected(harness) as transport:
             await transport.publish(sent)
-        working = asyncio.create_task(work_until_done(harness, harness.transport, sent, acknowledged))
+        go = asyncio.Event()
+        go.set()
+        working = asyncio.create_task(work_until_done(harness, harness.transport, sent, acknowledged, go))
         for enough in (50, 200, 350):
             await reach(acknowledged, enough, working)
+            go.clear()
+            await asyncio.to_thread(harness.settled, name_of(harness))
             await asyncio.to_thread(harness.kill)
+            go.set()
             await asyncio.to_thread(harness.start)
         found = await working
 
