@@ -158,8 +158,13 @@ log.cleaner.dedupe.buffer.size=8388608
             raise ServerError(self._message(f"could not format its storage, exit code {code}"))
 
     def _is_ready(self) -> bool:
-        """Whether the broker counts itself among those of the cluster; before, it answers and knows of none."""
+        """Whether all listeners are open, and the broker counts itself among those of the cluster.
+
+        Before, it answers and knows of none.
+        """
         try:
+            for port in (self.port, self.behind_port):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return self.node in _brokers(self.admin_port)
         except (OSError, struct.error):
             return False
