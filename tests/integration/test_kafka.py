@@ -441,6 +441,7 @@ def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topi
     assert max(check(read(cluster[0], topic), sent).values()) == 1
 
 
+@pytest.mark.slow  # beside others, three servers of Java on two processors take minutes to agree
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
 def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, down: int) -> None:
     problems: list[TransportError] = []
