@@ -32,6 +32,15 @@ from orthanc_events_bridge.testing.containers import ContainerServer, RabbitCont
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture(autouse=True)
+def answering() -> None:
+    """An engine that answers, with the images that setup has made."""
+    try:
+        engine.find_image("nats")
+    except MissingComponentError as error:
+        skip_or_fail(error)
+
+
 def contained(server: Server) -> list[Any]:
     """What the engine has of this run, by its own account."""
     with engine.engine_client() as client:
