@@ -162,8 +162,9 @@ log.cleaner.dedupe.buffer.size=8388608
 
         Before, it answers and knows of none.
         """
+        own = () if "listeners=" in self.config else (self.port, self.behind_port)
         try:
-            for port in (self.port, self.behind_port):
+            for port in own:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return self.node in _brokers(self.admin_port)
         except (OSError, struct.error):
