@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from orthanc_events_bridge.transports.options import Tls, TransportOptions
+from orthanc_events_bridge.transports.options import Tls, TransportOptions, one_way_to_log_in, user_with_password
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, Size, format_duration, mistake
 
 if TYPE_CHECKING:
@@ -186,24 +186,10 @@ class NatsOptions(TransportOptions):
             ("nkey_seed", "nkey_seed_file"),
             ("credentials_file",),
         )
-        # The first option of each way that is given, in the order of the file.
-        order = list(given)
-        firsts = [next(option for option in order if option in way) for way in ways if set(way) & given.keys()]
-        firsts.sort(key=order.index)
-        for option in firsts[1:]:
-            yield (
-                (option,),
-                mistake(
-                    "{0} and {1} are two ways to log in",
-                    "keep one of them: user with a password, token, nkey_seed, or credentials_file",
-                    options=((firsts[0],), (option,)),
-                ),
-            )
-        passwords = [option for option in ("password", "password_file") if option in given]
-        if "user" in given and not passwords:
-            yield ("user",), mistake("needs a password", "give password_file (or password) too")
-        if passwords and "user" not in given:
-            yield (passwords[0],), mistake("needs a user", "give user too")
+        yield from one_way_to_log_in(
+            given, ways, "keep one of them: user with a password, token, nkey_seed, or credentials_file"
+        )
+        yield from user_with_password(given)
         tls, servers = given.get("tls"), given.get("servers")
         if isinstance(tls, Mapping) and tls.get("enabled") is False and isinstance(servers, list | tuple):
             for number, server in enumerate(servers):

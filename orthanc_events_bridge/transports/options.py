@@ -6,7 +6,7 @@ Importing these imports no broker's client.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
@@ -103,6 +103,33 @@ class TransportOptions(Options):
         if not secret:
             raise TransportConfigurationError(f"{place} is empty", "write the secret into it")
         return secret
+
+
+def one_way_to_log_in(
+    given: Mapping[str, Any], ways: Sequence[tuple[str, ...]], remedy: str
+) -> Iterator[tuple[Place, PydanticCustomError]]:
+    """Say which options belong to a second way to log in.
+
+    :param ways: the options of each way.
+    """
+    # The first option of each way that is given, in the order of the file.
+    order = list(given)
+    firsts = [next(option for option in order if option in way) for way in ways if set(way) & given.keys()]
+    firsts.sort(key=order.index)
+    for option in firsts[1:]:
+        yield (
+            (option,),
+            mistake("{0} and {1} are two ways to log in", remedy, options=((firsts[0],), (option,))),
+        )
+
+
+def user_with_password(given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
+    """Say which of the two is missing beside the other."""
+    passwords = [option for option in ("password", "password_file") if option in given]
+    if "user" in given and not passwords:
+        yield ("user",), mistake("needs a password", "give password_file (or password) too")
+    if passwords and "user" not in given:
+        yield (passwords[0],), mistake("needs a user", "give user too")
 
 
 class Tls(Options):

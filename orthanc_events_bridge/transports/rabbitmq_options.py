@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from orthanc_events_bridge.transports.options import Tls, TransportOptions
+from orthanc_events_bridge.transports.options import Tls, TransportOptions, user_with_password
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, Size, format_size, mistake
 
 if TYPE_CHECKING:
@@ -186,10 +186,9 @@ class RabbitOptions(TransportOptions):
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
         """One way to log in, and a whole one; and no two minds about TLS."""
         yield from super().conflicts(given)
-        passwords = [option for option in ("password", "password_file") if option in given]
         external, tls, servers = given.get("auth") == "external", given.get("tls"), given.get("servers")
         if external:
-            for option in ("user", *passwords):
+            for option in ("user", "password", "password_file"):
                 if option in given:
                     yield (
                         (option,),
@@ -202,10 +201,7 @@ class RabbitOptions(TransportOptions):
             if not isinstance(tls, Mapping) or tls.get("cert_file") is None:
                 yield ("auth",), mistake("needs a client certificate", "give tls.cert_file and tls.key_file too")
         else:
-            if "user" in given and not passwords:
-                yield ("user",), mistake("needs a password", "give password_file (or password) too")
-            if passwords and "user" not in given:
-                yield (passwords[0],), mistake("needs a user", "give user too")
+            yield from user_with_password(given)
         if isinstance(tls, Mapping) and tls.get("enabled") is False and isinstance(servers, list | tuple):
             for number, server in enumerate(servers):
                 if isinstance(server, str) and server.startswith("amqps://"):

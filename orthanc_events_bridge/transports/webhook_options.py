@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from orthanc_events_bridge.transports.options import Tls, TransportOptions
+from orthanc_events_bridge.transports.options import Tls, TransportOptions, one_way_to_log_in, user_with_password
 from orthanc_events_bridge.values import Duration, FileName, Place, mistake
 
 if TYPE_CHECKING:
@@ -181,26 +181,11 @@ class WebhookOptions(TransportOptions):
         """At most one way to log in, and a whole one; TLS as the URL says; signatures over all of an event."""
         yield from super().conflicts(given)
         ways = (("user", "password", "password_file"), ("token", "token_file"))
-        order = list(given)
-        firsts = [next(option for option in order if option in way) for way in ways if set(way) & given.keys()]
-        firsts.sort(key=order.index)
-        for option in firsts[1:]:
-            yield (
-                (option,),
-                mistake(
-                    "{0} and {1} are two ways to log in",
-                    "keep one of them: user with a password, or token",
-                    options=((firsts[0],), (option,)),
-                ),
-            )
-        passwords = [option for option in ("password", "password_file") if option in given]
-        if "user" in given and not passwords:
-            yield ("user",), mistake("needs a password", "give password_file (or password) too")
+        yield from one_way_to_log_in(given, ways, "keep one of them: user with a password, or token")
+        yield from user_with_password(given)
         if isinstance(given.get("user"), str) and re.fullmatch(r"[^:\x00-\x1f\x7f]*", given["user"]) is None:
             yield ("user",), mistake("holds a character that basic authentication can't carry", "leave out the colon")
-        if passwords and "user" not in given:
-            yield (passwords[0],), mistake("needs a user", "give user too")
-        signing = next((option for option in order if option in ("signing_secret", "signing_secret_file")), None)
+        signing = next((option for option in given if option in ("signing_secret", "signing_secret_file")), None)
         if signing and given.get("mode") == "binary":
             yield (
                 (signing,),
