@@ -11,6 +11,7 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,25 @@ def run(main: Coroutine[Any, Any, _T], *, seconds: float = 60.0) -> _T:
     result = asyncio.run(guarded())
     assert not unseen
     return result
+
+
+def aside(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine in a loop of its own, also while another one runs here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def connect(transport: Transport) -> list[str]:
+    """Connect, describe, close."""
+
+    async def main() -> list[str]:
+        try:
+            await transport.connect()
+            return await transport.describe()
+        finally:
+            await transport.close()
+
+    return run(main())
 
 
 def event(number: int, key: str = "key", *, size: int = 0, content: object = None) -> Outgoing:

@@ -16,8 +16,8 @@ from orthanc_events_bridge.testing.brokers.kafka import KafkaServer
 from orthanc_events_bridge.transports.base import Outgoing, Transport
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from tests.contract.harness import SECRET, Harness, Stored, server
-from tests.contract.kafka_tools import PLAIN, administrate, aside, read_topic
+from tests.contract.harness import SECRET, Harness, Stored, aside, server
+from tests.contract.kafka_tools import PLAIN, administrate, read_topic
 from tests.contract.link import Link
 
 #: Fewer than the default, for a topic is made for every test; several, so that order across keys is not kept by chance.

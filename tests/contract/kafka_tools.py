@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
@@ -20,7 +18,7 @@ from orthanc_events_bridge.testing.brokers.kafka import kafka_admin
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from tests.contract.harness import check_text, run
+from tests.contract.harness import aside, check_text, run
 
 _T = TypeVar("_T")
 
@@ -33,19 +31,6 @@ def kafka_transport(*ports: int, **options: Any) -> KafkaTransport:
     defaults: dict[str, Any] = {"partitions": 4, "connect_timeout": 20, "ack_timeout": 20}
     servers = [f"127.0.0.1:{port}" for port in ports]
     return KafkaTransport(KafkaOptions.model_validate({"servers": servers, **defaults, **options}))
-
-
-def connect(transport: KafkaTransport) -> list[str]:
-    """Connect, describe, close."""
-
-    async def main() -> list[str]:
-        try:
-            await transport.connect()
-            return await transport.describe()
-        finally:
-            await transport.close()
-
-    return run(main())
 
 
 @contextmanager
@@ -79,12 +64,6 @@ def refusal(transport: KafkaTransport, kind: type[TransportError], *, within: fl
         return str(caught[0])
 
     return run(main())
-
-
-def aside(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine in a loop of its own, also while another one runs here."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
 
 
 def administrate(url: str, work: Callable[[AIOKafkaAdminClient], Coroutine[Any, Any, _T]]) -> _T:

@@ -41,19 +41,6 @@ def nats_transport(*servers: NatsServer | str, **options: Any) -> NatsTransport:
     return NatsTransport(NatsOptions.model_validate({"servers": urls, **defaults, **options}))
 
 
-def connect(transport: NatsTransport) -> list[str]:
-    """Connect, describe, close."""
-
-    async def main() -> list[str]:
-        try:
-            await transport.connect()
-            return await transport.describe()
-        finally:
-            await transport.close()
-
-    return run(main())
-
-
 def refusal(
     transport: NatsTransport,
     kind: type[TransportError] | tuple[type[TransportError], ...],

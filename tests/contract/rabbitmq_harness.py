@@ -5,34 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar
 
 import aiormq
 from aiormq.abc import AbstractChannel, DeliveredMessage
-from pamqp.commands import Basic
 
-from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
+from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer, rabbit_messages
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.transports.base import Transport
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_topology import WATCH
-from tests.contract.harness import SECRET, Harness, Stored, server
-
-_T = TypeVar("_T")
-
-#: The ``type`` of a message that says where to stop reading.
-_MARK: Final = "contract.mark"
-
-
-def aside(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine in a loop of its own, also while another one runs here."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+from tests.contract.harness import SECRET, Harness, Stored, aside, server
 
 
 def administrate(url: str, *work: Callable[[AbstractChannel], Awaitable[Any]]) -> Any:
@@ -69,35 +55,7 @@ def there(url: str, queue: str) -> bool:
 def read_stream(url: str, queue: str) -> list[DeliveredMessage]:
     """Everything that a stream queue holds now, by a plain client; nothing where there is none."""
 
-    async def main() -> list[DeliveredMessage]:
-        async with asyncio.timeout(60):
-            connection = await aiormq.connect(url)
-            try:
-                return await read(await connection.channel())
-            finally:
-                await connection.close()
-
-    async def read(channel: AbstractChannel) -> list[DeliveredMessage]:
-        # How many there are the server says with a delay of seconds: the end is marked, behind all confirmed ones.
-        mark = uuid.uuid4().hex
-        properties = Basic.Properties(message_id=mark, message_type=_MARK)
-        await channel.basic_publish(b"", routing_key=queue, properties=properties, mandatory=True)
-        found: list[DeliveredMessage] = []
-        done = asyncio.get_running_loop().create_future()
-
-        async def take(message: DeliveredMessage) -> None:
-            if message.header.properties.message_type != _MARK:
-                found.append(message)
-            elif message.header.properties.message_id == mark:
-                done.set_result(None)
-            await channel.basic_ack(message.delivery_tag or 0, wait=False)
-
-        await channel.basic_qos(prefetch_count=1000)
-        await channel.basic_consume(queue, take, arguments={"x-stream-offset": "first"})
-        await done
-        return found
-
-    return aside(main()) if there(url, queue) else []
+    return aside(asyncio.wait_for(rabbit_messages(url, queue), 60)) if there(url, queue) else []
 
 
 def stored(message: DeliveredMessage) -> Stored:

@@ -39,19 +39,6 @@ def rabbit_transport(*servers: RabbitServer | str, **options: Any) -> RabbitTran
     return RabbitTransport(RabbitOptions.model_validate({"servers": urls, **defaults, **options}))
 
 
-def connect(transport: RabbitTransport) -> list[str]:
-    """Connect, describe, close."""
-
-    async def main() -> list[str]:
-        try:
-            await transport.connect()
-            return await transport.describe()
-        finally:
-            await transport.close()
-
-    return run(main())
-
-
 def refusal(
     transport: RabbitTransport,
     kind: type[TransportError] | tuple[type[TransportError], ...],

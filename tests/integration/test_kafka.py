@@ -35,8 +35,8 @@ from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from tests.contract.harness import event, events, run
-from tests.contract.kafka_tools import administrate, alter_topic, aside, connect, failing, kafka_transport, read_topic
+from tests.contract.harness import aside, connect, event, events, run
+from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_transport, read_topic
 from tests.contract.link import Link
 
 pytestmark = pytest.mark.integration

@@ -34,12 +34,10 @@ from orthanc_events_bridge.testing.processes import free_port
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
-from tests.contract.harness import SECRET, event, events, run
+from tests.contract.harness import SECRET, aside, connect, event, events, run
 from tests.contract.kafka_tools import (
     PLAIN,
     administrate,
-    aside,
-    connect,
     failing,
     kafka_transport,
     read_topic,

@@ -21,11 +21,10 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.testing.servers import NatsServer, free_port
 from orthanc_events_bridge.transports.nats import NatsTransport
-from tests.contract.harness import SECRET, event, events, run
+from tests.contract.harness import SECRET, connect, event, events, run
 from tests.contract.nats_tools import (
     Key,
     Operator,
-    connect,
     credentials,
     listener,
     nats_server,

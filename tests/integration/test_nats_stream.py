@@ -20,8 +20,8 @@ from orthanc_events_bridge.errors import (
 from orthanc_events_bridge.testing.servers import NatsServer, free_port
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.nats import NatsTransport
-from tests.contract.harness import event, events, run
-from tests.contract.nats_tools import connect, nats_server, nats_transport, refusal
+from tests.contract.harness import connect, event, events, run
+from tests.contract.nats_tools import nats_server, nats_transport, refusal
 from tests.contract.raw_nats import RawNats, ask, read_stream
 
 pytestmark = pytest.mark.integration

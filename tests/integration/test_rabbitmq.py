@@ -24,9 +24,9 @@ from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
 from orthanc_events_bridge.testing.servers import free_port
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
-from tests.contract.harness import event, events, run
+from tests.contract.harness import connect, event, events, run
 from tests.contract.rabbitmq_harness import administrate, read_stream
-from tests.contract.rabbitmq_tools import check_refusal, connect, rabbit_server, rabbit_transport, refusal, until, url
+from tests.contract.rabbitmq_tools import check_refusal, rabbit_server, rabbit_transport, refusal, until, url
 from tests.contract.relay_tools import Notebook, Rows, quickly
 
 pytestmark = pytest.mark.integration

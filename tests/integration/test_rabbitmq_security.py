@@ -21,13 +21,12 @@ from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
 from orthanc_events_bridge.testing.processes import free_port
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
-from tests.contract.harness import SECRET, events, run
+from tests.contract.harness import SECRET, connect, events, run
 from tests.contract.rabbitmq_harness import administrate
 from tests.contract.rabbitmq_tools import (
     EXCHANGE,
     HISTORY,
     check_refusal,
-    connect,
     rabbit_server,
     rabbit_transport,
     refusal,

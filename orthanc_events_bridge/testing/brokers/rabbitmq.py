@@ -175,7 +175,7 @@ def read_rabbit(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> lis
     :raises TimeoutError: it took longer.
     :raises MalformedEventError: a message is not an event.
     """
-    messages = asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue)), timeout))
+    messages = asyncio.run(asyncio.wait_for(rabbit_messages(url, queue), timeout))
     return [
         decode(message.body, message.routing_key or "", position) for position, message in enumerate(messages, start=1)
     ]
@@ -184,9 +184,14 @@ def read_rabbit(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> lis
 def rabbit_stored(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> int:
     """Return how many events a stream holds; 0 where it, or the server, can't be asked."""
     try:
-        return len(asyncio.run(asyncio.wait_for(_with_channel(url, lambda channel: _read(channel, queue)), timeout)))
+        return len(asyncio.run(asyncio.wait_for(rabbit_messages(url, queue), timeout)))
     except (aiormq.exceptions.AMQPError, OSError, TimeoutError, asyncio.CancelledError):
         return 0
+
+
+async def rabbit_messages(url: str, queue: str) -> list[aiormq.abc.DeliveredMessage]:
+    """Everything that a stream queue holds now, as a plain client gets it."""
+    return await _with_channel(url, lambda channel: _read(channel, queue))
 
 
 async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], Awaitable[_T]]) -> _T:
