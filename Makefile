@@ -12,6 +12,9 @@ PYTEST := $(BIN)/pytest
 BESIDE := scripts/beside.sh $(PYTEST)
 TYPED := $(wildcard orthanc_events_bridge tests tools benchmarks examples)
 CODE := $(TYPED) typings
+# What is asked again of brokers in containers. What is no broker's is no other there.
+CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) -k "not webhook and not memory" \
+	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,11 +26,10 @@ demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; 
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
 
-test: ## every test but the slow, on real servers: as processes, and the contract in containers too
+test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(BESIDE)
-	@# Where no container engine can be had they are skipped, with the reason: the same was asked of processes above.
-	CI= TEST_SERVERS=containers scripts/docker.sh $(BESIDE) tests/contract tests/integration/test_containers.py
+	$(CONTAINED)
 
 test-unit: setup ## the fast ones: seconds, no servers
 	$(PYTEST) tests/unit
@@ -36,9 +38,9 @@ test-contract: ## what every transport must do, against real brokers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
 	$(BESIDE) tests/contract
 
-test-containers: ## the contract with brokers in containers (a container engine and images are made first)
+test-containers: ## contract and faults with brokers in containers (a container engine and images are made first)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
-	TEST_SERVERS=containers scripts/docker.sh $(BESIDE) tests/contract tests/integration/test_containers.py
+	$(CONTAINED)
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka

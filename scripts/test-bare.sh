@@ -98,6 +98,7 @@ else
 fi
 
 mount --make-rprivate /
+mount --bind "$root" "$root" # a container engine needs its own / to be a mount
 mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys"
 mount -t tmpfs -o mode=755 dev "$root/dev"

@@ -114,7 +114,8 @@ class Publisher:
         end = asyncio.get_running_loop().time() + self._options.connect_timeout
         while True:
             try:
-                self._ends = await offsets(cluster, self._options, topic.metadata, oldest=False)
+                # Without the end of a partition events can be sent: then it is Kafka that says why it can't take them.
+                self._ends = await offsets(cluster, self._options, topic.metadata, oldest=False, known=True)
                 return topic
             except NotConnectedError:
                 if cluster.fault is not None or asyncio.get_running_loop().time() > end:

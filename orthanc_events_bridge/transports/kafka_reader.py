@@ -21,6 +21,8 @@ from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refus
 #: What the protocol calls the beginning and the end of a partition.
 _OLDEST: Final = -2
 _NEWEST: Final = -1
+#: What "offset not available" is called in our version of the request (Kafka's ReplicaManager, since 2.2).
+_END_UNKNOWN: Final = errors.LeaderNotAvailableError.errno
 #: Milliseconds that a node waits for the first event; bytes of one partition, and of one answer.
 _WAIT: Final = 500
 _PART: Final = 256 * 1024
@@ -34,9 +36,13 @@ def _by_leader(topic: TopicMetadata) -> dict[int, list[int]]:
     return found
 
 
-async def offsets(cluster: Cluster, options: KafkaOptions, topic: TopicMetadata, *, oldest: bool) -> dict[int, int]:
+async def offsets(
+    cluster: Cluster, options: KafkaOptions, topic: TopicMetadata, *, oldest: bool, known: bool = False
+) -> dict[int, int]:
     """The offset of the oldest kept event of each partition, or of the next one.
 
+    :param known: leave those out whose leader can't say. One that is new must first see its replicas up to date, which
+        takes a moment, or for ever where fewer are in step than ``min.insync.replicas`` (KIP-207, KIP-966).
     :raises TransportError: they can't be had.
     """
     found: dict[int, int] = {}
@@ -45,6 +51,14 @@ async def offsets(cluster: Cluster, options: KafkaOptions, topic: TopicMetadata,
         answer = await cluster.ask(OffsetRequest(-1, 0, [(options.topic, rows)]), leader)
         for _, those in answer.topics:
             for partition, code, _, offset in those:
+                if code == _END_UNKNOWN:
+                    if known:
+                        continue
+                    raise NotConnectedError(
+                        f"the leader of partition {partition} of the Kafka topic {options.topic} can't tell its end:"
+                        " its replicas are not up to date",
+                        "start the other servers of the cluster",
+                    )
                 if code:
                     raise refused(code, options.topic)
                 found[partition] = offset

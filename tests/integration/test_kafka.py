@@ -441,7 +441,6 @@ def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topi
     assert max(check(read(cluster[0], topic), sent).values()) == 1
 
 
-@pytest.mark.slow  # beside others, three servers of Java on two processors take minutes to agree
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
 def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, down: int) -> None:
     problems: list[TransportError] = []
@@ -467,7 +466,11 @@ def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, do
             await asyncio.to_thread(node.start, wait=False)
         await relaying
 
-    run(main(), seconds=300)
+    try:
+        run(main(), seconds=300)
+    except TimeoutError:
+        told = Counter(f"{type(one).__name__}: {one.message}" for one in problems)
+        pytest.fail(f"too few servers went unnoticed, or for ever; what was told: {told.most_common()}")
     assert {type(problem) for problem in problems} <= {NotConnectedError, RefusedError}
     for problem in problems:
         assert "Kafka" in problem.message and problem.remedy
