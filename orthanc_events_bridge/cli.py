@@ -27,25 +27,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     :return: the exit code.
     """
+    try:
+        try:
+            return _command(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no error
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
         parser.print_help()
         return 2
     try:
-        code = int(options.run(options))
-        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return int(options.run(options))
     except BridgeError as error:
         return _fail(error, supervised=getattr(options, "supervised", False))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except OSError as error:
         problem = BridgeError(f"{error.filename or 'the system'}: {error.strerror or error}")
         return _fail(problem, supervised=getattr(options, "supervised", False))
-    return code
 
 
 def _fail(error: BridgeError, *, supervised: bool) -> int:

@@ -22,7 +22,7 @@ from aiokafka.conn import AIOKafkaConnection
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_protocol import MetadataRequest, TopicMetadata, read_topic
-from orthanc_events_bridge.transports.tls import client_context
+from orthanc_events_bridge.transports.tls import client_context, cut
 
 _T = TypeVar("_T")
 
@@ -84,7 +84,7 @@ class Connection(AIOKafkaConnection):
 
     def close(self, reason: Any = None, exc: Any = None) -> Any:
         if self._writer is not None:
-            self._writer.transport.abort()
+            cut(self._writer)
         return super().close(reason, exc)
 
     def begin(self, request: Any) -> asyncio.Future[Any]:

@@ -112,7 +112,9 @@ async def _make(cluster: Cluster, options: KafkaOptions) -> None:
 
 def _not_made(code: int, text: str, options: KafkaOptions) -> TransportError:
     error = errors.for_code(code)
-    if getattr(error, "retriable", False):
+    # A cluster that has just started counts no server as its own yet, and says that one replica is too many.
+    starting = code == errors.InvalidReplicationFactorError.errno and "are currently fenced" in text
+    if starting or getattr(error, "retriable", False):
         return NotConnectedError(
             f"Kafka can't make the topic {options.topic} now: {error.__name__} ({code})", "it is tried again by itself"
         )

@@ -22,7 +22,7 @@ from nats.aio.transport import TcpTransport
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.nats_options import NatsOptions
-from orthanc_events_bridge.transports.tls import client_context
+from orthanc_events_bridge.transports.tls import client_context, cut
 
 _T = TypeVar("_T")
 
@@ -255,7 +255,7 @@ class Connection(Client):
         subscriptions = list(self._subs.values())
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
-            writer.transport.abort()
+            cut(writer)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.close(), _CLOSING)
         for subscription in subscriptions:  # nats-py leaves their tasks when its own closing is interrupted

@@ -24,7 +24,7 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, chain, closed, words
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.tls import client_context
+from orthanc_events_bridge.transports.tls import client_context, cut
 
 __all__ = ["Channel", "ClosedError", "Connection", "Servers"]
 
@@ -260,12 +260,12 @@ class Connection:
         if writer is None:
             return
         if not healthy or self.waiting:
-            writer.transport.abort()
+            cut(writer)
         closing = asyncio.ensure_future(self._amqp.close())
         closing.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait([closing], timeout=_GOODBYE)
         if not closing.done():
-            writer.transport.abort()
+            cut(writer)
             await asyncio.wait([closing], timeout=_CUTTING)
 
     # What it is ended by at the beginning.

@@ -438,7 +438,9 @@ def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topi
     sent = run(main(), seconds=300)
     assert problems  # somebody has noticed
     assert {type(problem) for problem in problems} <= {NotConnectedError, RefusedError}
-    assert max(check(read(cluster[0], topic), sent).values()) == 1
+    copies = max(check(read(cluster[0], topic), sent).values())
+    # With a leader its count of what a producer has sent may go: then a new producer sends again what was under way.
+    assert copies == 1 or (copies == 2 and any("has lost the count" in problem.message for problem in problems))
 
 
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
