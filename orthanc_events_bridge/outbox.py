@@ -18,17 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from orthanc_events_bridge import resources
 from orthanc_events_bridge.changes.log import TAIL, Row
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.errors import OutboxError, OutboxFullError
 
-VERSION: Final = 1
+VERSION: Final = 2
 #: After a start that no clean stop came before, positions go on this much further: a power cut may have taken
 #: rows whose positions the world has seen, and no number may ever name two facts.
 JUMP: Final = 1_000_000
-#: What a resource takes in the file, as measured.
-_RESOURCE_BYTES: Final = 70
-_KNOWN: Final = 10_000
 
 _SCHEMA: Final = """
 PRAGMA auto_vacuum = INCREMENTAL;
@@ -48,9 +46,6 @@ CREATE TABLE IF NOT EXISTS rows (
     settings INTEGER NOT NULL,     -- which of `settings` shapes it; 0: the first that come
     extra TEXT NOT NULL            -- JSON: parents, tags, metadata, job, inferred
 ) STRICT;
-CREATE TABLE IF NOT EXISTS resources (  -- who is whose child, from first sight until deletion
-    id BLOB PRIMARY KEY, level TEXT NOT NULL, parent BLOB, uids TEXT
-) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tail (  -- the last rows of Orthanc's log
     seq INTEGER PRIMARY KEY, date TEXT, change TEXT, level TEXT, resource TEXT
 ) STRICT;
@@ -59,7 +54,6 @@ CREATE TABLE IF NOT EXISTS jumps (origin INTEGER PRIMARY KEY, target INTEGER NOT
 """
 
 _FULL_CODES: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR})
-_PARENT_OF: Final = {"instance": "series", "series": "study", "study": "patient"}
 
 
 class OutboxRow(NamedTuple):
@@ -111,9 +105,6 @@ class OutboxWriter:
     def __init__(self, path: Path, now: Callable[[], float]) -> None:
         self._path = path
         self._now = now
-        #: Series, studies and patients that are in the tree with their parents: most facts are about them again.
-        self._known: set[str] = set()
-        self._resources = 0
         with translated(path):
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -135,18 +126,25 @@ class OutboxWriter:
             )
         self._db.execute("PRAGMA synchronous = FULL")
         if version == 0:
-            self._db.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+            self._db.executescript(_SCHEMA + resources.SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version == 1:
+            self._db.executescript(f"BEGIN IMMEDIATE; {resources.FROM_1} PRAGMA user_version = {VERSION}; COMMIT;")
         self._db.execute("PRAGMA journal_size_limit = 33554432")
+        self.resources = resources.Resources(self._db)
         meta = self._meta()
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
         self.cursor: int | None = meta.get("cursor")
+        #: When recording began, milliseconds since the epoch.
+        self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
         with self._transaction():
             if meta.get("open"):  # nobody closed it
                 self._db.execute("INSERT INTO jumps VALUES (?, ?)", (self.position, self.position + JUMP))
                 self.position += JUMP
-            self._set(recorder=self.recorder, open=1, position=self.position)
-        self._resources = self._db.execute("SELECT count(*) FROM resources").fetchone()[0]
+            if "began" not in meta:
+                oldest = self._db.execute("SELECT min(recorded) FROM rows").fetchone()[0]
+                self.began = oldest or int(self._now() * 1000)
+            self._set(recorder=self.recorder, open=1, position=self.position, began=self.began)
         self._db.execute("PRAGMA synchronous = NORMAL")
         #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable;
         #: SQLite takes no POSIX lock on it, so that another descriptor of it may be closed freely.
@@ -160,14 +158,13 @@ class OutboxWriter:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        resources = self._resources
+        count = self.resources.count
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._resources = resources
-            self._known.clear()
+            self.resources.forget_cache(count)
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -178,125 +175,62 @@ class OutboxWriter:
         cursor: int,
         settings: int,
         look_up: Callable[[str, str], dict[str, str] | None],
+        *,
+        another_log: bool = False,
     ) -> None:
         """Record facts and the log cursor, in one transaction: all or nothing.
 
         :param settings: the number of the settings that shape their events.
         :param look_up: (level, id) → the parents by Orthanc's word, asked where neither the callbacks nor the
             outbox know them; none when the resource is gone.
+        :param another_log: from here on it is another one, and the remembered rows say nothing of it.
         :raises OutboxFullError: the disk is full or read-only.
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
             position = self.position
             recorded = int(self._now() * 1000)
+            allowed = self._allowed_tags(settings)
             rows = []
-            for fact in facts:
-                position += 1
-                extra = self._remember(fact, settings, look_up)
-                minted = None if fact.date is not None or fact.extra.get("inferred") else str(uuid.uuid4())
-                rows.append(
-                    (
-                        position,
-                        fact.change,
-                        fact.level,
-                        fact.resource,
-                        fact.at,
-                        fact.seq,
-                        fact.date,
-                        minted,
-                        recorded,
-                        settings,
-                        json.dumps(extra, separators=(",", ":")),
+            for index, given in enumerate(facts):
+                for fact in (*self.resources.lost_deletions(facts, index), given):
+                    position += 1
+                    extra = self.resources.remember(fact, allowed, look_up)
+                    minted = None if fact.date is not None or fact.extra.get("inferred") else str(uuid.uuid4())
+                    rows.append(
+                        (
+                            position,
+                            fact.change,
+                            fact.level,
+                            fact.resource,
+                            fact.at,
+                            fact.seq,
+                            fact.date,
+                            minted,
+                            recorded,
+                            settings,
+                            json.dumps(extra, separators=(",", ":")),
+                        )
                     )
-                )
             self._db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
+            if another_log:
+                self._db.execute("DELETE FROM tail")
             self._write_tail(facts)
             self._set(cursor=cursor, position=position)
         self.cursor, self.position = cursor, position
 
-    def move_cursor(self, cursor: int, *, another_log: bool = False) -> None:
+    def move_cursor(self, cursor: int) -> None:
         """Pass over a part of the log without recording it.
 
-        :param another_log: from here on it is another one, and the remembered rows say nothing of it.
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
             self._set(cursor=cursor)
-            if another_log:
-                self._db.execute("DELETE FROM tail")
         self.cursor = cursor
 
-    # -- who is whose child ----------------------------------------------------------------------------------
-
-    def _remember(
-        self, fact: Fact, settings: int, look_up: Callable[[str, str], dict[str, str] | None]
-    ) -> dict[str, Any]:
-        """Find a fact's parents, keep or drop its place in the tree, and say what its row's `extra` holds."""
-        if fact.resource is None or fact.level in ("job", "server"):
-            return fact.extra
-        if fact.change == "Deleted":
-            last_parents, known_uids = self._parents(fact.resource)
-            gone = self._db.execute("DELETE FROM resources WHERE id = ?", (_packed(fact.resource),))
-            self._resources -= gone.rowcount
-            self._known.discard(fact.resource)
-            tags = {k: v for k, v in known_uids.items() if k in self._allowed_tags(settings)}
-            return {"parents": last_parents, **({"tags": tags} if tags else {}), **fact.extra}
-        parents = fact.parents
-        if parents is None:
-            parents, _ = self._parents(fact.resource)
-            if fact.level != "patient" and "patient" not in parents:
-                parents = look_up(fact.level, fact.resource) or parents
-        uids = {k: v for k, v in fact.extra.get("tags", {}).items() if k.endswith("InstanceUID")}
-        self._keep(fact.level, fact.resource, parents, uids)
-        return {"parents": parents, **fact.extra}
-
     def _allowed_tags(self, settings: int) -> frozenset[str]:
-        """The allow-list of now: a UID may be known from a time when it was on the list."""
         row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()
         return frozenset(json.loads(row[0]).get("tags", ())) if row else frozenset()
-
-    def _keep(self, level: str, resource: str, parents: Mapping[str, str], uids: Mapping[str, str]) -> None:
-        chain: list[tuple[str, str, dict[str, str]]] = [(level, resource, dict(uids))]
-        while (level := _PARENT_OF.get(level, "")) and level in parents:
-            chain.append((level, parents[level], {}))
-        for index, (at_level, identifier, own_uids) in enumerate(chain):
-            if identifier in self._known and not own_uids:
-                continue
-            parent = _packed(chain[index + 1][1]) if index + 1 < len(chain) else None
-            values = _packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None
-            new = self._db.execute("INSERT OR IGNORE INTO resources VALUES (?,?,?,?)", values).rowcount
-            self._resources += new
-            if not new:
-                known, _, above, uid_text = values
-                self._db.execute(
-                    "UPDATE resources SET parent = coalesce(:parent, parent), uids = coalesce(:uids, uids)"
-                    " WHERE id = :id AND (:uids IS NOT NULL OR (parent IS NULL AND :parent IS NOT NULL))",
-                    {"id": known, "parent": above, "uids": uid_text},
-                )
-            if at_level != "instance" and (parent is not None or at_level == "patient"):
-                self._known.add(identifier)
-        if len(self._known) > _KNOWN:
-            self._known.clear()
-
-    def _parents(self, resource: str) -> tuple[dict[str, str], dict[str, str]]:
-        """What we know of a resource: level → id of its parents, and its UIDs if they were allowed."""
-        parents: dict[str, str] = {}
-        found = self._resource(_packed(resource))
-        if found is None:
-            return {}, {}
-        level, parent, uids = found
-        while parent is not None and (level := _PARENT_OF.get(level, "")):
-            parents[level] = _unpacked(parent)
-            above = self._resource(parent)
-            parent = above[1] if above else None
-        return parents, json.loads(uids) if uids else {}
-
-    def _resource(self, packed: bytes) -> tuple[str, bytes | None, str | None] | None:
-        row: tuple[str, bytes | None, str | None] | None = self._db.execute(
-            "SELECT level, parent, uids FROM resources WHERE id = ?", (packed,)
-        ).fetchone()
-        return row
 
     # -- the log's last rows, to recognise a restored database -----------------------------------------------
 
@@ -334,6 +268,12 @@ class OutboxWriter:
         with translated(self._path):
             self._set(**{f"note.{key}": json.dumps(document)})
 
+    def noted(self, key: str) -> dict[str, Any]:
+        """What `note` kept; empty where it has kept nothing."""
+        with translated(self._path):
+            row = self._db.execute("SELECT value FROM meta WHERE key = ?", (f"note.{key}",)).fetchone()
+        return dict(json.loads(row[0])) if row else {}
+
     def compact(self) -> None:
         """Give the write-ahead log's space back to a full disk, as far as that goes."""
         with suppress(sqlite3.Error):
@@ -344,7 +284,7 @@ class OutboxWriter:
     def bytes_used(self) -> int:
         """About the size of the rows: without free pages, and without the tree of resources, which no limit binds."""
         with translated(self._path):
-            return max(0, used_bytes(self._db) - self._resources * _RESOURCE_BYTES)
+            return max(0, used_bytes(self._db) - self.resources.count * resources.BYTES)
 
     def retain(self, delivered: int, recorded_before: int, limit: int = 5000) -> int:
         """Delete the oldest rows that every transport has delivered and that are old enough.
@@ -419,8 +359,8 @@ class OutboxReader:
             try:
                 self._db.execute("PRAGMA query_only = 1")
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if version != VERSION:
-                    wrong = f"{path} has version {version}, this package reads {VERSION}"
+                if not 1 <= version <= VERSION:  # what is read has been the same since the first
+                    wrong = f"{path} has version {version}, this package reads 1 to {VERSION}"
                     raise OutboxError(wrong, "use the same version")
             except BaseException:
                 self._db.close()
@@ -490,19 +430,3 @@ def used_bytes(db: sqlite3.Connection) -> int:
         db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
     )
     return int((pages - free) * size)
-
-
-def _packed(resource: str) -> bytes:
-    """An Orthanc id (SHA-1 in hexadecimal digits, five groups) in 20 bytes; anything else as it is spelt."""
-    try:
-        packed = bytes.fromhex(resource.replace("-", ""))
-    except ValueError:
-        return resource.encode()
-    return packed if len(packed) == 20 and len(resource) == 44 else resource.encode()
-
-
-def _unpacked(packed: bytes) -> str:
-    if len(packed) != 20:
-        return packed.decode()
-    digits = packed.hex()
-    return "-".join(digits[i : i + 8] for i in range(0, 40, 8))

@@ -127,3 +127,16 @@ class Fact:
     date: str | None = None
     parents: dict[str, str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Resource(NamedTuple):
+    """A resource that was heard of and, as far as anybody has said, not deleted since.
+
+    :param parent: the id of the one right above, where that is known.
+    :param born: the Seq of its creation; none where that was before our time.
+    """
+
+    level: str
+    id: str
+    parent: str | None
+    born: int | None

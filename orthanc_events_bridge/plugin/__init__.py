@@ -37,6 +37,7 @@ _CAPTURE_WITHIN: Final = 1.5
 _GUEST_WITHIN: Final = 2.0
 #: And how many there are in any case for all threads to end, behind Orthanc's own stopping.
 _AT_LEAST: Final = 1.0
+_STABLE_AGE: Final = 60.0  # Orthanc's default, in seconds
 _UNKNOWN_RESOURCE: Final = 17  # OrthancPluginErrorCode_UnknownResource
 
 
@@ -146,7 +147,8 @@ def _start(
     def blocked() -> str:
         return "" if threads_allowed else areas.reason()
 
-    capture = Capture(folder, get, queue, bell, supervisor.ring, host, blocked)
+    stable_age = float(configuration.get("StableAge", _STABLE_AGE))
+    capture = Capture(folder, get, queue, bell, supervisor.ring, host, blocked, stable_age)
     capture.notes["supervisor"] = lambda: supervisor.note
     orthanc.RegisterRestCallback(STATUS_ROUTE, _status_route(folder, capture, supervisor))
 

@@ -9,12 +9,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from orthanc_events_bridge.changes.log import TAIL, OrthancLog, common_seq, same_log
+from orthanc_events_bridge.changes.log import PAGE, TAIL, OrthancLog, Row, common_seq, same_log
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
-from orthanc_events_bridge.changes.model import Callback, ChangeKind
+from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
+from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -31,6 +32,12 @@ FIRST_SETTINGS: Final = 10.0
 #: Seconds to gather more after a batch of several instances: half the cost of acting at once.
 _LINGER: Final = 0.020
 _TICK: Final = 1.0
+#: Between two steps of repair: seconds at least, and how many times as long as the last one took.
+_REST: Final = 0.020
+_REST_FACTOR: Final = 9
+_EMPTIED: Final = "was emptied (DELETE /changes)"
+#: Resources that are asked for where rows of the log are missing.
+_ASKED: Final = 5
 
 
 class Waiting:
@@ -54,6 +61,7 @@ class Capture:
     :param ring: tells the bridge that there are new rows.
     :param host: Orthanc's log.
     :param blocked: says why Orthanc's API must not be called from this thread, or nothing.
+    :param stable_age: Orthanc's ``StableAge``, seconds.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Capture:
         ring: Callable[[], None],
         host: Host,
         blocked: Callable[[], str] = lambda: "",
+        stable_age: float = 60.0,
     ) -> None:
         self._folder = folder
         self._asking = threading.Lock()
@@ -83,6 +92,13 @@ class Capture:
         self._ring = ring
         self._host = host
         self._blocked = blocked
+        self._stable_age = stable_age
+        self._repair: Repair | None = None
+        self._discontinued = False
+        self._first: Sequence[Row] = ()  # of the log, at the last look
+        self._emptied = False
+        self._next_repair = 0.0
+        self._heard = time.monotonic()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
@@ -140,6 +156,8 @@ class Capture:
             "state": self._state,
             "waiting": len(self._queue),
             **self._counts,
+            "repairing": bool(self._repair and self._repair.active),
+            "inferred": dict(self._repair.inferred) if self._repair else {},
             "limit": self._upkeep.limit,
             "problem": self._problem,
         }
@@ -180,6 +198,8 @@ class Capture:
             self._queue.clear()
             self._anchored = False
             self._counts["dropped"] += dropped
+            if self._repair is not None:
+                self._repair.compare()
             self._host.error(
                 f"{dropped} waiting callbacks were dropped: the outbox could not be written for too long. What Orthanc"
                 " logs will be read from its log; deletions and jobs among them are lost"
@@ -201,6 +221,7 @@ class Capture:
                 self._queue.clear()
             return
         cursor = self._recognise(outbox)
+        repair = self._repair
         merge = Merge(self._log, self._queue, cursor or 0, Waiting(self._stop))
         self._state = "anchoring"
         anchor = merge.anchor()
@@ -222,6 +243,14 @@ class Capture:
             self._host.info(
                 f"{merge.vanished} logged changes vanished before they were read (their resources are gone)"
             )
+            oldest = self._log.page(0, 1)
+            # Nothing of before is left that shows that it was not emptied.
+            self._discontinued = self._discontinued or not oldest or oldest[0].seq > cursor
+        if repair is None:
+            repair = self._repair = self._begin_repair(outbox, begin=cursor is not None)
+        if self._discontinued:
+            repair.announce()
+            self._discontinued = False
         self._anchored = True
         while not self._stop.is_set() and self._anchored:
             try:
@@ -230,6 +259,25 @@ class Capture:
                 self._failed(error)
                 self._upkeep.take_settings(outbox)  # outbox.max_bytes may have been raised
                 self._stop.wait(0.1)
+
+    def _begin_repair(self, outbox: OutboxWriter, *, begin: bool) -> Repair:
+        """Once for each of Orthanc's starts, when its backlog is recorded."""
+        self.notes["repair"] = lambda: {"place": repair.place}
+        place = str(outbox.noted("repair").get("place", ""))
+        repair = Repair(
+            outbox.resources,
+            self._look_up.resource,
+            self._log.tip,
+            self._look_up.studies,
+            time.monotonic,
+            time.time,
+            stable_age=self._stable_age,
+            began=outbox.began,
+            place=place,
+        )
+        if begin:
+            repair.begin()
+        return repair
 
     def _other_database(self) -> str:
         """Why this Orthanc's log can't be followed: with several writers, Seq is not the order of commits there."""
@@ -254,9 +302,10 @@ class Capture:
                 self._all_taken.set()
                 self._stop.wait()
                 return
-            self._tick()
-            self._bell.wait(_TICK)
+            self._tick(merge)
+            self._bell.wait(self._mend(merge))
             return
+        self._heard = time.monotonic()
         batch = merge.take()
         cursor = merge.cursor
         try:
@@ -277,7 +326,23 @@ class Capture:
         self._look_up.forget_jobs()
         if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
             self._stop.wait(_LINGER)
-        self._tick()
+        self._mend(merge)
+        self._tick(merge)
+
+    def _mend(self, merge: Merge) -> float:
+        """Take a step of repair, if there is anything to repair and it is time to; how long to wait for the next."""
+        repair = self._repair
+        if repair is None or not repair.active or self._leaving.is_set():
+            return _TICK
+        now = time.monotonic()
+        if now >= self._next_repair:
+            facts = repair.step(merge.cursor, now - self._heard)
+            if facts:
+                self._append(facts, merge)
+                repair.done(facts)
+            rest = max(_REST, _REST_FACTOR * (time.monotonic() - now))
+            self._next_repair = time.monotonic() + rest
+        return max(0.0, self._next_repair - time.monotonic())
 
     def _well(self) -> None:
         """The outbox could be written, or there is nothing to write."""
@@ -291,12 +356,14 @@ class Capture:
             if callback.level_name == "job" and not self._look_up.take_job(callback):
                 self._counts["jobs_missed"] += 1
 
-    def _append(self, facts: list[Any], merge: Merge) -> None:
+    def _append(self, facts: list[Fact], merge: Merge) -> None:
         outbox = self._outbox
         assert outbox is not None
         self._look_up.describe(facts)
         self._upkeep.make_room(outbox)
         outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents)
+        if self._repair is not None:
+            self._repair.recorded(facts)
         self._dirty.set()
         self._ring()
 
@@ -316,7 +383,7 @@ class Capture:
 
     # -- now and then -------------------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def _tick(self, merge: Merge) -> None:
         outbox = self._outbox
         now = time.monotonic()
         if outbox is None or now < self._next_tick:
@@ -327,6 +394,7 @@ class Capture:
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
+        self._watch_log(outbox, merge)
 
     def _write_notes(self, outbox: OutboxWriter) -> None:
         for key, current in {"capture": self.status, **self.notes}.items():
@@ -351,17 +419,66 @@ class Capture:
         waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
         tail, tip = outbox.tail(), self._log.tip()
         rows = self._log.page(tail[0].seq - 1, TAIL) if tail else []
-        if same_log(tail, rows, tip, cursor):
-            return cursor
-        going_on = min(common_seq(tail, rows), tip) or max(0, tip - waiting)
+        if not same_log(tail, rows, tip, cursor):
+            why = f"its counter is {tip}, {cursor} was recorded" if tip < cursor else "its numbers are given to others"
+            going_on = min(common_seq(tail, rows), tip) or max(0, tip - waiting)
+            self._discontinuity(
+                outbox, f"is not the one that was read before ({why}): another or a restored database", going_on
+            )
+            return going_on
+        if self._was_emptied(tail):
+            self._discontinuity(outbox, _EMPTIED, cursor)
+        return cursor
+
+    def _was_emptied(self, tail: list[Row]) -> bool:
+        """Whether rows of the log are gone although their resources are not.
+
+        :param tail: the last rows that were read.
+        """
+        if not tail:
+            return False
+        oldest = self._log.page(0, PAGE)
+        if oldest and oldest[0].seq <= tail[-1].seq:
+            return False
+        new = {row.resource for row in oldest}  # deleted, and stored again
+        last = list({row.resource: row for row in tail if row.resource not in new}.values())[-_ASKED:]
+        return any(self._look_up.resource(row.level, row.resource) is not None for row in last)
+
+    def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:
+        """Notice that the log was emptied while we follow it: its first rows are gone, and what they are about is not.
+
+        What was deleted and stored again has a younger creation; the callback of that may still be on its way, so it
+        has to look like that twice.
+        """
+        first = self._log.page(0, _ASKED)
+        if self._first and not set(self._first) & set(first):
+            kept = [row for row in self._first if self._is_kept(outbox, row)]
+            if kept and self._emptied:
+                self._discontinuity(outbox, _EMPTIED, merge.cursor)
+                if self._repair is not None:
+                    self._repair.announce()
+                    self._discontinued = False
+            elif kept:
+                self._emptied = True
+                return  # look again at the same rows
+        self._first, self._emptied = first, False
+
+    def _is_kept(self, outbox: OutboxWriter, row: Row) -> bool:
+        known = outbox.resources.find(row.resource)
+        if known is None or (known.born or 0) > row.seq:
+            return False
+        return self._look_up.resource(row.level, row.resource) is not None
+
+    def _discontinuity(self, outbox: OutboxWriter, what: str, going_on: int) -> None:
+        """The log doesn't go on where it ended: say so, in an event too, and look at what there is."""
         self._counts["discontinuities"] += 1
+        self._discontinued = True
         self._host.error(
-            f"Orthanc's change log is not the one that was read before (its counter is {tip}, {cursor} was recorded):"
-            f" another or a restored database. Going on behind Seq {going_on}; compare what exists with what was"
+            f"Orthanc's change log {what}. Going on behind Seq {going_on}; what exists is compared with what was"
             " announced"
         )
-        outbox.move_cursor(going_on, another_log=True)
-        return going_on
+        fact = Fact("LogDiscontinuity", "server", None, int(time.time() * 1000))
+        outbox.append([fact], going_on, self._upkeep.settings, self._look_up.parents, another_log=True)
 
     # -- durability ----------------------------------------------------------------------------------------------------
 

@@ -82,6 +82,23 @@ class Lookup:
         backend = (self._ask("/system") or {}).get("DatabaseBackendPlugin")
         return str(backend) if backend else None
 
+    def resource(self, level: str, resource: str) -> dict[str, Any] | None:
+        """Orthanc's answer about a resource; none when it is gone.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        return self._ask(f"/{_ROUTES[level]}/{resource}")
+
+    def studies(self, since: int, limit: int) -> list[str]:
+        """The ids of some of Orthanc's studies, from an index on.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        try:
+            return list(json.loads(self._get(f"/studies?since={since}&limit={limit}")))
+        except Exception as error:
+            raise LogUnavailableError(f"Orthanc can't be asked for its studies: {error}") from error
+
     # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:

@@ -141,7 +141,7 @@ class Line:
         return seen[0]
 
     def settle(self, timeout: float = 120.0) -> None:
-        """Wait until everything that Orthanc has logged is captured and published."""
+        """Wait until everything that Orthanc has logged, or forgotten, is captured and published."""
 
         def at_rest(document: dict[str, Any]) -> bool:
             tip = self.orthanc.get("/changes?since=9000000000000000000&limit=1")["Last"]
@@ -149,6 +149,7 @@ class Line:
             return (
                 document["capture"]["state"] == "following"
                 and not document["capture"]["waiting"]
+                and not document["capture"]["repairing"]
                 and document["log"]["cursor"] == tip
                 and transport["position"] == document["outbox"]["last_position"]
                 and transport["state"] == "connected"

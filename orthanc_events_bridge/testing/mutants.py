@@ -121,9 +121,14 @@ IN_ORTHANC: Final[dict[str, str]] = {
     # The log cursor isn't kept with the rows.
     "cursor": "from orthanc_events_bridge.outbox import OutboxWriter\n"
     "original = OutboxWriter.append\n"
-    "def append(self, facts, cursor, settings, look_up):\n"
-    "    original(self, facts, self.cursor or 0, settings, look_up)\n    self.cursor = cursor\n"
+    "def append(self, facts, cursor, settings, look_up, **more):\n"
+    "    original(self, facts, self.cursor or 0, settings, look_up, **more)\n    self.cursor = cursor\n"
     "OutboxWriter.append = append\n",
+    # What Orthanc forgot while nobody listened is not looked for.
+    "repair": "from orthanc_events_bridge.changes.repair import Repair\nRepair.begin = lambda self: None\n",
+    # A creation of what is there proves nothing.
+    "rebirth": "from orthanc_events_bridge.resources import Resources\n"
+    "Resources.lost_deletions = lambda self, facts, index: []\n",
 }
 
 

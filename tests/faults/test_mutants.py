@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
+from tests.faults.test_repair import without_bridge
 
 pytestmark = pytest.mark.mutant
 
@@ -106,6 +108,36 @@ def refuse_for_a_while(line: Line) -> Report:
     return line.report()
 
 
+def store_again_unseen(line: Line) -> Report:
+    study = dicom.make_study()
+    for _ in range(2):
+        line.ledger.stored(line.orthanc.upload(study.instances[0].data))
+        line.settle()
+        line.orthanc.kill()
+        with without_bridge(line):
+            line.orthanc.delete("studies", study.id)
+            line.ledger.deleted("studies", study.id)
+            line.ledger.stored(line.orthanc.upload(study.instances[0].data))
+        line.orthanc.start()
+        line.settle()
+        line.orthanc.delete("studies", study.id)
+        line.ledger.deleted("studies", study.id)
+    return line.report(kills=2)
+
+
+def delete_unseen(line: Line) -> Report:
+    study = dicom.make_study()
+    line.ledger.stored(line.orthanc.upload(study.instances[0].data))
+    line.settle()
+    line.orthanc.kill()
+    with without_bridge(line):
+        line.orthanc.delete("studies", study.id)
+        line.ledger.deleted("studies", study.id)
+    line.ledger.allow("instance.deleted")
+    line.orthanc.start()
+    return line.report(kills=1)
+
+
 #: The broker, what is switched off, the fault, and where the harm must show. Those that are not `slow` run in CI.
 CASES: list[Any] = [
     pytest.param("nats", ["confirm"], kill_the_broker, "lost", id="confirm"),
@@ -117,6 +149,8 @@ CASES: list[Any] = [
     pytest.param("nats", ["replay"], kill_the_broker, "lost", id="replay"),
     pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting"),
     pytest.param("nats", ["log"], kill_orthanc, "lost", id="log"),
+    pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
+    pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
     pytest.param(
         "kafka", ["idempotence"], freeze_the_broker, "duplicated out_of_order", id="idempotence", marks=pytest.mark.slow

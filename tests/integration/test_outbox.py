@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import threading
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.changes.log import TAIL, Row
-from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.changes.model import Fact, Resource
 from orthanc_events_bridge.errors import LogUnavailableError, OutboxError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import JUMP, OutboxReader, OutboxRow, OutboxWriter, _packed, _unpacked
+from orthanc_events_bridge.outbox import JUMP, VERSION, OutboxReader, OutboxRow, OutboxWriter
+from orthanc_events_bridge.resources import packed, unpacked
 
 DATE = "20261123T200627"
 IDS = {
@@ -352,10 +354,10 @@ def test_names_that_are_no_orthanc_ids_are_kept_as_they_are(box: Opened) -> None
 
 
 def test_orthanc_ids_take_twenty_bytes() -> None:
-    assert len(_packed(IDS["study"])) == 20
-    assert all(_unpacked(_packed(identifier)) == identifier for identifier in IDS.values())
+    assert len(packed(IDS["study"])) == 20
+    assert all(unpacked(packed(identifier)) == identifier for identifier in IDS.values())
     for other in ("x", "ab" * 20, IDS["study"].upper().replace("-", "_"), "ü"):
-        assert _unpacked(_packed(other)) == other
+        assert unpacked(packed(other)) == other
 
 
 # -- UIDs of what is deleted ---------------------------------------------------------------------------------
@@ -438,7 +440,7 @@ def test_tail_after_one_large_batch(box: Opened) -> None:
 def test_tail_can_be_forgotten(box: Opened) -> None:
     writer = box.writer()
     writer.append([logged(7)], 7, 1, unasked)
-    writer.move_cursor(3, another_log=True)
+    writer.append([], 3, 1, unasked, another_log=True)
     assert writer.tail() == []
     assert writer.cursor == 3
 
@@ -588,12 +590,12 @@ def test_folder_that_others_use_too_is_left_as_it_is(tmp_path: Path) -> None:
 def test_newer_version_is_refused_with_one_clear_message(box: Opened) -> None:
     box.writer().close()
     db = sqlite3.connect(box.path)
-    db.execute("PRAGMA user_version = 2")
+    db.execute(f"PRAGMA user_version = {VERSION + 1}")
     db.close()
     with pytest.raises(OutboxError, match="was made by a newer version") as caught:
         box.writer()
     assert "install that version again" in str(caught.value)
-    with pytest.raises(OutboxError, match="has version 2, this package reads 1"):
+    with pytest.raises(OutboxError, match=f"has version {VERSION + 1}, this package reads 1 to {VERSION}"):
         box.reader()
 
 
@@ -715,3 +717,24 @@ def test_notes_are_replaced(box: Opened) -> None:
     meta = box.reader().meta()
     assert json.loads(meta["note.capture"]) == {"state": "following"}
     assert meta["recorder"] == writer.recorder == box.reader().recorder
+
+
+def test_an_outbox_of_the_first_version_goes_on(box: Opened) -> None:
+    """Its rows are read as ever, also before it was written to; what repair has to know is known from then on."""
+    shutil.copy(Path(__file__).with_name("data") / "outbox-v1.db", box.path)
+    assert [(row.position, row.change) for row in box.rows()] == [
+        (1, "NewInstance"),
+        (2, "NewSeries"),
+        (3, "NewStudy"),
+        (4, "NewPatient"),
+    ]
+    writer = box.writer()
+    assert (writer.cursor, writer.position, writer.began) == (4, 4, 1_795_507_200_000)
+    study, instance = ("-".join([letter * 8] * 5) for letter in "bd")
+    assert writer.resources.find(study) == Resource("study", study, "-".join(["a" * 8] * 5), None)
+    assert writer.resources.growing() == []
+    writer.append([Fact("UpdatedMetadata", "instance", instance, 0, 5, "20261124T080001")], 5, 1, unasked)
+    assert box.rows()[-1].extra["parents"]["study"] == study
+    writer.close()
+    again = box.writer()
+    assert again.position == 5

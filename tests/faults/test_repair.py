@@ -1,0 +1,193 @@
+"""What Orthanc forgets and capture tells all the same: stable events, deletions that nobody saw, a log that lies."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.ledger import Event
+from orthanc_events_bridge.testing.line import Clients, Line
+
+pytestmark = pytest.mark.fault
+
+MakeLine = Callable[..., Line]
+
+
+@pytest.fixture(params=["nats", "kafka"])
+def broker(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def upload(line: Line, study: dicom.Study) -> None:
+    for instance in study.instances:
+        line.ledger.stored(line.orthanc.upload(instance.data))
+
+
+def put_back(older: Path, database: Path) -> None:
+    """Replace Orthanc's database and files, without the outbox in the same folder."""
+    for path in database.iterdir():
+        if path.is_dir() and path.name != "orthanc-events":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    shutil.copytree(older, database, dirs_exist_ok=True)
+
+
+@contextmanager
+def without_bridge(line: Line) -> Iterator[None]:
+    """The same Orthanc on the same database, with nobody to listen."""
+    orthanc = line.orthanc
+    plugins, orthanc.config["Plugins"] = orthanc.config["Plugins"], []
+    orthanc.start()
+    try:
+        yield
+        orthanc.stop()
+    finally:
+        orthanc.config["Plugins"] = plugins
+
+
+def wait_for(line: Line, kind: str, count: int, timeout: float = 60) -> list[Event]:
+    """The events of a kind, once there are so many of them, and a while after."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if sum(event.kind == kind for event in line.events()) >= count:
+            break
+        time.sleep(0.5)
+    time.sleep(2)
+    return [event for event in line.events() if event.kind == kind]
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_stable_events_that_a_stop_swallows_are_told_once(make_line: MakeLine, broker: str, how: str) -> None:
+    """100 studies over several ends of Orthanc, each within StableAge."""
+    line = make_line(broker=broker, stable_age=3)
+    studies: list[dicom.Study] = []
+    for _ in range(5):
+        some = [dicom.make_study() for _ in range(20)]
+        for study in some:
+            upload(line, study)
+        studies += some
+        line.settle()
+        line.orthanc.kill() if how == "kill" else line.orthanc.stop()
+        line.orthanc.start()
+    for kind, level in (("series.stable", "series"), ("study.stable", "study"), ("patient.stable", "patient")):
+        wanted = {getattr(study.instances[0], level) for study in studies}
+        found = Counter(event.resource for event in wait_for(line, kind, len(wanted)))
+        assert found == dict.fromkeys(wanted, 1)
+    line.report(kills=5).assert_clean()
+
+
+def test_what_is_still_growing_is_not_told_to_be_stable(make_line: MakeLine) -> None:
+    line = make_line(stable_age=3)
+    study = dicom.make_study(instances=12)
+    for number, instance in enumerate(study):
+        line.ledger.stored(line.orthanc.upload(instance.data))
+        if number == 3:
+            line.settle()
+            line.orthanc.kill()
+            line.orthanc.start()
+        time.sleep(0.7)
+    last = time.time()
+    (event,) = wait_for(line, "study.stable", 1)
+    assert event.resource == study.id
+    line.report(kills=1).assert_clean()
+    assert time.time() - last >= 3
+
+
+def test_deletions_that_a_kill_swallows_are_told(make_line: MakeLine, broker: str) -> None:
+    """Deleted while capture wasn't there: by another Orthanc on the same database, without the bridge."""
+    line = make_line(broker=broker)
+    studies = [dicom.make_study(series=2) for _ in range(20)]
+    for study in studies:
+        upload(line, study)
+    line.settle()
+    line.orthanc.kill()
+    with without_bridge(line):
+        for study in studies[:10]:
+            assert line.orthanc.delete("studies", study.id)
+            line.ledger.deleted("studies", study.id)
+        for study in studies[10:15]:
+            assert line.orthanc.delete("series", study.instances[0].series)
+            line.ledger.deleted("series", study.instances[0].series)
+    line.orthanc.start()
+    found = wait_for(line, "series.deleted", 25)
+    assert len(found) == 25
+    line.ledger.allow("instance.deleted")
+    line.report(kills=1).assert_clean()
+    line.orthanc.restart()
+    line.settle()
+    assert len([event for event in line.events() if event.kind == "series.deleted"]) == 25
+
+
+def test_a_creation_of_what_was_there_proves_a_deletion(make_line: MakeLine) -> None:
+    line = make_line()
+    study = dicom.make_study(series=2)
+    upload(line, study)
+    line.settle()
+    line.orthanc.kill()
+    with without_bridge(line):
+        assert line.orthanc.delete("studies", study.id)
+        line.ledger.deleted("studies", study.id)
+        upload(line, study)
+    line.orthanc.start()
+    line.report(kills=1).assert_clean()
+    kinds = [event.kind for event in line.events() if event.resource == study.id and event.kind != "study.stable"]
+    assert [kind for kind in kinds if kind != "study.instance-added"] == [
+        "study.created",
+        "study.deleted",
+        "study.created",
+    ]
+
+
+def test_an_emptied_log_is_announced_and_loses_nothing(make_line: MakeLine) -> None:
+    line = make_line()
+    with Clients(line, adders=2, loopers=1):
+        for _ in range(5):
+            time.sleep(0.5)
+            line.orthanc.client.delete("/changes").raise_for_status()
+    line.report(kills=1).assert_clean()
+    line.wait(lambda document: document["capture"]["discontinuities"])
+    line.orthanc.kill()
+    with without_bridge(line):
+        upload(line, dicom.make_study(series=2))
+        line.orthanc.client.delete("/changes").raise_for_status()
+    line.orthanc.start()
+    line.settle()
+    assert wait_for(line, "server.log-discontinuity", 1)
+    line.ledger.allow("instance.created")
+    print(line.status()["capture"], line.status()["log"], line.orthanc.changes()[:2])
+    line.report(kills=1).assert_clean()
+
+
+def test_an_older_database_put_back_is_announced_and_compared(make_line: MakeLine, broker: str) -> None:
+    line = make_line(broker=broker)
+    kept, gone, back = (dicom.make_study(series=2) for _ in range(3))
+    upload(line, kept)
+    upload(line, back)
+    line.settle()
+    line.orthanc.stop()
+    older = line.root / "older"
+    database = line.orthanc.database
+    shutil.copytree(database, older, ignore=shutil.ignore_patterns("orthanc-events"))
+    line.orthanc.start()
+    upload(line, gone)
+    assert line.orthanc.delete("studies", back.id)
+    line.ledger.deleted("studies", back.id)
+    line.settle()
+    line.orthanc.kill()
+    put_back(older, database)
+    line.ledger.deleted("studies", gone.id)
+    for instance in back:
+        line.ledger.stored_ids(instance.id, instance.series, instance.study, instance.patient)
+    line.orthanc.start()
+    assert len(wait_for(line, "server.log-discontinuity", 1)) == 1
+    wait_for(line, "study.deleted", 2)
+    line.ledger.allow("instance.*", "*.instance-added")
+    line.report(kills=1).assert_clean()
