@@ -90,11 +90,9 @@ class Resources:
             if fact.level != "patient" and "patient" not in known:
                 known = look_up(fact.level, fact.resource) or known
         uids = {name: value for name, value in fact.extra.get("tags", {}).items() if name.endswith("InstanceUID")}
-        self._keep(fact.level, fact.resource, known, uids)
-        if fact.change in _CREATIONS:
-            # What was inferred has no Seq. It gets a number that no Seq is, of the second that it was inferred from.
-            born = fact.seq if fact.seq is not None else -fact.at // 1000
-            self._db.execute("UPDATE resources SET born = ? WHERE id = ?", (born, packed(fact.resource)))
+        # What was inferred has no Seq. It gets a number that no Seq is, of the second that it was inferred from.
+        born = fact.seq if fact.seq is not None else -fact.at // 1000
+        self._keep(fact.level, fact.resource, known, uids, born if fact.change in _CREATIONS else None)
         if fact.change == "NewInstance":
             for level in _ABOVE_INSTANCES:
                 if level in known:
@@ -178,25 +176,36 @@ class Resources:
 
     # -- the table ---------------------------------------------------------------------------------------------------
 
-    def _keep(self, level: str, resource: str, parents: Mapping[str, str], uids: Mapping[str, str]) -> None:
+    def _keep(
+        self, level: str, resource: str, parents: Mapping[str, str], uids: Mapping[str, str], born: int | None
+    ) -> None:
         chain: list[tuple[str, str, dict[str, str]]] = [(level, resource, dict(uids))]
         while (level := _PARENT_OF.get(level, "")) and level in parents:
             chain.append((level, parents[level], {}))
         for index, (at_level, identifier, own_uids) in enumerate(chain):
-            if identifier in self._known and not own_uids:
+            own_born = born if index == 0 else None
+            if identifier in self._known and not own_uids and own_born is None:
                 continue
             parent = packed(chain[index + 1][1]) if index + 1 < len(chain) else None
-            values = packed(identifier), at_level, parent, json.dumps(own_uids) if own_uids else None
+            values = {
+                "id": packed(identifier),
+                "level": at_level,
+                "parent": parent,
+                "uids": json.dumps(own_uids) if own_uids else None,
+                "born": own_born,
+            }
             new = self._db.execute(
-                "INSERT OR IGNORE INTO resources (id, level, parent, uids) VALUES (?,?,?,?)", values
+                "INSERT OR IGNORE INTO resources (id, level, parent, uids, born)"
+                " VALUES (:id, :level, :parent, :uids, :born)",
+                values,
             ).rowcount
             self.count += new
             if not new:
-                known, _, above, uid_text = values
                 self._db.execute(
-                    "UPDATE resources SET parent = coalesce(:parent, parent), uids = coalesce(:uids, uids)"
-                    " WHERE id = :id AND (:uids IS NOT NULL OR (parent IS NULL AND :parent IS NOT NULL))",
-                    {"id": known, "parent": above, "uids": uid_text},
+                    "UPDATE resources SET parent = coalesce(:parent, parent), uids = coalesce(:uids, uids),"
+                    " born = coalesce(:born, born) WHERE id = :id"
+                    " AND (:uids IS NOT NULL OR :born IS NOT NULL OR (parent IS NULL AND :parent IS NOT NULL))",
+                    values,
                 )
             if at_level != "instance" and (parent is not None or at_level == "patient"):
                 self._known.add(identifier)
