@@ -5,14 +5,13 @@ Whatever goes wrong is healed in the same way: the batch goes back to the queue,
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
-from orthanc_events_bridge.changes.log import PAGE, TAIL, OrthancLog, Row, common_seq, same_log
+from orthanc_events_bridge.changes.log import OrthancLog
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
@@ -20,6 +19,8 @@ from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, Outbo
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
+from orthanc_events_bridge.plugin.flush import Flusher
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.lookup import Lookup
 from orthanc_events_bridge.plugin.upkeep import Upkeep
@@ -35,9 +36,6 @@ _TICK: Final = 1.0
 #: Between two steps of repair: seconds at least, and how many times as long as the last one took.
 _REST: Final = 0.020
 _REST_FACTOR: Final = 9
-_EMPTIED: Final = "was emptied (DELETE /changes)"
-#: Resources that are asked for where rows of the log are missing.
-_ASKED: Final = 5
 
 
 class Waiting:
@@ -95,8 +93,7 @@ class Capture:
         self._stable_age = stable_age
         self._repair: Repair | None = None
         self._discontinued = False
-        self._first: Sequence[Row] = ()  # of the log, at the last look
-        self._emptied = False
+        self._continuity = Continuity(self._log, self._look_up.resource)
         self._next_repair = 0.0
         self._heard = time.monotonic()
         self._stop = threading.Event()
@@ -107,7 +104,7 @@ class Capture:
         self._all_taken = threading.Event()
         self._anchored = False
         self._next_tick = 0.0
-        self._dirty = threading.Event()
+        self._flusher = Flusher(host)
         self._counts = {"vanished": 0, "dropped": 0, "reanchored": 0, "discontinuities": 0, "jobs_missed": 0}
         self._state = "starting"
         self._problem: dict[str, str] | None = None
@@ -116,7 +113,7 @@ class Capture:
         self.notes: dict[str, Callable[[], dict[str, Any]]] = {}
         self._threads = [
             threading.Thread(target=self._run, name="orthanc-events-capture", daemon=True),
-            threading.Thread(target=self._sync, name="orthanc-events-sync", daemon=True),
+            self._flusher,
         ]
 
     def start(self) -> None:
@@ -145,7 +142,7 @@ class Capture:
         """
         self._stop.set()
         self._bell.set()
-        self._dirty.set()
+        self._flusher.stop()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
@@ -364,7 +361,7 @@ class Capture:
         outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents)
         if self._repair is not None:
             self._repair.recorded(facts)
-        self._dirty.set()
+        self._flusher.soil(outbox.sync_path)
         self._ring()
 
     def _finish(self) -> None:
@@ -417,86 +414,26 @@ class Capture:
         if cursor is None:
             return None
         waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
-        tail, tip = outbox.tail(), self._log.tip()
-        rows = self._log.page(tail[0].seq - 1, TAIL) if tail else []
-        if not same_log(tail, rows, tip, cursor):
-            why = f"its counter is {tip}, {cursor} was recorded" if tip < cursor else "its numbers are given to others"
-            going_on = min(common_seq(tail, rows), tip) or max(0, tip - waiting)
-            self._discontinuity(
-                outbox, f"is not the one that was read before ({why}): another or a restored database", going_on
-            )
-            return going_on
-        if self._was_emptied(tail):
-            self._discontinuity(outbox, _EMPTIED, cursor)
-        return cursor
-
-    def _was_emptied(self, tail: list[Row]) -> bool:
-        """Whether rows of the log are gone although their resources are not.
-
-        :param tail: the last rows that were read.
-        """
-        if not tail:
-            return False
-        oldest = self._log.page(0, PAGE)
-        if oldest and oldest[0].seq <= tail[-1].seq:
-            return False
-        new = {row.resource for row in oldest}  # deleted, and stored again
-        last = list({row.resource: row for row in tail if row.resource not in new}.values())[-_ASKED:]
-        return any(self._look_up.resource(row.level, row.resource) is not None for row in last)
+        found = self._continuity.recognise(outbox.tail(), cursor, waiting)
+        if found is None:
+            return cursor
+        self._discontinuity(outbox, found)
+        return found.going_on
 
     def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:
-        """Notice that the log was emptied while we follow it: its first rows are gone, and what they are about is not.
+        if self._continuity.is_emptied(outbox):
+            self._discontinuity(outbox, Break(EMPTIED, merge.cursor))
+            if self._repair is not None:
+                self._repair.announce()
+                self._discontinued = False
 
-        What was deleted and stored again has a younger creation; the callback of that may still be on its way, so it
-        has to look like that twice.
-        """
-        first = self._log.page(0, _ASKED)
-        if self._first and not set(self._first) & set(first):
-            kept = [row for row in self._first if self._is_kept(outbox, row)]
-            if kept and self._emptied:
-                self._discontinuity(outbox, _EMPTIED, merge.cursor)
-                if self._repair is not None:
-                    self._repair.announce()
-                    self._discontinued = False
-            elif kept:
-                self._emptied = True
-                return  # look again at the same rows
-        self._first, self._emptied = first, False
-
-    def _is_kept(self, outbox: OutboxWriter, row: Row) -> bool:
-        known = outbox.resources.find(row.resource)
-        if known is None or (known.born or 0) > row.seq:
-            return False
-        return self._look_up.resource(row.level, row.resource) is not None
-
-    def _discontinuity(self, outbox: OutboxWriter, what: str, going_on: int) -> None:
+    def _discontinuity(self, outbox: OutboxWriter, found: Break) -> None:
         """The log doesn't go on where it ended: say so, in an event too, and look at what there is."""
         self._counts["discontinuities"] += 1
         self._discontinued = True
         self._host.error(
-            f"Orthanc's change log {what}. Going on behind Seq {going_on}; what exists is compared with what was"
-            " announced"
+            f"Orthanc's change log {found.what}. Going on behind Seq {found.going_on}; what exists is compared with"
+            " what was announced"
         )
         fact = Fact("LogDiscontinuity", "server", None, int(time.time() * 1000))
-        outbox.append([fact], going_on, self._upkeep.settings, self._look_up.parents, another_log=True)
-
-    # -- durability ----------------------------------------------------------------------------------------------------
-
-    def _sync(self) -> None:
-        """Flush what is dirty, at most once a second, on a thread of its own: a slow disk must not hold up capture."""
-        while not self._stop.is_set():
-            self._dirty.wait()
-            self._dirty.clear()
-            outbox = self._outbox
-            if outbox is not None:
-                try:
-                    descriptor = os.open(outbox.sync_path, os.O_RDONLY)
-                    try:
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
-                except OSError as error:
-                    line = self._repeats.line("sync", f"{outbox.sync_path} can't be flushed: {error.strerror}")
-                    if line:
-                        self._host.error(line)
-            self._stop.wait(_TICK)
+        outbox.append([fact], found.going_on, self._upkeep.settings, self._look_up.parents, another_log=True)
