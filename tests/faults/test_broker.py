@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,9 +223,23 @@ def test_nothing_is_lost_when_the_credentials_are_revoked_in_mid_stream(
         line.wait(lambda document: document["transports"][0]["state"] == "connected", timeout=90)
         time.sleep(0.5)
     judge(line)
-    for text in (line.orthanc.log_text(), str(line.status())):
-        assert "the-first-password" not in text
-        assert "the-second-password" not in text
+    told = {**what_is_told(line), "its own file": secret.read_bytes()}
+    assert len(told) > 6
+    for password, places in ((b"the-first-password", []), (b"the-second-password", ["its own file"])):
+        assert [place for place, content in told.items() if password in content] == places
+
+
+def what_is_told(line: Line) -> dict[str, bytes]:
+    """Whatever an operator, or another user of the machine, can see of the line."""
+    told = {"log": line.orthanc.log_text().encode(), "status": str(line.status()).encode()}
+    for process, pid in (("Orthanc", line.orthanc.pid), ("bridge", line.bridge_pid())):
+        told[f"process listing: {process}"] = Path(f"/proc/{pid}/cmdline").read_bytes()
+    checking = [sys.executable, "-m", "orthanc_events_bridge", "check", "--connect", str(line.config)]
+    checked = subprocess.run(checking, capture_output=True, check=True)
+    told["check --connect"] = checked.stdout + checked.stderr
+    for path in line.folder.path.iterdir():
+        told[f"outbox: {path.name}"] = path.read_bytes()
+    return told
 
 
 def test_events_that_can_never_be_taken_are_set_aside_and_can_be_sent_again(
