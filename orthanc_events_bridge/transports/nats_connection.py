@@ -2,27 +2,26 @@
 
 What nats-py 2.16 leaves to us, as measured: reconnecting hides lost publishes, so that a lost connection is
 given up and made anew; a refused connection is tried again for minutes; closing waits for a frozen server; a
-server without TLS is sent the password although TLS was asked for; a credentials file without its markers is
-read for ever.
+server without TLS is sent the password although TLS was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import ssl
 from collections.abc import Awaitable
 from typing import Any, Final, TypeVar
 
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client, RawCredentials
+from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.nats_login import login_of, tls_of
 from orthanc_events_bridge.transports.nats_options import NatsOptions
-from orthanc_events_bridge.transports.tls import client_context, cut
+from orthanc_events_bridge.transports.tls import cut
 
 _T = TypeVar("_T")
 
@@ -30,11 +29,6 @@ _T = TypeVar("_T")
 _CLOSING: Final = 0.2
 #: Seconds between two looks at whether the connection is still there; nats-py does not always say so.
 _LOOK: Final = 0.1
-_CREDENTIALS: Final = re.compile(
-    r"-+BEGIN NATS USER JWT-+\s+(\S+)\s+-+END NATS USER JWT-+.*"
-    r"-+BEGIN USER NKEY SEED-+\s+(\S+)\s+-+END USER NKEY SEED-+",
-    re.DOTALL,
-)
 
 
 class _HungUpError(TransportConfigurationError):
@@ -86,10 +80,10 @@ class Connection(Client):
                     max_outstanding_pings=2,
                     error_cb=connection._on_error,
                     closed_cb=connection._on_closed,
-                    tls=_tls(options),
+                    tls=tls_of(options),
                     tls_hostname=options.tls.server_hostname,
                     tls_handshake_first=options.tls.handshake_first,
-                    **_login(options),
+                    **login_of(options),
                 ),
                 options.connect_timeout + 1,
             )
@@ -290,59 +284,3 @@ class Connection(Client):
         if isinstance(error, OSError | nats.errors.Error):  # with them TimeoutError
             return NotConnectedError(f"{place} can't be reached: {text}", "start NATS, or check `servers`")
         return TransportConfigurationError(f"{place}: {type(error).__name__}: {text}", "check the transport's options")
-
-
-def _tls(options: NatsOptions) -> ssl.SSLContext | None:
-    return client_context(options.tls, "NATS") if options.tls_required else None
-
-
-def _login(options: NatsOptions) -> dict[str, Any]:
-    """Credentials, read now, so that rotated ones are used.
-
-    :raises TransportConfigurationError: they can't be read.
-    """
-    if (password := options.secret("password")) is not None:
-        return {"user": options.user, "password": password}
-    if (token := options.secret("token")) is not None:
-        return {"token": token}
-    if (seed := options.secret("nkey_seed")) is not None:
-        _check_seed(seed, "nkey_seed")
-        return {"nkeys_seed_str": seed}
-    if options.credentials_file is None:
-        return {}
-    try:
-        text = options.credentials_file.read_text("ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise TransportConfigurationError(
-            f"NATS: credentials_file can't be read: {reason}",
-            "put the file there, and let the bridge's user read it",
-        ) from None
-    found = _CREDENTIALS.search(text)
-    if found is None:
-        raise TransportConfigurationError(
-            "NATS: credentials_file holds no user JWT with its seed", "write it with `nsc generate creds`"
-        )
-    _check_seed(found[2], "credentials_file")
-    return {
-        "user_credentials": RawCredentials(
-            f"-----BEGIN NATS USER JWT-----\n{found[1]}\n------END NATS USER JWT------\n"
-            f"-----BEGIN USER NKEY SEED-----\n{found[2]}\n------END USER NKEY SEED------\n"
-        )
-    }
-
-
-def _check_seed(seed: str, option: str) -> None:
-    try:
-        import nkeys
-    except ImportError as error:
-        raise TransportConfigurationError(
-            "NATS: NKeys and credentials files need one more package",
-            'pip install "orthanc-events-bridge[nkeys]"',
-        ) from error
-    try:
-        nkeys.from_seed(bytearray(seed.strip().encode())).wipe()
-    except Exception:  # whatever it raises; it is not chained, since it may hold the seed
-        raise TransportConfigurationError(
-            f"NATS: {option} holds no seed of an NKey", "a user's seed begins with SU"
-        ) from None
