@@ -20,6 +20,8 @@ from tests.faults.test_repair import without_bridge
 
 pytestmark = pytest.mark.mutant
 
+_ATTEMPTS = 3
+
 
 def kill_the_broker(line: Line) -> Report:
     with Clients(line, adders=2, loopers=1):
@@ -35,11 +37,12 @@ def kill_the_broker(line: Line) -> Report:
 
 def freeze_the_broker(line: Line) -> Report:
     with Clients(line, adders=2, loopers=1):
-        for _ in range(2):
+        for _ in range(3):
             time.sleep(0.5)
             line.broker.freeze()
-            time.sleep(2.5)
+            line.wait(lambda document: document["transports"][0]["state"] == "not connected")
             line.broker.thaw()
+            line.wait(lambda document: document["transports"][0]["state"] == "connected")
         time.sleep(0.5)
     return line.report()
 
@@ -64,28 +67,28 @@ def compare_when_quiet(line: Line, kills: int = 0) -> Report:
     return line.ledger.compare(line.events(), kills=kills, existing=line.orthanc.existing())
 
 
-def kill_orthanc_without_cursor(line: Line) -> Report:
-    with Clients(line, adders=2):
-        for _ in range(3):
-            time.sleep(0.5)
-            line.orthanc.kill()
-            line.orthanc.start()
-        time.sleep(0.5)
-    return compare_when_quiet(line, kills=3)
-
-
-def kill_orthanc(line: Line, kills: int = 6, loopers: int = 2) -> Report:
+def kill(line: Line, kills: int, loopers: int) -> None:
     with Clients(line, adders=2, loopers=loopers):
         for _ in range(kills):
             time.sleep(random.uniform(0.2, 0.8))
             line.orthanc.kill()
             line.orthanc.start()
         time.sleep(0.5)
-    return line.report(kills=kills)
+
+
+def kill_orthanc_without_cursor(line: Line) -> Report:
+    kill(line, kills=3, loopers=0)
+    return compare_when_quiet(line, kills=3)
+
+
+def kill_orthanc(line: Line) -> Report:
+    kill(line, kills=6, loopers=2)
+    return line.report(kills=6)
 
 
 def hammer_orthanc(line: Line) -> Report:
-    return kill_orthanc(line, kills=20, loopers=4)
+    kill(line, kills=20, loopers=4)
+    return compare_when_quiet(line, kills=20)  # with a wrong anchor it need never be at rest
 
 
 def delete_the_place(line: Line) -> Report:
@@ -176,9 +179,13 @@ CASES: list[Any] = [
 def test_the_ledger_reports_what_a_protection_prevents(
     make_line: Callable[..., Line], broker: str, without: list[str], fault: Callable[[Line], Report], harm: str
 ) -> None:
-    line = make_line(broker=broker, transport=BROKERS[broker].impatient, without=without)
-    report = fault(line)
-    print(report)
-    # Under kills, far more than what can wait in memory is harm as well (tests/faults/test_capture.py).
-    beyond = report.kills and report.unrecoverable > report.kills * 400
-    assert beyond or sum(getattr(report, category) for category in harm.split()), f"nobody noticed\n{report}"
+    """Where the harm takes luck, in more than one attempt."""
+    for attempt in range(_ATTEMPTS):
+        line = make_line(f"line-{attempt}", broker=broker, transport=BROKERS[broker].impatient, without=without)
+        report = fault(line)
+        print(report)
+        # Under kills, far more than what can wait in memory is harm as well (tests/faults/test_capture.py).
+        beyond = report.kills and report.unrecoverable > report.kills * 400
+        if beyond or sum(getattr(report, category) for category in harm.split()):
+            return
+    pytest.fail(f"nobody noticed\n{report}")
