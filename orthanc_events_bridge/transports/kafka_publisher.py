@@ -41,7 +41,6 @@ _UNACCEPTABLE: Final = frozenset(
     {
         errors.MessageSizeTooLargeError.errno,
         errors.RecordListTooLargeError.errno,
-        errors.InvalidTimestampError.errno,
         87,
     }
 )

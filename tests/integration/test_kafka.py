@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from zlib import crc32
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -33,6 +35,7 @@ from orthanc_events_bridge.outbox import OutboxRow
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_cluster
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
+from orthanc_events_bridge.transports import kafka_producer
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import aside, connect, event, events, run
@@ -247,6 +250,30 @@ def test_a_limit_that_is_lowered_while_connected(server: KafkaServer, topic: str
 
 
 # The producer's numbers.
+def test_a_clock_that_is_far_ahead_sets_nothing_aside(
+    server: KafkaServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka 4 refuses what comes from more than an hour ahead."""
+    ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 2 * 3600 * 10**9)
+
+    async def main() -> None:
+        transport = kafka_transport(server.port, topic=topic)
+        await transport.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(kafka_producer, "time", ahead)
+            for count in (10, 1):
+                with failing(TransportConfigurationError, confirmed=0) as caught:
+                    await transport.publish(events(count))
+                assert "clock" in str(caught[0])
+                await transport.close()
+                await transport.connect()
+        await transport.publish(events(10))
+        await transport.close()
+
+    run(main())
+    assert max(check(read(server, topic), events(10)).values()) == 1
+
+
 
 
 class Careless(KafkaTransport):
