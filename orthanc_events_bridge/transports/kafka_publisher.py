@@ -95,6 +95,7 @@ class Publisher:
         self._largest = _LARGEST
         self._producer = Producer(options.topic, _COMPRESSIONS[options.compression], without)
         self._ends: dict[int, int] = {}  # behind the last event that we know of, in each partition
+        self._place = ("", "")  # cluster and topic
 
     async def begin(self, cluster: Cluster, topic: Topic) -> Topic:
         """Get ready to send: over a new connection, or to a topic that has changed.
@@ -103,6 +104,10 @@ class Publisher:
         :raises TransportError: that can't be.
         """
         topic = await self._ready(cluster, topic)
+        place = (cluster.id, topic.metadata.id)
+        if place != self._place:
+            self._producer.abandon()  # a cluster that was made anew gives the same ids again, to others
+            self._place = place
         if not self._producer.ready:
             await self._introduce(cluster)
         self._largest = topic.largest or self._largest

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import json
 import queue
+import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from zlib import crc32
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -34,8 +35,8 @@ from orthanc_events_bridge.events.mapping import to_outgoing
 from orthanc_events_bridge.outbox import OutboxRow
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_cluster
 from orthanc_events_bridge.testing.programs import require
-from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports import kafka_producer
+from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import aside, connect, event, events, run
@@ -249,7 +250,6 @@ def test_a_limit_that_is_lowered_while_connected(server: KafkaServer, topic: str
     assert ids(read(server, topic)) == [one.id for one in sent if one is not sent[33]]
 
 
-# The producer's numbers.
 def test_a_clock_that_is_far_ahead_sets_nothing_aside(
     server: KafkaServer, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +274,7 @@ def test_a_clock_that_is_far_ahead_sets_nothing_aside(
     assert max(check(read(server, topic), events(10)).values()) == 1
 
 
+# The producer's numbers.
 
 
 class Careless(KafkaTransport):
@@ -353,6 +354,41 @@ def test_a_producer_that_kafka_does_not_accept_any_more(server: KafkaServer, top
 
     run(main())
     assert max(check(read(server, topic), events(20)).values()) == 1
+
+
+def test_a_cluster_that_was_made_anew_takes_no_event_for_anothers(tmp_path: Path, topic: str) -> None:
+    """It gives the producers' ids of before a second time."""
+    require("kafka")
+    server = KafkaServer(tmp_path / "kafka")
+
+    async def main() -> None:
+        others = [kafka_transport(server.port, topic=topic) for _ in range(6)]
+        ours = kafka_transport(server.port, topic=topic)
+        await ours.connect()
+        await ours.publish(events(1, start=100))
+        await ours.close()
+        identity = ours._publisher._producer._id
+        await asyncio.to_thread(server.close, kill=True)
+        shutil.rmtree(server.data)
+        server.cluster = "AAAAAAAAAAAAAAAAAAAAAA"
+        await asyncio.to_thread(server.start)
+        await ours.connect()
+        for other in others:  # until one has the id that was ours
+            await other.connect()
+            if other._publisher._producer._id == identity:
+                break
+        await other.publish(events(1))
+        await ours.publish(events(1, start=1))
+        await other.publish(events(1, start=2))
+        for transport in (ours, *others):
+            await transport.close()
+
+    try:
+        server.start()
+        run(main(), seconds=180)
+        assert ids(read(server, topic)) == [one.id for one in events(3)]
+    finally:
+        server.close(kill=True)
 
 
 # Several servers.
