@@ -80,7 +80,11 @@ class _Outcome:
         if self.error is not None:
             leading = self._confirmed.find(0)
             stored = [index for index in range(leading, len(self._confirmed)) if self._confirmed[index]]
-            raise PublishError(leading, self.error, stored)
+            error = self.error
+            if leading < self._failed and isinstance(error, EventRejectedError):
+                # What is said is said of the first that is not confirmed, and that one was held back only.
+                error = RefusedError(error.message, "what stands before it is sent first, by itself")
+            raise PublishError(leading, error, stored)
 
 
 class Publisher:

@@ -506,6 +506,37 @@ def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topi
     assert copies == 1 or (copies == 2 and any("has lost the count" in problem.message for problem in problems))
 
 
+def test_the_event_that_is_too_large_is_named_and_no_other(cluster: list[KafkaServer], topic: str) -> None:
+    """Each leader answers for itself, and what was to go to another may not have been sent by then."""
+    sent: list[Outgoing] = []
+    rejected: list[Outgoing] = []
+
+    async def main() -> None:
+        transport = replicated(cluster, topic)
+        await transport.connect()
+        assert transport._topic is not None
+        leaders = transport._topic.metadata.leaders
+        led_by = {key: leaders[crc32(key.encode()) % 64 % len(leaders)] for key in KEYS}
+        mine = [key for key in KEYS if led_by[key] == led_by[KEYS[0]]]
+        another = next(key for key in KEYS if led_by[key] != led_by[KEYS[0]])
+        sent.extend([*events(200, keys=mine, size=4000), event(200, another, size=30_000)])
+        alter_topic(f"127.0.0.1:{cluster[0].admin_port}", topic, max_message_bytes="20000", min_insync_replicas="2")
+        left = list(sent)
+        while left:
+            try:
+                await transport.publish(left)
+                left = []
+            except PublishError as error:
+                left = [one for i, one in enumerate(left) if i >= error.confirmed and i not in error.stored]
+                if isinstance(error.error, EventRejectedError):
+                    rejected.append(left.pop(0))
+        await transport.close()
+
+    run(main(), seconds=120)
+    assert [one.id for one in rejected] == [sent[-1].id]
+    check(read(cluster[0], topic), sent[:-1])
+
+
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
 def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, down: int) -> None:
     problems: list[TransportError] = []
