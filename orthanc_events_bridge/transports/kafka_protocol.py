@@ -154,6 +154,11 @@ def refused(code: int, topic: str) -> TransportError:
         )
     if code == errors.InvalidTopicError.errno:
         return TransportConfigurationError(f"Kafka takes no topic of the name {topic}: {text}", "choose another name")
+    if code == errors.InvalidTimestampError.errno:  # by default, an hour ahead of the server is too far
+        return TransportConfigurationError(
+            f"this machine's clock is too far from that of Kafka's servers for the topic {topic}: {text}",
+            "set the clocks; message.timestamp.after.max.ms (and before) of the topic says how far they may differ",
+        )
     return NotConnectedError(
         f"Kafka can't serve the topic {topic} at the moment: {text}", "it is tried again by itself"
     )

@@ -41,7 +41,6 @@ _UNACCEPTABLE: Final = frozenset(
     {
         errors.MessageSizeTooLargeError.errno,
         errors.RecordListTooLargeError.errno,
-        errors.InvalidTimestampError.errno,
         87,
     }
 )
@@ -81,7 +80,11 @@ class _Outcome:
         if self.error is not None:
             leading = self._confirmed.find(0)
             stored = [index for index in range(leading, len(self._confirmed)) if self._confirmed[index]]
-            raise PublishError(leading, self.error, stored)
+            error = self.error
+            if leading < self._failed and isinstance(error, EventRejectedError):
+                # What is said is said of the first that is not confirmed, and that one was held back only.
+                error = RefusedError(error.message, "what stands before it is sent first, by itself")
+            raise PublishError(leading, error, stored)
 
 
 class Publisher:
@@ -96,6 +99,7 @@ class Publisher:
         self._largest = _LARGEST
         self._producer = Producer(options.topic, _COMPRESSIONS[options.compression], without)
         self._ends: dict[int, int] = {}  # behind the last event that we know of, in each partition
+        self._place = ("", "")  # cluster and topic
 
     async def begin(self, cluster: Cluster, topic: Topic) -> Topic:
         """Get ready to send: over a new connection, or to a topic that has changed.
@@ -104,6 +108,10 @@ class Publisher:
         :raises TransportError: that can't be.
         """
         topic = await self._ready(cluster, topic)
+        place = (cluster.id, topic.metadata.id)
+        if place != self._place:
+            self._producer.abandon()  # a cluster that was made anew gives the same ids again, to others
+            self._place = place
         if not self._producer.ready:
             await self._introduce(cluster)
         self._largest = topic.largest or self._largest

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import json
 import queue
+import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
@@ -32,6 +35,7 @@ from orthanc_events_bridge.events.mapping import to_outgoing
 from orthanc_events_bridge.outbox import OutboxRow
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_cluster
 from orthanc_events_bridge.testing.programs import require
+from orthanc_events_bridge.transports import kafka_producer
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
@@ -246,6 +250,30 @@ def test_a_limit_that_is_lowered_while_connected(server: KafkaServer, topic: str
     assert ids(read(server, topic)) == [one.id for one in sent if one is not sent[33]]
 
 
+def test_a_clock_that_is_far_ahead_sets_nothing_aside(
+    server: KafkaServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka 4 refuses what comes from more than an hour ahead."""
+    ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 2 * 3600 * 10**9)
+
+    async def main() -> None:
+        transport = kafka_transport(server.port, topic=topic)
+        await transport.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(kafka_producer, "time", ahead)
+            for count in (10, 1):
+                with failing(TransportConfigurationError, confirmed=0) as caught:
+                    await transport.publish(events(count))
+                assert "clock" in str(caught[0])
+                await transport.close()
+                await transport.connect()
+        await transport.publish(events(10))
+        await transport.close()
+
+    run(main())
+    assert max(check(read(server, topic), events(10)).values()) == 1
+
+
 # The producer's numbers.
 
 
@@ -326,6 +354,41 @@ def test_a_producer_that_kafka_does_not_accept_any_more(server: KafkaServer, top
 
     run(main())
     assert max(check(read(server, topic), events(20)).values()) == 1
+
+
+def test_a_cluster_that_was_made_anew_takes_no_event_for_anothers(tmp_path: Path, topic: str) -> None:
+    """It gives the producers' ids of before a second time."""
+    require("kafka")
+    server = KafkaServer(tmp_path / "kafka")
+
+    async def main() -> None:
+        others = [kafka_transport(server.port, topic=topic) for _ in range(6)]
+        ours = kafka_transport(server.port, topic=topic)
+        await ours.connect()
+        await ours.publish(events(1, start=100))
+        await ours.close()
+        identity = ours._publisher._producer._id
+        await asyncio.to_thread(server.close, kill=True)
+        shutil.rmtree(server.data)
+        server.cluster = "AAAAAAAAAAAAAAAAAAAAAA"
+        await asyncio.to_thread(server.start)
+        await ours.connect()
+        for other in others:  # until one has the id that was ours
+            await other.connect()
+            if other._publisher._producer._id == identity:
+                break
+        await other.publish(events(1))
+        await ours.publish(events(1, start=1))
+        await other.publish(events(1, start=2))
+        for transport in (ours, *others):
+            await transport.close()
+
+    try:
+        server.start()
+        run(main(), seconds=180)
+        assert ids(read(server, topic)) == [one.id for one in events(3)]
+    finally:
+        server.close(kill=True)
 
 
 # Several servers.
@@ -441,6 +504,37 @@ def test_leaders_that_are_lost_under_publishing(cluster: list[KafkaServer], topi
     copies = max(check(read(cluster[0], topic), sent).values())
     # With a leader its count of what a producer has sent may go: then a new producer sends again what was under way.
     assert copies == 1 or (copies == 2 and any("has lost the count" in problem.message for problem in problems))
+
+
+def test_the_event_that_is_too_large_is_named_and_no_other(cluster: list[KafkaServer], topic: str) -> None:
+    """Each leader answers for itself, and what was to go to another may not have been sent by then."""
+    sent: list[Outgoing] = []
+    rejected: list[Outgoing] = []
+
+    async def main() -> None:
+        transport = replicated(cluster, topic)
+        await transport.connect()
+        assert transport._topic is not None
+        leaders = transport._topic.metadata.leaders
+        led_by = {key: leaders[crc32(key.encode()) % 64 % len(leaders)] for key in KEYS}
+        mine = [key for key in KEYS if led_by[key] == led_by[KEYS[0]]]
+        another = next(key for key in KEYS if led_by[key] != led_by[KEYS[0]])
+        sent.extend([*events(200, keys=mine, size=4000), event(200, another, size=30_000)])
+        alter_topic(f"127.0.0.1:{cluster[0].admin_port}", topic, max_message_bytes="20000", min_insync_replicas="2")
+        left = list(sent)
+        while left:
+            try:
+                await transport.publish(left)
+                left = []
+            except PublishError as error:
+                left = [one for i, one in enumerate(left) if i >= error.confirmed and i not in error.stored]
+                if isinstance(error.error, EventRejectedError):
+                    rejected.append(left.pop(0))
+        await transport.close()
+
+    run(main(), seconds=120)
+    assert [one.id for one in rejected] == [sent[-1].id]
+    check(read(cluster[0], topic), sent[:-1])
 
 
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])
