@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +325,33 @@ def test_an_exchange_that_is_deleted_in_mid_stream(place: Place) -> None:
     assert place.ids()[-100:] == ids(sent[:100])
 
 
+@pytest.mark.parametrize("declare", [True, False])
+def test_a_history_that_was_there_before_us_is_deleted_and_gets_everything_again(place: Place, declare: bool) -> None:
+    make = (
+        lambda channel: channel.queue_declare(place.history, durable=True, arguments={"x-queue-type": "stream"}),
+        lambda channel: channel.queue_bind(place.history, place.exchange, "#"),
+    )
+    connect(place.transport())
+    rows, notebook = Rows(100), Notebook()
+
+    async def main() -> None:
+        def another() -> RabbitTransport:
+            return place.transport(declare=declare)
+
+        relay = Relay("there", another, "kind", 50, lambda name: True, rows, notebook, sleep=quickly)
+        running = asyncio.create_task(relay.run())
+        await until(lambda: relay.position == 100)
+        await asyncio.to_thread(
+            place.do, lambda channel: channel.queue_delete(place.history), *(() if declare else make)
+        )
+        rows.all.append(Rows(101).all[100])
+        relay.drain()
+        await running
+
+    run(main(), seconds=60)
+    assert len(place.ids()) == 101
+
+
 # A place that can't be used as it is.
 
 
@@ -419,6 +447,34 @@ def test_a_dead_server_among_several(place: Place) -> None:
     for servers in ((place.server, dead), (dead, place.server)):
         transport = place.transport(*servers, user="guest", password="wrong")
         assert "credentials" in refusal(transport, TransportConfigurationError)
+
+
+def test_a_name_whose_first_address_swallows_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an IPv6 address does where packets to it are dropped: it must not take all the time that there is."""
+    port = place.server.port
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.2", port), backlog=0))
+        for _ in range(3):  # its queue is full: nothing that comes now is answered
+            waiting = stack.enter_context(contextlib.closing(socket.socket()))
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            ask = loop.getaddrinfo
+
+            async def addresses(host: str, *arguments: Any, **options: Any) -> list[Any]:
+                known = ["127.0.0.2", "127.0.0.1"] if host == "rabbit.test" else [host]
+                return [found for one in known for found in await ask(one, *arguments, **options)]
+
+            monkeypatch.setattr(loop, "getaddrinfo", addresses)
+            transport = place.transport(f"amqp://rabbit.test:{port}")
+            await transport.connect()
+            await transport.publish(events(3))
+            await transport.close()
+
+        run(main())
+    assert place.ids() == ids(events(3))
 
 
 def test_a_server_that_is_stopped_has_not_lost_its_history(tmp_path: Path) -> None:
