@@ -499,3 +499,50 @@ def test_a_server_that_is_stopped_has_not_lost_its_history(tmp_path: Path) -> No
         run(main(server), seconds=120)
         found = [json.loads(message.body)["id"] for message in read_stream(url(server), "orthanc.events.history")]
     assert [one for one in found if one != event(1000).id] == ids(events(200))
+
+
+# Protections, and what they prevent.
+
+
+def test_events_outlast_a_restart_in_a_classic_queue_too(server: RabbitServer) -> None:
+    """Streams and quorum queues keep everything; a classic one, durable as it may be, what is marked as persistent."""
+    found = {}
+    for without in ((), ("persistent",)):
+        place = Place(server)
+        connect(place.transport())
+        queue = place.bind("classic")
+
+        async def main(place: Place = place, without: tuple[str, ...] = without) -> None:
+            transport = place.transport()
+            transport.without = frozenset(without)
+            await transport.connect()
+            await transport.publish(events(10))
+            await transport.close()
+
+        run(main())
+        found[without] = place, queue
+    server.restart()
+    assert {without: len(place.take(queue)) for without, (place, queue) in found.items()} == {
+        (): 10,
+        ("persistent",): 0,
+    }
+
+
+@pytest.mark.parametrize("without", [(), ("mandatory",)])
+def test_an_event_that_no_queue_takes_is_not_lost_in_silence(place: Place, without: tuple[str, ...]) -> None:
+    async def main() -> PublishError | None:
+        transport = place.transport()
+        transport.without = frozenset(without)
+        await transport.connect()
+        place.do(lambda channel: channel.queue_unbind(place.history, place.exchange, "#"))
+        try:
+            await transport.publish(events(3))
+        except PublishError as error:
+            return error
+        finally:
+            await transport.close()
+        return None
+
+    error = run(main())
+    assert place.ids() == []
+    assert (error is None) == bool(without)
