@@ -26,6 +26,7 @@ from orthanc_events_bridge.testing.servers import free_port
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
 from tests.contract.harness import connect, event, events, run
+from tests.contract.link import Link
 from tests.contract.rabbitmq_harness import administrate, read_stream
 from tests.contract.rabbitmq_tools import check_refusal, rabbit_server, rabbit_transport, refusal, until, url
 from tests.contract.relay_tools import Notebook, Rows, quickly
@@ -447,6 +448,39 @@ def test_a_dead_server_among_several(place: Place) -> None:
     for servers in ((place.server, dead), (dead, place.server)):
         transport = place.transport(*servers, user="guest", password="wrong")
         assert "credentials" in refusal(transport, TransportConfigurationError)
+
+
+class Idle(Link):
+    """A server that lets everybody in, and never does anything with an event."""
+
+    def _read(self, source: socket.socket, chunks: Any, is_client: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_client and b"orthanc-event-id" in data:
+                    source.recv(65536)  # until the client gives up
+                    break
+                chunks.put((0.0, data))
+        chunks.put((0.0, b""))
+
+
+def test_a_server_that_lets_us_in_and_does_no_work_is_left_for_the_next(place: Place) -> None:
+    """As one in the lesser part of a cluster that is torn apart."""
+    idle = Idle(place.server.port)
+    rows, notebook = Rows(50), Notebook()
+
+    async def main() -> None:
+        def make() -> RabbitTransport:
+            return place.transport(f"amqp://127.0.0.1:{idle.port}", place.server, ack_timeout=2)
+
+        relay = Relay("there", make, "kind", 10, lambda name: True, rows, notebook, sleep=quickly)
+        relay.drain()
+        await relay.run()
+
+    try:
+        run(main(), seconds=60)
+    finally:
+        idle.close()
+    assert len(place.ids()) == 50
 
 
 def test_a_name_whose_first_address_swallows_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
