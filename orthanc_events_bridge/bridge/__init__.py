@@ -140,8 +140,8 @@ class Bridge:
         try:
             fleet = self._fleet = Fleet(Source(reader, state), state, self._configuration.settings)
             for command in state.commands():
-                if command.command != "resend":  # a pause must be there before anything is sent
-                    await obey(command, fleet, state)
+                if command.command != "resend":  # every pause must be there before anything is sent
+                    await obey(command, fleet, state, running=False)
             await fleet.settle()
             # Events come and go in thousands and never in cycles: looking for those takes a tenth of a drain.
             gc.freeze()
@@ -206,14 +206,22 @@ class Bridge:
                     self._take_over(state, fleet)
                 await fleet.settle()
                 # One that is to be forgotten may have been taken out of the file a moment ago.
-                for command in [] if self._configuration.restless else state.commands():
-                    await obey(command, fleet, state)
+                if not self._configuration.restless:
+                    await self._obey(state, fleet)
                 self._note(state)
                 self._repeats.over("state")
             except OutboxError as error:  # a full disk must not end us
                 if line := self._repeats.line("state", str(error)):
                     log.error(line)
             await asyncio.sleep(_TICK)
+
+    async def _obey(self, state: State, fleet: Fleet) -> None:
+        """Do what was asked; thousands of events that are to be sent again must hold up nothing else."""
+        until = time.monotonic() + _TICK
+        for command in sorted(state.commands(), key=lambda command: command.command == "resend"):
+            await obey(command, fleet, state)
+            if time.monotonic() > until:
+                return
 
     def _take_over(self, state: State, fleet: Fleet) -> None:
         """Use changed settings: they are told to capture first, so that a failure leaves all as it was.

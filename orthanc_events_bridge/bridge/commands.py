@@ -17,9 +17,10 @@ class CannotError(Exception):
     """It can't be done; the text is for the one who asked."""
 
 
-async def obey(command: Command, fleet: Fleet, state: State) -> None:
+async def obey(command: Command, fleet: Fleet, state: State, *, running: bool = True) -> None:
     """Do what was asked, and leave an answer.
 
+    :param running: whether what is asked takes effect at once; otherwise with the fleet's first `settle`.
     :raises OutboxError: ``bridge.db`` can't be written, or the outbox not be read; the command stays.
     """
     name = command.transport
@@ -28,9 +29,9 @@ async def obey(command: Command, fleet: Fleet, state: State) -> None:
             raise CannotError(f"there is no transport {name}")
         match command.command:
             case "pause":
-                text = await _pause(name, fleet)
+                text = await _pause(name, fleet, running=running)
             case "resume":
-                text = await _resume(name, fleet)
+                text = await _resume(name, fleet, running=running)
             case "forget":
                 text = _forget(name, fleet)
             case "resend":
@@ -45,19 +46,21 @@ async def obey(command: Command, fleet: Fleet, state: State) -> None:
         state.done(command, text)
 
 
-async def _pause(name: str, fleet: Fleet) -> str:
+async def _pause(name: str, fleet: Fleet, *, running: bool) -> str:
     if fleet.options(name) is None:
         raise CannotError(f"transport {name} is not configured: nothing is sent to it")
     fleet.pause(name)
-    await fleet.settle()
+    if running:
+        await fleet.settle()
     return f"transport {name} is paused, and the outbox keeps what it has not had ({fleet.pending(name)} rows)"
 
 
-async def _resume(name: str, fleet: Fleet) -> str:
+async def _resume(name: str, fleet: Fleet, *, running: bool) -> str:
     if not fleet.paused(name):
         raise CannotError(f"transport {name} is not paused")
     fleet.resume(name)
-    await fleet.settle()
+    if running:
+        await fleet.settle()
     return f"transport {name} goes on from its position ({fleet.pending(name)} rows)"
 
 

@@ -48,6 +48,8 @@ _IDLE_LOOKS: Final = 10
 #: What the status calls a fault; any that isn't named here is a refusal.
 _FAULTS: Final = {TransportConfigurationError: "needs attention", NotConnectedError: "not connected"}
 _REFUSED: Final = "refused"
+#: The identity of a place that was there when we came, where the broker can't tell one from another.
+_FOUND: Final = "found"
 
 
 class Source(Protocol):
@@ -80,6 +82,13 @@ class _Batch:
     positions: list[int] = field(default_factory=list)  # of the events
     names: list[str] = field(default_factory=list)
     read: int = 0
+
+    def leave_out(self, positions: set[int]) -> None:
+        """Don't send the events at these positions."""
+        kept = [index for index, position in enumerate(self.positions) if position not in positions]
+        self.events = [self.events[index] for index in kept]
+        self.names = [self.names[index] for index in kept]
+        self.positions = [self.positions[index] for index in kept]
 
 
 class Relay:
@@ -326,6 +335,7 @@ class Relay:
                 if isinstance(error.error, EventRejectedError):
                     self._set_aside(batch, done, error.error)
                     done += 1
+                    batch.leave_out(self._stored)
                     continue
                 if done:
                     self._move(batch.positions[done - 1], self._progress.seq)
@@ -364,6 +374,8 @@ class Relay:
 
     def _same_place(self, identity: str) -> None:
         """Was the place at the broker deleted and made again? Then what it held is gone."""
+        if not identity and not self._progress.identity and self._transport.capabilities.identifies_place:
+            identity = _FOUND  # whatever is told of it later is told of another one
         if not identity or identity == self._progress.identity:
             return
         if self._progress.identity:

@@ -86,8 +86,9 @@ def _type_prefix(value: str) -> str:
 
 
 def _site(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]+", value) is None:
-        raise mistake("can't be used as a site", "use letters, digits, `_` and `-` only", shown=value)
+    # With what is added to it a broker has to take it: RabbitMQ's routing keys have 255 bytes at most.
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value) is None:
+        raise mistake("can't be used as a site", "use letters, digits, `_` and `-` only, 100 at most", shown=value)
     return value
 
 

@@ -27,6 +27,9 @@ from yarl import URL
 
 #: Frames of a channel that can wait to be looked at.
 _FRAMES: Final = 1000
+#: Seconds until a name's next address is tried as well: one that swallows everything would take all the time there is
+#: (RFC 8305, section 8).
+_NEXT_ADDRESS: Final = 0.25
 
 # What it says is in our own errors, and at DEBUG it would write down whole events.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
@@ -60,7 +63,7 @@ class Sockets(aiormq.connection.TransportFactory):
         self.writer: asyncio.StreamWriter | None = None
 
     async def create(self, url: URL, **arguments: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, self.writer = await asyncio.open_connection(**self._arguments)
+        reader, self.writer = await asyncio.open_connection(**self._arguments, happy_eyeballs_delay=_NEXT_ADDRESS)
         return reader, self.writer
 
     @property

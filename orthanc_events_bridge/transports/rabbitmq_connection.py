@@ -316,6 +316,10 @@ class Servers:
         self._options = options
         self._next = 0
 
+    def pass_on(self) -> None:
+        """Begin with the next one: what lets us in may still do no work, as in the lesser part of a cluster."""
+        self._next += 1
+
     async def open(self) -> Connection:
         """Connect to the first that takes us.
 
@@ -328,7 +332,7 @@ class Servers:
                     self._options, self._options.servers[self._next % len(self._options.servers)]
                 )
             except TransportError as error:
-                self._next += 1
+                self.pass_on()
                 if not isinstance(problem, TransportConfigurationError):
                     problem = error
         assert problem is not None

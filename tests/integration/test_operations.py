@@ -27,6 +27,7 @@ from orthanc_events_bridge.testing.servers import NatsServer
 from orthanc_events_bridge.transports import REGISTERED
 from tests.contract.link import Link
 from tests.integration.beside import SOURCE, Beside
+from tests.integration.webhook_tools import receiver
 from tests.integration.whole import messages, started
 
 pytestmark = pytest.mark.integration
@@ -140,6 +141,24 @@ def test_what_is_asked_while_no_bridge_runs_is_done_before_it_sends_anything(bes
     assert told(one) == before
     assert told(other) == before + more
     assert "has not done it yet" not in beside.command("transports").stdout
+
+
+def test_pauses_that_are_asked_while_no_bridge_runs_are_all_there_before_anything_is_sent(
+    beside: Beside, tmp_path: Path
+) -> None:
+    with receiver(tmp_path / "receiver") as server:
+        names = [f"hook{number}" for number in range(4)]
+        hooks = [{"type": "webhook", "name": name, "url": f"{server.url}/{name}", "probe": False} for name in names]
+        beside.configure(*hooks)
+        beside.start()
+        beside.wait(lambda: all(beside.transport(name)["state"] == "connected" for name in names))
+        beside.stop()
+        for name in names:
+            assert beside.command("transports", "pause", name).returncode == 0
+        beside.record(3)
+        beside.start()
+        beside.wait(lambda: {beside.transport(name)["state"] for name in names} == {"paused"})
+        assert [server.received(f"/{name}") for name in names] == [[]] * len(names)
 
 
 def test_a_pause_lets_the_batch_under_way_come_to_its_end(beside: Beside, stream: Make, server: NatsServer) -> None:
@@ -474,6 +493,29 @@ def test_an_event_that_was_set_aside_is_sent_again_in_the_transports_own_mode(
     else:
         assert message.event["sequence"] == f"{2:020d}"
         assert not [name for name in message.headers if name.startswith("ce-")]
+
+
+def test_events_that_are_sent_again_one_by_one_hold_up_nothing_else(beside: Beside, tmp_path: Path) -> None:
+    with receiver(tmp_path / "receiver") as server:
+        hook = {"type": "webhook", "name": "hook", "url": f"{server.url}/hook", "probe": False}
+        beside.configure(hook, {"type": "memory", "name": "other"})
+        beside.start()
+        positions = beside.record(300)
+        beside.wait_delivered("hook", "other")
+        state = State(beside.folder.bridge)
+        for position in positions:
+            state.set_aside("hook", position, "an id", "study.created", "too large")
+        state.close()
+        server.control(always={"delay": 0.5})
+        assert beside.command("set-aside", "--resend").returncode == 0
+        beside.wait_log("was sent again")
+        assert beside.command("transports", "pause", "other").returncode == 0
+        beside.configure(hook)
+        beside.wait_log(APPLIES)
+        assert len(beside.status()["set_aside"]) > 100
+        server.control(always=None)
+        beside.wait(lambda: not beside.status()["set_aside"])
+        assert len(server.received("/hook")) == 2 * len(positions)
 
 
 # -- the configuration changes -------------------------------------------------------------------------------

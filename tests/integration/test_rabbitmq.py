@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from orthanc_events_bridge.testing.servers import free_port
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
 from tests.contract.harness import connect, event, events, run
+from tests.contract.link import Link
 from tests.contract.rabbitmq_harness import administrate, read_stream
 from tests.contract.rabbitmq_tools import check_refusal, rabbit_server, rabbit_transport, refusal, until, url
 from tests.contract.relay_tools import Notebook, Rows, quickly
@@ -324,6 +326,33 @@ def test_an_exchange_that_is_deleted_in_mid_stream(place: Place) -> None:
     assert place.ids()[-100:] == ids(sent[:100])
 
 
+@pytest.mark.parametrize("declare", [True, False])
+def test_a_history_that_was_there_before_us_is_deleted_and_gets_everything_again(place: Place, declare: bool) -> None:
+    make = (
+        lambda channel: channel.queue_declare(place.history, durable=True, arguments={"x-queue-type": "stream"}),
+        lambda channel: channel.queue_bind(place.history, place.exchange, "#"),
+    )
+    connect(place.transport())
+    rows, notebook = Rows(100), Notebook()
+
+    async def main() -> None:
+        def another() -> RabbitTransport:
+            return place.transport(declare=declare)
+
+        relay = Relay("there", another, "kind", 50, lambda name: True, rows, notebook, sleep=quickly)
+        running = asyncio.create_task(relay.run())
+        await until(lambda: relay.position == 100)
+        await asyncio.to_thread(
+            place.do, lambda channel: channel.queue_delete(place.history), *(() if declare else make)
+        )
+        rows.all.append(Rows(101).all[100])
+        relay.drain()
+        await running
+
+    run(main(), seconds=60)
+    assert len(place.ids()) == 101
+
+
 # A place that can't be used as it is.
 
 
@@ -421,6 +450,67 @@ def test_a_dead_server_among_several(place: Place) -> None:
         assert "credentials" in refusal(transport, TransportConfigurationError)
 
 
+class Idle(Link):
+    """A server that lets everybody in, and never does anything with an event."""
+
+    def _read(self, source: socket.socket, chunks: Any, is_client: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_client and b"orthanc-event-id" in data:
+                    source.recv(65536)  # until the client gives up
+                    break
+                chunks.put((0.0, data))
+        chunks.put((0.0, b""))
+
+
+def test_a_server_that_lets_us_in_and_does_no_work_is_left_for_the_next(place: Place) -> None:
+    """As one in the lesser part of a cluster that is torn apart."""
+    idle = Idle(place.server.port)
+    rows, notebook = Rows(50), Notebook()
+
+    async def main() -> None:
+        def make() -> RabbitTransport:
+            return place.transport(f"amqp://127.0.0.1:{idle.port}", place.server, ack_timeout=2)
+
+        relay = Relay("there", make, "kind", 10, lambda name: True, rows, notebook, sleep=quickly)
+        relay.drain()
+        await relay.run()
+
+    try:
+        run(main(), seconds=60)
+    finally:
+        idle.close()
+    assert len(place.ids()) == 50
+
+
+def test_a_name_whose_first_address_swallows_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an IPv6 address does where packets to it are dropped: it must not take all the time that there is."""
+    port = place.server.port
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.2", port), backlog=0))
+        for _ in range(3):  # its queue is full: nothing that comes now is answered
+            waiting = stack.enter_context(contextlib.closing(socket.socket()))
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            ask = loop.getaddrinfo
+
+            async def addresses(host: str, *arguments: Any, **options: Any) -> list[Any]:
+                known = ["127.0.0.2", "127.0.0.1"] if host == "rabbit.test" else [host]
+                return [found for one in known for found in await ask(one, *arguments, **options)]
+
+            monkeypatch.setattr(loop, "getaddrinfo", addresses)
+            transport = place.transport(f"amqp://rabbit.test:{port}")
+            await transport.connect()
+            await transport.publish(events(3))
+            await transport.close()
+
+        run(main())
+    assert place.ids() == ids(events(3))
+
+
 def test_a_server_that_is_stopped_has_not_lost_its_history(tmp_path: Path) -> None:
     """Its consumers are told of an end as they are of a deletion."""
 
@@ -443,3 +533,50 @@ def test_a_server_that_is_stopped_has_not_lost_its_history(tmp_path: Path) -> No
         run(main(server), seconds=120)
         found = [json.loads(message.body)["id"] for message in read_stream(url(server), "orthanc.events.history")]
     assert [one for one in found if one != event(1000).id] == ids(events(200))
+
+
+# Protections, and what they prevent.
+
+
+def test_events_outlast_a_restart_in_a_classic_queue_too(server: RabbitServer) -> None:
+    """Streams and quorum queues keep everything; a classic one, durable as it may be, what is marked as persistent."""
+    found = {}
+    for without in ((), ("persistent",)):
+        place = Place(server)
+        connect(place.transport())
+        queue = place.bind("classic")
+
+        async def main(place: Place = place, without: tuple[str, ...] = without) -> None:
+            transport = place.transport()
+            transport.without = frozenset(without)
+            await transport.connect()
+            await transport.publish(events(10))
+            await transport.close()
+
+        run(main())
+        found[without] = place, queue
+    server.restart()
+    assert {without: len(place.take(queue)) for without, (place, queue) in found.items()} == {
+        (): 10,
+        ("persistent",): 0,
+    }
+
+
+@pytest.mark.parametrize("without", [(), ("mandatory",)])
+def test_an_event_that_no_queue_takes_is_not_lost_in_silence(place: Place, without: tuple[str, ...]) -> None:
+    async def main() -> PublishError | None:
+        transport = place.transport()
+        transport.without = frozenset(without)
+        await transport.connect()
+        place.do(lambda channel: channel.queue_unbind(place.history, place.exchange, "#"))
+        try:
+            await transport.publish(events(3))
+        except PublishError as error:
+            return error
+        finally:
+            await transport.close()
+        return None
+
+    error = run(main())
+    assert place.ids() == []
+    assert (error is None) == bool(without)

@@ -459,6 +459,7 @@ class TestOptions:
         [
             ("site: a.b", "can't be used as a site"),
             ('site: ""', "can't be used as a site"),
+            (f"site: {'x' * 101}", "can't be used as a site"),
             ("type_prefix: Org.Example", "prefix of event types"),
             ("type_prefix: org..example", "prefix of event types"),
             ("type_prefix: org.example.", "prefix of event types"),

@@ -618,6 +618,16 @@ def test_several_are_set_aside_also_at_the_ends() -> None:
     assert scene.relay.position == 3
 
 
+def test_what_was_stored_behind_one_that_is_set_aside_is_not_sent_again() -> None:
+    scene = Scene(facts(6), size=6)
+    scene.broker.script.extend([(1, EventRejectedError("a"), {2, 4}), (1, EventRejectedError("b"))])
+    scene.drain()
+    assert scene.broker.batches == [ids(1, 2, 3, 4, 5, 6), ids(4, 6)]
+    assert [(position, event) for position, event, *_ in scene.memory.aside] == [(2, "e2"), (6, "e6")]
+    assert sorted(scene.broker.stored) == ids(1, 3, 4, 5)
+    assert scene.relay.position == 6 and scene.memory.saved[-1].published == 4
+
+
 def test_refusal_behind_a_set_aside_one_begins_behind_it() -> None:
     scene = Scene(facts(3))
     scene.broker.script.extend([(1, EventRejectedError("too large")), (0, RefusedError("full"))])
@@ -736,6 +746,30 @@ def test_broker_that_can_not_tell_is_none_that_was_made_again() -> None:
     scene.drain()
     assert scene.broker.stored == ids(3)
     assert scene.memory.saved[-1].identity == "known"
+
+
+def test_place_that_was_found_and_gets_an_identity_was_made_again() -> None:
+    """RabbitMQ doesn't tell when a queue was made: one that was there before us has no name until it is another one."""
+    scene = Scene(facts(4))
+    scene.broker.identity = ""
+    scene.broker.script.extend([None, (0, NotConnectedError("gone"))])
+
+    def recreate(count: int) -> None:
+        scene.broker.identity = "2"
+        scene.broker.stored.clear()
+
+    scene.on_wait = recreate
+    scene.drain()
+    assert scene.broker.stored == ids(1, 2, 3, 4)
+
+
+def test_place_that_was_found_is_made_again_while_we_are_away() -> None:
+    scene = Scene(facts(3), progress=Progress(0, None, "", 0))
+    scene.broker.identity = ""
+    scene.drain()
+    later = Scene(facts(4), progress=scene.memory.saved[-1])
+    later.drain()
+    assert later.broker.stored == ids(1, 2, 3, 4)
 
 
 # -- status and log ------------------------------------------------------------------------------------------
