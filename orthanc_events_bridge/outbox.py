@@ -137,6 +137,9 @@ class OutboxWriter:
         #: When recording began, milliseconds since the epoch.
         self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
+        #: The Seq up to which every transport has had the log, so far as that is known. A power cut can take rows from
+        #: here that are published: where they are read again, the deletions in front of them were published as well.
+        self.published = 0
         #: How often the log was not the one of before: part of the ids of what is inferred behind that.
         self._other_logs: int = meta.get("other_logs", 0)
         with self._transaction():
@@ -201,7 +204,8 @@ class OutboxWriter:
             logs = self._other_logs + another_log
             rows = []
             for index, given in enumerate(facts):
-                for fact in (*self.resources.lost_deletions(facts, index), given):
+                known = given.seq is not None and given.seq <= self.published
+                for fact in (*(() if known else self.resources.lost_deletions(facts, index)), given):
                     position += 1
                     extra = self.resources.remember(fact, allowed, look_up)
                     inferred = fact.extra.get("inferred")

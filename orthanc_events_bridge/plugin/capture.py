@@ -5,6 +5,7 @@ Whatever goes wrong is healed in the same way: the batch goes back to the queue,
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -100,6 +101,7 @@ class Capture:
         self._heard = time.monotonic()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
+        self._held: int | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
@@ -177,6 +179,8 @@ class Capture:
             if self._outbox is not None:
                 self._outbox.abandon()
         self._upkeep.close()
+        if self._held is not None:
+            os.close(self._held)
 
     def _failed(self, error: Exception) -> None:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
@@ -206,6 +210,8 @@ class Capture:
 
     def _capture(self) -> None:
         """Anchor, catch up, and follow, until told to stop."""
+        if self._held is None:
+            self._held = self._folder.hold_outbox()
         if self._outbox is None:
             self._outbox = OutboxWriter(self._folder.outbox, time.time)
         outbox = self._outbox
@@ -444,10 +450,12 @@ class Capture:
 
         The cursor is none on a first start, and where the two logs have nothing in common.
         """
-        cursor = outbox.cursor if outbox.cursor is not None else self._upkeep.acknowledged_seq()
+        published = self._upkeep.acknowledged_seq()
+        cursor = outbox.cursor if outbox.cursor is not None else published
         if cursor is None:
             return None, None
         found = self._continuity.recognise(outbox.tail(), cursor)
+        outbox.published = published or 0 if found is None else 0
         return (cursor, None) if found is None else (found.going_on, found)
 
     def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:

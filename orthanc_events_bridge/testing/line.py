@@ -163,11 +163,15 @@ class Line:
         """What a plain client of the broker reads."""
         return self.broker.read()
 
-    def report(self, *, kills: int = 0) -> Report:
-        """Settle, and compare both ends."""
+    def report(self, *, kills: int = 0, forgotten: Iterable[tuple[str, str]] = ()) -> Report:
+        """Settle, and compare both ends; see `Ledger.compare`."""
         self.settle()
         return self.ledger.compare(
-            self.events(), kills=kills, existing=self.orthanc.existing(), log=self.orthanc.changes()
+            self.events(),
+            kills=kills,
+            existing=self.orthanc.existing(),
+            log=self.orthanc.changes(),
+            forgotten=forgotten,
         )
 
 
