@@ -58,9 +58,8 @@ class Folder:
             # A folder that others use too (/tmp, say) is left as it is: our files are closed to others
             # anyway.
             ours = all(path.name.startswith(("outbox.", "bridge.")) for path in self.path.iterdir())
-            found = self.path.stat()
-            # Asked for in vain on a disk that is read-only for now, which must not end recording for good.
-            if ours and found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            # Not without need: on a disk that is read-only for now it fails, and recording would have ended for good.
+            if ours and (found := self.path.stat()).st_uid == os.geteuid() and found.st_mode & 0o077:
                 self.path.chmod(0o700)
         except OSError as error:
             raise FolderError(

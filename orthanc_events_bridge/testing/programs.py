@@ -156,7 +156,8 @@ _FINDERS: dict[str, Callable[[], Path]] = {
 def require(*components: str) -> None:
     """End the running test where a component can't be had: skipped with the reason, or failed in CI.
 
-    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``, ``storescu``.
+    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``,
+        ``storescu``.
     """
     for component in components:
         try:
