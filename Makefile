@@ -27,7 +27,7 @@ demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; 
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
 
 test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker faketime
 	$(BESIDE)
 	$(CONTAINED)
 
@@ -47,11 +47,11 @@ test-integration: ## the way from a DICOM file to the stream, on real servers
 	$(BESIDE) $(wildcard tests/integration tests/e2e)
 
 test-faults: ## kills, freezes, full disks, on real servers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka faketime
 	$(BESIDE) tests/faults
 
 test-slow: ## only what `make test` leaves out: the long forms
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka faketime
 	$(PYTEST) --durations=10 -m slow
 
 test-mutants: ## each protection switched off: the ledger must report the harm

@@ -6,6 +6,7 @@ Standard library only: Orthanc's process, the bridge and the command line use it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from orthanc_events_bridge.errors import FolderError
+
+with contextlib.suppress(ImportError):  # not on Windows, where the plugin does not run
+    import fcntl
 
 ENVIRONMENT: Final = "ORTHANC_EVENTS_OUTBOX"
 DEFAULT_NAME: Final = "orthanc-events"
@@ -32,6 +36,7 @@ class Folder:
     :ivar outbox: written by capture alone (rows, log cursor).
     :ivar bridge: written by the bridge (positions, status, settings) and, for commands, by the command line.
     :ivar lock: held by the one bridge that works on this outbox.
+    :ivar outbox_lock: held by the one process that records into it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +44,7 @@ class Folder:
         self.outbox = path / "outbox.db"
         self.bridge = path / "bridge.db"
         self.lock = path / "bridge.lock"
+        self.outbox_lock = path / "outbox.lock"
 
     def prepare(self) -> None:
         """Make the folder, readable by its owner only, and check that it is on a local disk.
@@ -51,8 +57,9 @@ class Folder:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # A folder that others use too (/tmp, say) is left as it is: our files are closed to others
             # anyway.
-            ours = all(path.name.startswith(("outbox.db", "bridge.")) for path in self.path.iterdir())
-            if ours and self.path.stat().st_uid == os.geteuid():
+            ours = all(path.name.startswith(("outbox.", "bridge.")) for path in self.path.iterdir())
+            # Not without need: on a disk that is read-only for now it fails, and recording would have ended for good.
+            if ours and (found := self.path.stat()).st_uid == os.geteuid() and found.st_mode & 0o077:
                 self.path.chmod(0o700)
         except OSError as error:
             raise FolderError(
@@ -66,6 +73,30 @@ class Folder:
                 f"name a folder on a local disk in {ENVIRONMENT}, or in Orthanc's configuration as "
                 '"OrthancEvents": {"Outbox": …}',
             )
+
+    def hold_outbox(self) -> int:
+        """Keep every other process from recording into this outbox, for as long as the returned descriptor is open.
+
+        The lock is the process's own (POSIX): it goes with a killed one, a child doesn't inherit it, and an interpreter
+        that Orthanc makes anew in the same process gets it again.
+
+        :raises FolderError: another process holds it, or the file can't be opened.
+        """
+        try:
+            descriptor = os.open(self.outbox_lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise FolderError(
+                f"{self.outbox_lock} can't be opened: {error.strerror}", "free or mend its disk"
+            ) from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise FolderError(
+                f"another process records into the outbox {self.path}",
+                "stop it, or give each Orthanc an outbox of its own",
+            ) from error
+        return descriptor
 
 
 def find(configuration: Mapping[str, Any] | None, base: Path, environment: Mapping[str, str]) -> Folder:

@@ -130,13 +130,18 @@ class OutboxWriter:
         elif version == 1:
             self._db.executescript(f"BEGIN IMMEDIATE; {resources.FROM_1} PRAGMA user_version = {VERSION}; COMMIT;")
         self._db.execute("PRAGMA journal_size_limit = 33554432")
-        self.resources = resources.Resources(self._db)
         meta = self._meta()
+        self.resources = resources.Resources(self._db, meta.get("resources"))
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
         self.cursor: int | None = meta.get("cursor")
         #: When recording began, milliseconds since the epoch.
         self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
+        #: The Seq up to which every transport has had the log, so far as that is known. A power cut can take rows from
+        #: here that are published: where they are read again, the deletions in front of them were published as well.
+        self.published = 0
+        #: How often the log was not the one of before: part of the ids of what is inferred behind that.
+        self._other_logs: int = meta.get("other_logs", 0)
         with self._transaction():
             if meta.get("open"):  # nobody closed it
                 self._db.execute("INSERT INTO jumps VALUES (?, ?)", (self.position, self.position + JUMP))
@@ -176,14 +181,19 @@ class OutboxWriter:
         settings: int,
         look_up: Callable[[str, str], dict[str, str] | None],
         *,
+        emptied: bool = False,
         another_log: bool = False,
+        note: tuple[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Record facts and the log cursor, in one transaction: all or nothing.
 
         :param settings: the number of the settings that shape their events.
         :param look_up: (level, id) → the parents by Orthanc's word, asked where neither the callbacks nor the
             outbox know them; none when the resource is gone.
-        :param another_log: from here on it is another one, and the remembered rows say nothing of it.
+        :param emptied: the log was emptied: of the remembered rows nothing can be there any more.
+        :param another_log: from here on it is another one, and the remembered rows say nothing of it. What was
+            inferred before can happen once more, and then is another fact.
+        :param note: what is to be kept with them (see `note`): key and document.
         :raises OutboxFullError: the disk is full or read-only.
         :raises OutboxError: the file can't be written.
         """
@@ -191,12 +201,16 @@ class OutboxWriter:
             position = self.position
             recorded = int(self._now() * 1000)
             allowed = self._allowed_tags(settings)
+            logs = self._other_logs + another_log
             rows = []
             for index, given in enumerate(facts):
-                for fact in (*self.resources.lost_deletions(facts, index), given):
+                known = given.seq is not None and given.seq <= self.published
+                for fact in (*(() if known else self.resources.lost_deletions(facts, index)), given):
                     position += 1
                     extra = self.resources.remember(fact, allowed, look_up)
-                    minted = None if fact.date is not None or fact.extra.get("inferred") else str(uuid.uuid4())
+                    inferred = fact.extra.get("inferred")
+                    minted = None if fact.date is not None or inferred else str(uuid.uuid4())
+                    date = f"{fact.date or ''}/{logs}" if inferred and logs else fact.date
                     rows.append(
                         (
                             position,
@@ -205,7 +219,7 @@ class OutboxWriter:
                             fact.resource,
                             fact.at,
                             fact.seq,
-                            fact.date,
+                            date,
                             minted,
                             recorded,
                             settings,
@@ -213,11 +227,13 @@ class OutboxWriter:
                         )
                     )
             self._db.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
-            if another_log:
+            if emptied or another_log:
                 self._db.execute("DELETE FROM tail")
             self._write_tail(facts)
-            self._set(cursor=cursor, position=position)
-        self.cursor, self.position = cursor, position
+            if note is not None:
+                self._set(**{f"note.{note[0]}": json.dumps(note[1])})
+            self._set(cursor=cursor, position=position, resources=self.resources.count, other_logs=logs)
+        self.cursor, self.position, self._other_logs = cursor, position, logs
 
     def move_cursor(self, cursor: int) -> None:
         """Pass over a part of the log without recording it.
@@ -233,6 +249,12 @@ class OutboxWriter:
         return frozenset(json.loads(row[0]).get("tags", ())) if row else frozenset()
 
     # -- the log's last rows, to recognise a restored database -----------------------------------------------
+
+    def last_recorded(self) -> int:
+        """When the newest row was recorded, milliseconds since the epoch; 0 where there is none."""
+        with translated(self._path):
+            row = self._db.execute("SELECT recorded FROM rows ORDER BY position DESC LIMIT 1").fetchone()
+        return int(row[0]) if row else 0
 
     def tail(self) -> list[Row]:
         """The last rows of the log that were read, oldest first."""

@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS resources (
 """
     + _INDEXES
 )
+#: What is needed beside it to find the instances of a series, where their deletions are inferred.
+_MEMBERS: Final = "CREATE INDEX IF NOT EXISTS members ON resources (parent) WHERE level = 'instance'"
 #: Makes the table of an outbox of version 1 this one.
 FROM_1: Final = (
     """
@@ -51,16 +53,18 @@ LookUp = Callable[[str, str], dict[str, str] | None]
 class Resources:
     """To be used by the outbox's writer, inside of its transactions.
 
-    :ivar count: of all entries.
+    :param count: of all entries, where it is known: counting reads the whole table.
+    :ivar count: the same.
     """
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, count: int | None = None) -> None:
         self._db = db
+        self._by_series = False
         #: Series, studies and patients that are in the table with their parents: most facts are about them again.
         self._known: set[str] = set()
         #: And those that are marked as growing.
         self._growing: set[str] = set()
-        self.count: int = db.execute("SELECT count(*) FROM resources").fetchone()[0]
+        self.count: int = db.execute("SELECT count(*) FROM resources").fetchone()[0] if count is None else count
 
     def forget_cache(self, count: int) -> None:
         """A transaction was rolled back: what it wrote is not there."""
@@ -121,11 +125,17 @@ class Resources:
         for one in sorted(run, key=lambda one: _CREATIONS[one.change]):
             assert one.resource is not None
             known = self.find(one.resource)
-            if known is not None and known.born is not None and known.born != one.seq:
-                gone = [*self.below(known), known]
-                if one is not fact and (own := self.find(fact.resource)) is not None and own not in gone:
-                    gone.insert(0, own)
-                return [deletion(resource, fact.at) for resource in gone]
+            if known is None or known.born == one.seq:
+                continue
+            # An instance's creation makes entries for those above it, whose own creations follow. In front of such a
+            # run, if it is whole, an entry of before our time is proof as well.
+            if known.born is None and (fact.change != "NewInstance" or fact.parents is None):
+                continue
+            gone = [below for above in self.below(known) for below in (*self.members(above), above)]
+            gone += [*self.members(known), known]
+            if one is not fact and (own := self.find(fact.resource)) is not None and own not in gone:
+                gone.insert(0, own)
+            return [deletion(resource, fact.at) for resource in gone]
         return []
 
     # -- what repair asks --------------------------------------------------------------------------------------------
@@ -138,6 +148,8 @@ class Resources:
 
     def below(self, resource: Resource) -> list[Resource]:
         """The series and studies below it that are known, children first."""
+        if resource.level not in ("patient", "study"):
+            return []
         found: list[Resource] = []
         for row in self._db.execute(
             "SELECT level, id, parent, born FROM resources WHERE parent = ? AND level <> 'instance' ORDER BY id",
@@ -146,6 +158,31 @@ class Resources:
             child = _resource(row)
             found += [*self.below(child), child]
         return found
+
+    def is_childless(self, resource: Resource) -> bool:
+        """Whether no series or study below it is known."""
+        found = self._db.execute(
+            "SELECT 1 FROM resources WHERE parent = ? AND level <> 'instance' LIMIT 1", (packed(resource.id),)
+        )
+        return found.fetchone() is None
+
+    def index_instances(self, wanted: bool) -> None:
+        """Keep what `members` needs, or don't: about 50 bytes more for each instance.
+
+        Making it reads the whole table: about a second for each million of instances.
+        """
+        self._db.execute(_MEMBERS if wanted else "DROP INDEX IF EXISTS members")
+        self._by_series = wanted
+
+    def members(self, series: Resource) -> list[Resource]:
+        """The instances of a series that are known; none unless `index_instances` was asked to keep them found."""
+        if not self._by_series or series.level != "series":
+            return []
+        rows = self._db.execute(
+            "SELECT level, id, parent, born FROM resources WHERE parent = ? AND level = 'instance' ORDER BY id",
+            (packed(series.id),),
+        ).fetchall()
+        return [_resource(row) for row in rows]
 
     def page(self, level: str, after: str, limit: int) -> list[Resource]:
         """Patients, studies or series behind an id, in the order of their ids."""
@@ -156,23 +193,11 @@ class Resources:
         )
         return [_resource(row) for row in rows]
 
-    def instances(self, after: str, limit: int) -> tuple[list[Resource], str]:
-        """The instances among the entries behind an id; and the last id that was looked at, empty at the end."""
-        rows = self._db.execute(
-            "SELECT level, id, parent, born FROM resources WHERE id > ? ORDER BY id LIMIT ?", (packed(after), limit)
-        ).fetchall()
-        return [_resource(row) for row in rows if row[0] == "instance"], unpacked(rows[-1][1]) if rows else ""
-
     def growing(self) -> list[Resource]:
         """Those that got an instance since they were last told to be stable: series, then studies, then patients."""
         rows = self._db.execute("SELECT level, id, parent, born FROM resources WHERE growing").fetchall()
         order = {level: place for place, level in enumerate(_ABOVE_INSTANCES)}
         return sorted(map(_resource, rows), key=lambda one: (order.get(one.level, 3), one.id))
-
-    def forget(self, resources: Sequence[Resource]) -> None:
-        """Drop entries without a word."""
-        for resource in resources:
-            self._drop(resource.id)
 
     # -- the table ---------------------------------------------------------------------------------------------------
 

@@ -2,16 +2,17 @@
 # `make setup`: what demo and tests need. On Debian, as root, it installs the missing system packages; everywhere
 # it makes .venv from the hashed lock, with this tree installed in it. Where nothing is missing it is silent.
 #
-#   scripts/bootstrap.sh [rabbitmq] [kafka] [docker]
+#   scripts/bootstrap.sh [rabbitmq] [kafka] [docker] [faketime]
 #
 # Orthanc, its Python plugin, DCMTK and NATS always; these only where they are named:
 #
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
 # docker            a container engine, from Debian
+# faketime          a library that gives a process another clock, from Debian
 #
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
-# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS
+# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS, FAKETIME_LIBRARY
 #                   where these are, if not in the usual places
 # PIP_*, proxies, certificates: pip and apt find them in the environment as ever.
 set -euo pipefail
@@ -78,6 +79,10 @@ kafka_jars=.cache/kafka-$kafka_version
 # It comes into its place as a whole, or not at all.
 has_kafka() { [ -n "${KAFKA_JARS:-}" ] || [ -d "$kafka_jars" ]; }
 
+has_faketime() {
+    [ -n "${FAKETIME_LIBRARY:-}" ] || compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null
+}
+
 has_venv() { [ -x .venv/bin/python ] || "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 
 # Debian's pip reads the certificates of the system.
@@ -99,6 +104,7 @@ missing_packages() {
         command -v dockerd >/dev/null || echo docker.io
         command -v debootstrap >/dev/null || echo debootstrap
     fi
+    if wanted faketime; then has_faketime || echo libfaketime; fi
 }
 
 # The package's maintainer scripts ask /usr/sbin/policy-rc.d before they start a service. Ours says no, so that no
@@ -238,8 +244,8 @@ environment() {
 components=$*
 for component in $components; do
     case $component in
-        rabbitmq | kafka | docker) ;;
-        *) die "there is no component $component: rabbitmq, kafka, docker" ;;
+        rabbitmq | kafka | docker | faketime) ;;
+        *) die "there is no component $component: rabbitmq, kafka, docker, faketime" ;;
     esac
 done
 

@@ -3,7 +3,7 @@
 # and from what setup has fetched (the nats-server of .venv, Kafka's jars in .cache). What is built already is left as
 # it is: the tags stand for the files that an image is built from. Needs a container engine that answers.
 #
-#   scripts/images.sh [nats|rabbitmq|kafka|webhook…]     default: all
+#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc…]     default: all
 #
 # PYTHON            the interpreter that has this project (default: .venv/bin/python)
 # DEBIAN_MIRROR     as docker/base/build.sh says
@@ -35,6 +35,12 @@ collect() {
         kafka)
             mkdir "$2/libs"
             cp .cache/kafka-*/*.jar "$2/libs/"
+            ;;
+        orthanc)
+            # For the image's Python, which is another one than this machine's; without nkeys, which has no wheel.
+            awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$2/requirements.txt"
+            "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site" --no-deps --require-hashes \
+                --only-binary :all: --implementation cp --python-version 3.13 -r "$2/requirements.txt"
             ;;
     esac
 }
@@ -74,7 +80,7 @@ command -v "$python" >/dev/null || die "$python is missing: make setup"
 declare -A tags
 while read -r kind tag; do tags[$kind]=$tag; done < <("$python" -m orthanc_events_bridge.testing.images)
 missing=()
-if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook; fi
+if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc; fi
 for kind in "$@"; do
     [ "${tags[$kind]:--}" != - ] || die "$kind: there is nothing to build it from; make setup fetches what is missing"
     if ! there "${tags[$kind]}"; then missing+=("$kind"); fi

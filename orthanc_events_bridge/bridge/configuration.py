@@ -77,7 +77,9 @@ class Configuration:
                 "source is another one: what is recorded from now on has ids under it, and consumers take it for the"
                 " events of another Orthanc"
             )
-        if self.settings.capture != before.capture:
+        if self.settings.capture.infer_instances != before.capture.infer_instances:
+            log.warning("a changed capture.infer_instances takes effect when Orthanc starts")
+        if self.settings.capture.start != before.capture.start:
             log.warning("a changed capture.start has no effect: it is about the very first start only")
 
     def _look(self) -> tuple[int, ...] | None:

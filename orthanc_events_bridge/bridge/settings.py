@@ -141,6 +141,13 @@ class CaptureSettings(Options):
         description="What the very first start records: `now` only what changes from then on, `log` also "
         "what Orthanc's change log still holds.",
     )
+    infer_instances: bool = Field(
+        default=False,
+        description="Whether it is also inferred that single instances were deleted while nobody listened (of series, "
+        "studies and patients it always is). It costs a question to Orthanc for each series at every start, 0.1 ms of "
+        "its time each with Orthanc 1.10 and 1.4 ms with 1.13, and 50 bytes on the disk for each instance. A change "
+        "takes effect when Orthanc starts.",
+    )
 
 
 class OutboxSettings(Options):
@@ -289,6 +296,7 @@ class Settings(Options):
         """The settings that capture needs: ``max_bytes`` in bytes or None, ``keep`` in seconds."""
         return {
             "start": self.capture.start,
+            "infer_instances": self.capture.infer_instances,
             "max_bytes": self.outbox.max_bytes,
             "on_full": self.outbox.on_full,
             "keep": self.outbox.keep,

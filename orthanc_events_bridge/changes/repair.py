@@ -6,36 +6,50 @@ with ``inferred`` in place of Seq, and with a date that makes a second inference
 - a deletion: the Seq of the resource's creation, as text; empty where that was before our time;
 - a stable event, a creation: the resource's ``LastUpdate``, as Orthanc spells it; it moves with each instance.
 
+Where a database was put back, what was told before can happen once more, and is another fact then: behind the n-th log
+that was not the one of before, the outbox appends ``/n`` to that date.
+
 **Stable.** Orthanc keeps the timers of ``StableAge`` in memory. A resource that had got an instance, and was not told
 to be stable, when Orthanc ended has no timer any more; it gets one if another instance comes. So what was growing at
 the start, and has got nothing for ``StableAge`` since, is told to be stable, if Orthanc says that it is.
 
-**Deletions.** What was announced and isn't there has been deleted. While Orthanc runs, the callback of a deletion may
-still be on its way, and must not be told twice. Callbacks come in the order of the commits, so a resource that is
-missing is a suspect until a logged change was recorded that is younger than the look, or no callback has come for a
-while; if nothing was heard of its deletion by then, nothing will be.
+**Deletions.** What was announced and isn't there has been deleted.
 
-**Creations.** Where the log was not the one that was read before, what is there and was never announced is announced:
-patients, studies and series that have received something since recording began. They are strangers until then, for the
-same reason.
+**Creations** (`orthanc_events_bridge.changes.strangers`). Where the log was not the one that was read before, what is
+there and was never announced is.
+
+While Orthanc runs, its own word on all of these may still be on its way, and nothing must be told twice: what a look
+has shown is in doubt until everything that was committed before it is recorded (`Doubts`). Should Orthanc's word come
+even later, which takes a callback that was held up for longer than `CALM`, it is dropped (`Repair.news`).
 
 All of it is bounded work: a few questions at a time, from where the last look ended, also across restarts.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, Protocol
 
 from orthanc_events_bridge.changes.log import date_to_ms
 from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.strangers import Strangers
+from orthanc_events_bridge.changes.walk import CALM, Doubts, Walk
+from orthanc_events_bridge.errors import LogUnavailableError
 
-#: Seconds without any callback, behind which a deletion that was not heard of never will be.
-CALM: Final = 2.0
+__all__ = ["CALM", "Registry", "Repair", "deletion"]
+
 #: Questions to Orthanc in one step; 0.1 to 1.4 ms each.
 _QUESTIONS: Final = 10
 _PAGE: Final = 50
+#: Facts at once, so that one transaction stays short.
+_FACTS: Final = 200
+#: No further looks while so many resources are missing and not told yet.
+_MISSING: Final = 1000
+#: How often Orthanc may fail to answer about a resource, answering all else, before it is passed over.
+_REFUSALS: Final = 3
+#: So many inferred facts are remembered, in case Orthanc says them after all.
+_REMEMBERED: Final = 10_000
 _STABLE: Final = {"series": "StableSeries", "study": "StableStudy", "patient": "StablePatient"}
 _ORDER: Final = {"instance": 0, "series": 1, "study": 2, "patient": 3}
 _GROWN: Final = ("series", "study", "patient")
@@ -46,8 +60,9 @@ class Registry(Protocol):
 
     def find(self, resource: str) -> Resource | None: ...
     def below(self, resource: Resource) -> list[Resource]: ...
+    def members(self, series: Resource) -> list[Resource]: ...
+    def is_childless(self, resource: Resource) -> bool: ...
     def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
-    def instances(self, after: str, limit: int) -> tuple[list[Resource], str]: ...
     def growing(self) -> list[Resource]: ...
 
 
@@ -67,13 +82,15 @@ class Repair:
     :param ask: Orthanc's answer about a resource, by level and id; none when it is gone.
     :param tip: the counter of Orthanc's log.
     :param studies: so many ids of studies that Orthanc has, from an index on.
+    :param received: when Orthanc received an instance, as it spells dates; empty where it can't say.
     :param now: seconds, monotonic.
     :param wall: seconds since the epoch.
     :param stable_age: Orthanc's ``StableAge``, seconds.
     :param began: when recording began, milliseconds since the epoch.
-    :param instances: whether deletions of instances are inferred as well: a question for each that Orthanc has.
-    :param place: where an earlier walk ended, as `place` gave it.
+    :param instances: whether deletions of instances are inferred as well: a question for each series.
+    :param place: where an earlier run ended, as `place` gave it.
     :ivar inferred: how many facts were inferred so far, by their change.
+    :ivar passed_over: how many resources Orthanc could not answer about.
     """
 
     def __init__(
@@ -82,67 +99,111 @@ class Repair:
         ask: Callable[[str, str], Mapping[str, Any] | None],
         tip: Callable[[], int],
         studies: Callable[[int, int], Sequence[str]],
+        received: Callable[[str], str],
         now: Callable[[], float],
         wall: Callable[[], float],
         *,
         stable_age: float,
         began: int = 0,
         instances: bool = False,
-        place: str = "",
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         self._registry = registry
-        self._ask = ask
+        self._orthanc = ask
         self._tip = tip
-        self._studies = studies
-        self._began = began // 1000 * 1000  # LastUpdate has whole seconds
         self._now = now
         self._wall = wall
         self._stable_age = stable_age
-        self._levels = ("instance", "study", "patient", "series") if instances else ("study", "patient", "series")
+        self._instances = instances
+        # With instances the series come first, so that those in them are told before them.
+        self._levels = ("series", "study", "patient") if instances else ("study", "patient", "series")
         self._due = 0.0
-        self._growing: dict[str, Resource] = {}
-        self._walk = _Walk(place) if place else None
-        self._suspects: dict[str, tuple[Resource, int, float]] = {}
-        self._listed: int | None = None
-        self._strangers: dict[str, tuple[str, int, float]] = {}
+        #: What may be stable without being told so, and since when at least it must have got something for that.
+        self._growing: dict[str, tuple[Resource, int]] = {}
+        self._resting = Doubts[tuple[str, str]](now)
+        place = place or {}
+        self._walk = Walk(str(place["place"])) if place.get("place") else None
+        self._missing = Doubts[Resource](now)
+        #: What is looked for behind another log: received something since then. And what was told meanwhile.
+        self._since = 0
+        self._calmed: set[str] = set()
+        self._strangers = Strangers(registry, self._ask, tip, studies, received, now, began, place.get("listed"))
+        self._last_asked = ""
+        self._refused: dict[str, int] = {}
+        self._told_gone: dict[str, None] = {}
+        self._told_there: dict[str, int] = {}
         self.inferred: dict[str, int] = {}
+        self.passed_over = 0
 
     @property
     def active(self) -> bool:
         """Whether there is something left to do."""
-        looking = self._walk or self._listed is not None
-        return bool(looking or self._growing or self._suspects or self._strangers)
+        return bool(self._walk or self._growing or self._resting or self._missing or self._strangers.active)
 
     @property
-    def place(self) -> str:
-        """Where the walk is, to be kept over restarts; empty when it is over."""
-        return str(self._walk) if self._walk else ""
+    def place(self) -> dict[str, Any]:
+        """What is to be kept over restarts."""
+        return {"place": str(self._walk) if self._walk else "", "listed": self._strangers.place}
 
     def begin(self) -> None:
         """Orthanc has started, and everything that it had logged by then is recorded."""
         self._due = self._now() + self._stable_age
-        self._growing = {one.id: one for one in self._registry.growing()}
+        self._growing = {one.id: (one, 0) for one in self._registry.growing()} | self._growing
         self.compare()
 
     def compare(self) -> None:
         """Something may have been missed: look for deletions, once around."""
-        self._walk = _Walk(str(self._walk) if self._walk else f"{self._levels[0]}:")
+        self._walk = Walk(str(self._walk) if self._walk else f"{self._levels[0]}:")
 
-    def announce(self) -> None:
-        """The log was another one: look for what was never announced, and for deletions."""
-        self._listed = 0
+    def announce(self, since: int = 0) -> None:
+        """The log was another one: look for what was never announced, and for deletions.
+
+        :param since: what has received something since then (milliseconds since the epoch), and was not told to be
+            stable, may be so; 0 where the callbacks have told it all.
+        """
+        self._since = since or self._since
+        self._strangers.begin()
         self.compare()
+
+    # -- what Orthanc says ---------------------------------------------------------------------------------------------
+
+    def news(self, facts: Iterable[Fact]) -> list[Fact]:
+        """Leave out what was inferred already, because Orthanc took very long to say it."""
+        kept: list[Fact] = []
+        for fact in facts:
+            resource = fact.resource or ""
+            if fact.change == "Deleted":
+                self._told_there.pop(resource, None)
+                if resource in self._told_gone:
+                    del self._told_gone[resource]
+                    if self._registry.find(resource) is None:
+                        continue
+            elif fact.change.startswith("New") and fact.change != "NewChildInstance":
+                self._told_gone.pop(resource, None)
+                if fact.seq is not None and fact.seq <= self._told_there.get(resource, 0):
+                    continue
+            kept.append(fact)
+        return kept
 
     def recorded(self, facts: Iterable[Fact]) -> None:
         """Facts that Orthanc told were recorded: what still grows has a timer again."""
-        if not self._growing:
-            return
         for fact in facts:
+            resource = fact.resource or ""
             if fact.change == "NewInstance":
                 for level in _GROWN:
-                    self._growing.pop((fact.parents or {}).get(level, ""), None)
-            elif fact.change == "NewChildInstance" or fact.change.startswith("Stable"):
-                self._growing.pop(fact.resource or "", None)
+                    self._has_timer((fact.parents or {}).get(level, ""))
+            elif fact.change in ("NewChildInstance", "Deleted") or fact.change.startswith("Stable"):
+                self._has_timer(resource)
+                if self._since and fact.change != "NewChildInstance":
+                    self._calmed.add(resource)
+            if fact.change == "Deleted" and fact.level == "study":
+                self._strangers.deleted()
+
+    def _has_timer(self, resource: str) -> None:
+        self._growing.pop(resource, None)
+        self._resting.drop(resource)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def step(self, cursor: int, calm: float) -> list[Fact]:
         """Do a little.
@@ -150,13 +211,26 @@ class Repair:
         :param cursor: the last Seq that is recorded.
         :param calm: seconds since the last callback came; none is waiting.
         :return: facts to be recorded now, and then to be handed to `done`; those that are not, come again.
-        :raises LogUnavailableError: Orthanc can't answer now; call again.
+        :raises LogUnavailableError: Orthanc can't answer now; call again, a while later.
         """
-        facts = self._confirmed(cursor, calm) or self._creations(cursor, calm) or self._stable()
-        if not facts and self._listed is not None:
-            self._list()
-        elif not facts and self._walk:
-            self._look()
+        try:
+            return self._step(cursor, calm)
+        except LogUnavailableError:
+            self._tip()  # where that fails too, it is not about this resource
+            refused = self._refused[self._last_asked] = self._refused.get(self._last_asked, 0) + 1
+            self.passed_over += refused == _REFUSALS
+            raise
+
+    def _step(self, cursor: int, calm: float) -> list[Fact]:
+        self._last_asked = ""
+        facts = self._deletions(cursor, calm) or self._creations(cursor, calm) or self._stable(cursor, calm)
+        if not facts:
+            if self._growing and self._now() >= self._due:
+                self._look_at_growing()
+            elif self._strangers.looking:
+                self._look_at_listed()
+            elif self._walk and len(self._missing) < _MISSING:
+                self._look(self._walk)
         return facts
 
     def done(self, facts: Iterable[Fact]) -> None:
@@ -164,58 +238,72 @@ class Repair:
         for fact in facts:
             self.inferred[fact.change] = self.inferred.get(fact.change, 0) + 1
             resource = fact.resource or ""
+            self._has_timer(resource)
             if fact.change == "Deleted":
-                self._suspects.pop(resource, None)
-            elif fact.change.startswith("Stable"):
-                self._growing.pop(resource, None)
-            else:  # a creation; it may well be stable by now
-                self._strangers.pop(resource, None)
-                self._growing[resource] = Resource(fact.level, resource, None, None)
+                self._missing.drop(resource)
+                _remember(self._told_gone, resource, None)
+            elif not fact.change.startswith("Stable"):  # a creation; it may well be stable by now
+                _remember(self._told_there, resource, self._strangers.told(resource))
+                self._growing[resource] = (Resource(fact.level, resource, None, None), 0)
+
+    def _ask(self, level: str, resource: str) -> Mapping[str, Any] | None:
+        self._last_asked = resource
+        return self._orthanc(level, resource)
+
+    def _is_mute(self, resource: str) -> bool:
+        """Whether Orthanc has failed to answer about it often enough."""
+        return self._refused.get(resource, 0) >= _REFUSALS
 
     # -- stable --------------------------------------------------------------------------------------------------------
 
-    def _stable(self) -> list[Fact]:
-        if not self._growing or self._now() < self._due:
-            return []
-        facts: list[Fact] = []
-        for one in list(self._growing.values())[:_QUESTIONS]:
-            answer = self._ask(one.level, one.id)
-            if answer is None or not answer.get("IsStable"):
-                # What isn't there, the walk finds; what isn't stable has a timer, whose end Orthanc will tell.
+    def _look_at_growing(self) -> None:
+        stable: list[tuple[Resource, str]] = []
+        for one, since in list(islice(self._growing.values(), _QUESTIONS)):
+            answer = None if self._is_mute(one.id) else self._ask(one.level, one.id)
+            # What isn't there, the walk finds; what isn't stable has a timer, whose end Orthanc will tell.
+            if answer is None or not answer.get("IsStable") or date_to_ms(str(answer.get("LastUpdate"))) < since:
                 del self._growing[one.id]
-                continue
-            date = str(answer.get("LastUpdate") or "")
-            extra = {"inferred": True}
-            facts.append(Fact(_STABLE[one.level], one.level, one.id, date_to_ms(date), None, date, None, extra))
-        return facts
+            else:
+                stable.append((one, str(answer.get("LastUpdate") or "")))
+        if stable:
+            tip = self._tip()
+            for one, date in stable:
+                del self._growing[one.id]
+                self._resting.add(one.id, (one.level, date), tip)
+
+    def _stable(self, cursor: int, calm: float) -> list[Fact]:
+        return [
+            Fact(_STABLE[level], level, one, date_to_ms(date), None, date, None, {"inferred": True})
+            for one, (level, date), _ in self._resting.settled(cursor, calm)[:_FACTS]
+        ]
 
     # -- deletions -----------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _look(self, walk: Walk) -> None:
         """A few questions about the next ones."""
-        walk = self._walk
-        assert walk is not None
         missing: list[Resource] = []
-        if walk.level == "instance":
-            page, last = self._registry.instances(walk.after, _QUESTIONS * 4)
-        else:
-            page = self._registry.page(walk.level, walk.after, _QUESTIONS if walk.level == "study" else _PAGE)
-            last = page[-1].id if page else ""
+        page = self._registry.page(walk.level, walk.after, _QUESTIONS if walk.level == self._levels[0] else _PAGE)
+        last = page[-1].id if page else ""
         questions = 0
         for one in page:
+            if self._is_mute(one.id):
+                continue
             if walk.level == "study":
                 missing += self._of_study(one)
-            elif walk.level == "instance" or self._is_loose(one):
-                questions += 1
-                if self._ask(one.level, one.id) is None:
-                    missing.append(one)
+            elif walk.level == "series" and self._instances:
+                missing += self._of_series(one)
+            elif not self._is_loose(one):
+                continue
+            elif self._ask(one.level, one.id) is None:
+                missing.append(one)
+            questions += 1
             if questions == _QUESTIONS:
                 last = one.id
                 break
         if missing:
-            tip, now = self._tip(), self._now()
+            tip = self._tip()
             for one in missing:
-                self._suspects.setdefault(one.id, (one, tip, now))
+                self._missing.add(one.id, one, tip)
         if walk.go_on(last, self._levels):
             self._walk = None
 
@@ -224,121 +312,64 @@ class Repair:
         below = self._registry.below(study)
         if answer is not None:
             there = set(answer.get("Series", ()))
-            return [one for one in below if one.id not in there]
-        missing = [*below, study]
+            return self._with_members([one for one in below if one.id not in there])
+        missing = [*self._with_members(below), study]
         patient = self._registry.find(study.parent) if study.parent else None
-        if patient is not None and self._ask("patient", patient.id) is None:
+        if patient is not None and not self._is_mute(patient.id) and self._ask("patient", patient.id) is None:
             missing.append(patient)
         return missing
+
+    def _of_series(self, series: Resource) -> list[Resource]:
+        answer = self._ask("series", series.id)
+        members = self._registry.members(series)
+        if answer is None:
+            return [*members, series]
+        there = set(answer.get("Instances", ()))
+        return [one for one in members if one.id not in there]
+
+    def _with_members(self, series: Sequence[Resource]) -> list[Resource]:
+        if not self._instances:
+            return list(series)
+        return [one for parent in series for one in (*self._registry.members(parent), parent)]
 
     def _is_loose(self, one: Resource) -> bool:
         """Whether the walk over the studies says nothing of it."""
         if one.level == "patient":
-            return not self._registry.below(one)
+            return self._registry.is_childless(one)
         return one.parent is None or self._registry.find(one.parent) is None
 
-    def _confirmed(self, cursor: int, calm: float) -> list[Fact]:
-        """The deletions of the suspects of which nobody can say anything any more."""
-        if not self._suspects:
-            return []
-        at = int(self._wall() * 1000)
+    def _deletions(self, cursor: int, calm: float) -> list[Fact]:
+        """Of what is missing, that of which nobody can say anything any more."""
         gone: list[Resource] = []
-        for one, tip, since in list(self._suspects.values()):
-            if self._registry.find(one.id) != one:  # its deletion was told, or it is there again
-                del self._suspects[one.id]
-            elif self._is_told(tip, since, cursor, calm):
+        for resource, one, _ in self._missing.settled(cursor, calm):
+            if self._registry.find(resource) != one:  # its deletion was told, or it is there again
+                self._missing.drop(resource)
+            else:
                 gone.append(one)
         gone.sort(key=lambda one: _ORDER[one.level])
-        return [deletion(one, at) for one in gone]
-
-    def _is_told(self, tip: int, since: float, cursor: int, calm: float) -> bool:
-        """Whether everything that was committed before a look is recorded by now."""
-        return cursor > tip or (calm >= CALM and self._now() - since >= CALM)
+        at = int(self._wall() * 1000)
+        return [deletion(one, at) for one in gone[:_FACTS]]
 
     # -- creations -----------------------------------------------------------------------------------------------------
 
-    def _list(self) -> None:
-        """A page of the studies that Orthanc has."""
-        assert self._listed is not None
-        page = self._studies(self._listed, _QUESTIONS)
-        strangers: list[tuple[str, str]] = []
-        for study in page:
-            if self._is_new(study):
-                strangers.append(("study", study))
+    def _look_at_listed(self) -> None:
+        for study, answer in self._strangers.look(self._is_mute):
+            if not self._since or date_to_ms(str(answer.get("LastUpdate"))) < self._since:
                 continue
-            series = (self._ask("study", study) or {}).get("Series", ())
-            strangers += [("series", one) for one in series if self._is_new(one)]
-        if strangers:
-            tip, now = self._tip(), self._now()
-            for level, one in strangers:
-                self._strangers.setdefault(one, (level, tip, now))
-        self._listed = self._listed + len(page) if page else None
-
-    def _is_new(self, resource: str) -> bool:
-        """Whether nobody has said that it was created."""
-        known = self._registry.find(resource)
-        return known is None or known.born is None
+            known = [("patient", str(answer.get("ParentPatient"))), ("study", study)]
+            known += [("series", one) for one in answer.get("Series", ())]
+            for level, one in reversed(known):
+                if one not in self._calmed:
+                    self._growing.setdefault(one, (Resource(level, one, None, None), self._since))
+        if not self._strangers.looking:
+            self._since = 0
+            self._calmed.clear()
 
     def _creations(self, cursor: int, calm: float) -> list[Fact]:
-        """What the next stranger is announced with: the series, then their study, then its patient, as by Orthanc."""
-        for one, (level, tip, since) in list(self._strangers.items()):
-            if self._is_new(one):
-                if not self._is_told(tip, since, cursor, calm):
-                    continue
-                answer = self._ask(level, one)
-                facts = self._family(level, one, answer) if answer is not None else []
-                if facts:
-                    return facts
-            del self._strangers[one]
-        return []
-
-    def _family(self, level: str, resource: str, answer: Mapping[str, Any]) -> list[Fact]:
-        study = resource if level == "study" else str(answer["ParentStudy"])
-        own = answer if level == "study" else self._ask("study", study)
-        if own is None:
-            return []
-        patient = str(own["ParentPatient"])
-        family = [
-            ("series", one, {"study": study, "patient": patient})
-            for one in (own.get("Series", ()) if level == "study" else (resource,))
-        ]
-        family += [("study", study, {"patient": patient}), ("patient", patient, {})]
-        facts: list[Fact] = []
-        for at_level, one, parents in family:
-            if not self._is_new(one):
-                continue
-            found = own if one == study else self._ask(at_level, one)
-            date = str((found or {}).get("LastUpdate") or "")
-            if date_to_ms(date) >= self._began:  # what has got nothing since was there before
-                change = f"New{at_level.capitalize()}"
-                extra = {"inferred": True}
-                facts.append(Fact(change, at_level, one, date_to_ms(date), None, date, parents, extra))
-        return facts
+        return self._strangers.facts(cursor, calm, _QUESTIONS // 2, self._is_mute)
 
 
-class _Walk:
-    """Once around all levels and ids, from somewhere back to there."""
-
-    def __init__(self, place: str) -> None:
-        self.level, _, self.after = place.partition(":")
-        self._began = (self.level, self.after)
-        self._wrapped = not self.after
-        self._left: deque[str] | None = None
-
-    def __str__(self) -> str:
-        return f"{self.level}:{self.after}"
-
-    def go_on(self, last: str, levels: Sequence[str]) -> bool:
-        """Move behind an id, or from the end of a level to the next; true when it has been everywhere."""
-        if self._left is None:  # the other levels, and at last what lies in front of where it began
-            at = levels.index(self.level) if self.level in levels else 0
-            self.level = levels[at]
-            self._left = deque([*levels[at + 1 :], *levels[:at], *([] if self._wrapped else [self.level])])
-        if last:
-            self.after = last
-            began = self.level == self._began[0] and not self._left and not self._wrapped
-            return began and last >= self._began[1]
-        if not self._left:
-            return True
-        self.level, self.after = self._left.popleft(), ""
-        return False
+def _remember(where: dict[str, Any], resource: str, what: Any) -> None:
+    where[resource] = what
+    if len(where) > _REMEMBERED:
+        del where[next(iter(where))]

@@ -121,6 +121,21 @@ _JOB: Final = {
     },
 }
 
+_LOG: Final = {
+    "type": "object",
+    "description": "What is known of the log.",
+    "properties": {
+        "reason": {
+            "enum": ["emptied", "counter-behind", "numbers-reused"],
+            "description": "emptied: by DELETE /changes. The others: another or a restored database, whose counter is"
+            " behind what was recorded, or which has given recorded numbers to other changes.",
+        },
+        "recorded": {"type": "integer", "description": "The last number that was recorded."},
+        "counter": {"type": "integer", "description": "The log's own counter when it was noticed."},
+        "continues": {"type": "integer", "description": "The number behind which recording goes on."},
+    },
+}
+
 
 def schema(event_type: EventType, base: str) -> dict[str, Any]:
     """The JSON Schema (2020-12) of an event's data. New optional properties may come within a version."""
@@ -149,6 +164,8 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         properties["metadata"] = {**strings, "description": "Allow-listed metadata of Orthanc, by name."}
     if event_type.level == "job":
         properties["job"] = _JOB
+    if event_type.verb == "log-discontinuity":
+        properties["log"] = _LOG
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"{base}{event_type.name}.{VERSION}",

@@ -5,6 +5,7 @@ Whatever goes wrong is healed in the same way: the batch goes back to the queue,
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -36,6 +37,8 @@ _TICK: Final = 1.0
 #: Between two steps of repair: seconds at least, and how many times as long as the last one took.
 _REST: Final = 0.020
 _REST_FACTOR: Final = 9
+#: And behind a question that Orthanc could not answer.
+_REST_AFTER_REFUSAL: Final = 1.0
 
 
 class Waiting:
@@ -92,12 +95,13 @@ class Capture:
         self._blocked = blocked
         self._stable_age = stable_age
         self._repair: Repair | None = None
-        self._discontinued = False
+        self._begun = False
         self._continuity = Continuity(self._log, self._look_up.resource)
         self._next_repair = 0.0
         self._heard = time.monotonic()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
+        self._held: int | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
@@ -175,6 +179,8 @@ class Capture:
             if self._outbox is not None:
                 self._outbox.abandon()
         self._upkeep.close()
+        if self._held is not None:
+            os.close(self._held)
 
     def _failed(self, error: Exception) -> None:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
@@ -204,6 +210,8 @@ class Capture:
 
     def _capture(self) -> None:
         """Anchor, catch up, and follow, until told to stop."""
+        if self._held is None:
+            self._held = self._folder.hold_outbox()
         if self._outbox is None:
             self._outbox = OutboxWriter(self._folder.outbox, time.time)
         outbox = self._outbox
@@ -217,8 +225,8 @@ class Capture:
             while not self._stop.wait(_TICK):
                 self._queue.clear()
             return
-        cursor = self._recognise(outbox)
-        repair = self._repair
+        cursor, found = self._recognise(outbox)
+        repair = self._repair = self._repair or self._make_repair(outbox)
         merge = Merge(self._log, self._queue, cursor or 0, Waiting(self._stop))
         self._state = "anchoring"
         anchor = merge.anchor()
@@ -228,26 +236,18 @@ class Capture:
             self._host.warning(
                 f"Orthanc was too busy to tell exactly where its callbacks join its log; taken: Seq {anchor.seq}"
             )
-        if cursor is None and self._upkeep.options["start"] == "now":
-            outbox.move_cursor(anchor.seq)
+        if cursor is None and (found is not None or self._upkeep.options["start"] == "now"):
             merge.cursor = anchor.seq
-        for facts in merge.backlog(anchor.seq):
-            self._append(facts, merge)
-            if self._stop.is_set():
-                return
-        if merge.vanished and cursor is not None:  # on a first start, they were never ours to see
-            self._counts["vanished"] += merge.vanished
-            self._host.info(
-                f"{merge.vanished} logged changes vanished before they were read (their resources are gone)"
-            )
-            oldest = self._log.page(0, 1)
-            # Nothing of before is left that shows that it was not emptied.
-            self._discontinued = self._discontinued or not oldest or oldest[0].seq > cursor
-        if repair is None:
-            repair = self._repair = self._begin_repair(outbox, begin=cursor is not None)
-        if self._discontinued:
-            repair.announce()
-            self._discontinued = False
+        if found is not None:
+            since = outbox.last_recorded()  # until then nothing can have gone unseen
+            self._discontinuity(outbox, found, merge.cursor)
+            repair.announce(since)
+        elif cursor is None and merge.cursor:
+            outbox.move_cursor(merge.cursor)
+        self._catch_up(outbox, merge, anchor.seq, known=cursor is not None)
+        if not self._begun:
+            repair.begin()
+            self._begun = True
         self._anchored = True
         while not self._stop.is_set() and self._anchored:
             try:
@@ -257,23 +257,52 @@ class Capture:
                 self._upkeep.take_settings(outbox)  # outbox.max_bytes may have been raised
                 self._stop.wait(0.1)
 
-    def _begin_repair(self, outbox: OutboxWriter, *, begin: bool) -> Repair:
-        """Once for each of Orthanc's starts, when its backlog is recorded."""
-        self.notes["repair"] = lambda: {"place": repair.place}
-        place = str(outbox.noted("repair").get("place", ""))
+    def _catch_up(self, outbox: OutboxWriter, merge: Merge, through: int, *, known: bool) -> None:
+        """Record what the log holds behind the cursor, and see what it doesn't hold any more.
+
+        :param known: whether what is missing there was ours to see: not on a first start.
+        """
+        repair = self._repair
+        assert repair is not None
+        cursor, seen = merge.cursor, 0
+        backlog = merge.backlog(through)
+        while not self._stop.is_set():
+            facts = next(backlog, None)
+            if known and merge.vanished and not seen:
+                oldest = self._log.page(0, 1)
+                if not oldest or oldest[0].seq > cursor:  # nothing of before is left to show that it was not emptied
+                    repair.announce()
+                elif self._begun:  # callbacks may have been lost as well
+                    repair.compare()
+                self._write_notes(outbox)  # before the cursor moves: what is to be looked for outlives a kill
+                seen = 1
+            if facts is None:
+                break
+            self._append(facts, merge)
+        if known and merge.vanished:
+            self._counts["vanished"] += merge.vanished
+            self._host.info(
+                f"{merge.vanished} logged changes vanished before they were read (their resources are gone)"
+            )
+
+    def _make_repair(self, outbox: OutboxWriter) -> Repair:
+        """Once for each of Orthanc's starts."""
+        instances = bool(self._upkeep.options["infer_instances"])
+        outbox.resources.index_instances(instances)
         repair = Repair(
             outbox.resources,
             self._look_up.resource,
             self._log.tip,
             self._look_up.studies,
+            self._look_up.received,
             time.monotonic,
             time.time,
             stable_age=self._stable_age,
             began=outbox.began,
-            place=place,
+            instances=instances,
+            place=outbox.noted("repair"),
         )
-        if begin:
-            repair.begin()
+        self.notes["repair"] = lambda: repair.place
         return repair
 
     def _other_database(self) -> str:
@@ -312,12 +341,14 @@ class Capture:
                 job = self._look_up.job_taken(callback)
                 if job is not None:
                     fact.extra["job"] = job
-            self._append(facts, merge)
+            self._append(self._repair.news(facts) if self._repair else facts, merge)
         except BaseException as error:
             merge.cursor = cursor
             merge.put_back(batch)
             if isinstance(error, MisalignedError):
                 self._counts["reanchored"] += 1
+                if self._repair is not None:
+                    self._repair.compare()  # callbacks may have been lost
             raise
         self._well()
         self._look_up.forget_jobs()
@@ -333,11 +364,17 @@ class Capture:
             return _TICK
         now = time.monotonic()
         if now >= self._next_repair:
-            facts = repair.step(merge.cursor, now - self._heard)
-            if facts:
-                self._append(facts, merge)
-                repair.done(facts)
-            rest = max(_REST, _REST_FACTOR * (time.monotonic() - now))
+            passed_over = repair.passed_over
+            try:
+                facts = repair.step(merge.cursor, now - self._heard)
+                if facts:
+                    self._append(facts, merge)
+                    repair.done(facts)
+                rest = max(_REST, _REST_FACTOR * (time.monotonic() - now))
+            except LogUnavailableError as error:  # what it is about can wait; capture can't
+                rest = _REST_AFTER_REFUSAL
+                if repair.passed_over > passed_over:
+                    self._host.warning(f"{error}; what has become of this one is left open until the next start")
             self._next_repair = time.monotonic() + rest
         return max(0.0, self._next_repair - time.monotonic())
 
@@ -408,32 +445,41 @@ class Capture:
             if self._leaving.is_set() or self._stop.wait(0.05):
                 return
 
-    def _recognise(self, outbox: OutboxWriter) -> int | None:
-        """The cursor to go on from: is this the log that was read before? None on a first start."""
-        cursor = outbox.cursor if outbox.cursor is not None else self._upkeep.acknowledged_seq()
+    def _recognise(self, outbox: OutboxWriter) -> tuple[int | None, Break | None]:
+        """The cursor to go on from, and why it is not where recording ended: is this the log that was read before?
+
+        The cursor is none on a first start, and where the two logs have nothing in common.
+        """
+        published = self._upkeep.acknowledged_seq()
+        cursor = outbox.cursor if outbox.cursor is not None else published
         if cursor is None:
-            return None
-        waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
-        found = self._continuity.recognise(outbox.tail(), cursor, waiting)
-        if found is None:
-            return cursor
-        self._discontinuity(outbox, found)
-        return found.going_on
+            return None, None
+        found = self._continuity.recognise(outbox.tail(), cursor)
+        outbox.published = published or 0 if found is None else 0
+        return (cursor, None) if found is None else (found.going_on, found)
 
     def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:
-        if self._continuity.is_emptied(outbox):
-            self._discontinuity(outbox, Break(EMPTIED, merge.cursor))
+        if self._continuity.is_emptied(outbox, merge.cursor):
+            self._discontinuity(outbox, Break("emptied", EMPTIED, merge.cursor, merge.cursor), merge.cursor)
             if self._repair is not None:
                 self._repair.announce()
-                self._discontinued = False
 
-    def _discontinuity(self, outbox: OutboxWriter, found: Break) -> None:
-        """The log doesn't go on where it ended: say so, in an event too, and look at what there is."""
+    def _discontinuity(self, outbox: OutboxWriter, found: Break, going_on: int) -> None:
+        """The log doesn't go on where it ended: say so, in an event too, and remember to look at what there is."""
         self._counts["discontinuities"] += 1
-        self._discontinued = True
         self._host.error(
-            f"Orthanc's change log {found.what}. Going on behind Seq {found.going_on}; what exists is compared with"
+            f"Orthanc's change log {found.what}. Going on behind Seq {going_on}; what exists is compared with"
             " what was announced"
         )
-        fact = Fact("LogDiscontinuity", "server", None, int(time.time() * 1000))
-        outbox.append([fact], found.going_on, self._upkeep.settings, self._look_up.parents, another_log=True)
+        extra = {"reason": found.reason, "recorded": outbox.cursor or 0, "counter": found.tip, "continues": going_on}
+        fact = Fact("LogDiscontinuity", "server", None, int(time.time() * 1000), extra={"log": extra})
+        emptied = found.reason == "emptied"
+        outbox.append(
+            [fact],
+            going_on,
+            self._upkeep.settings,
+            self._look_up.parents,
+            emptied=emptied,
+            another_log=not emptied,
+            note=("repair", {"place": "", "listed": 0}),
+        )

@@ -99,6 +99,13 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for its studies: {error}") from error
 
+    def received(self, instance: str) -> str:
+        """When Orthanc received an instance, as it spells dates (UTC); empty where it doesn't know it.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        return str((self._ask(f"/instances/{instance}/metadata?expand") or {}).get("ReceptionDate", ""))
+
     # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:

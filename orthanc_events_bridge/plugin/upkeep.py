@@ -18,7 +18,13 @@ _RETAIN_EVERY: Final = 10.0
 #: Rows that go in one look, so that it stays short.
 _RETAIN: Final = 5000
 #: What applies until the bridge has said otherwise (`orthanc_events_bridge.bridge.settings`).
-_DEFAULTS: Final[dict[str, Any]] = {"start": "now", "max_bytes": None, "on_full": "pause", "keep": 7 * 86400.0}
+_DEFAULTS: Final[dict[str, Any]] = {
+    "start": "now",
+    "infer_instances": False,
+    "max_bytes": None,
+    "on_full": "pause",
+    "keep": 7 * 86400.0,
+}
 
 
 class Upkeep:

@@ -86,6 +86,7 @@ class Comparison:
     :param allowed: globs of kinds that are not judged.
     :param studies: the study of each resource that was ever known.
     :param existed: resources that were there from the start.
+    :param forgotten: facts with minted ids in rows that the outbox lost: they may have been told, and once more.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Comparison:
         existed: Collection[str],
         existing: Collection[str],
         kills: int,
+        forgotten: Iterable[Fact] = (),
     ) -> None:
         self.allowed = tuple(allowed)
         self.required = {fact: n for fact, n in required.items() if self.judged(fact[0])}
         self.most = Counter(self.required)
         self.most.update({fact: n for fact, n in optional.items() if self.judged(fact[0])})
         self.studies = studies
+        self.forgotten = Counter(forgotten)
         self.existed = set(existed)
         self.existing = set(existing)
         self.known = self.existed | {resource for _, resource in self.most}
@@ -130,7 +133,8 @@ class Comparison:
         for event in events:
             if (before := seen.setdefault(event.id, event)) is event:
                 continue
-            if _same(before, event):
+            # What the outbox lost and read again has another sequence.
+            if _same(before, event, moved=bool(self.forgotten)):
                 self.report.add("duplicated", f"{event.id} {event.kind} {event.resource}")
             else:
                 self.report.add("unexpected", f"id {event.id} is of {_name(before)} and of {_name(event)}")
@@ -183,8 +187,12 @@ class Comparison:
             most = self.most[fact]
             if not self.judged(fact[0]) or n <= most:
                 continue
-            category = "repeated" if most else "unexpected"
-            self.report.add(category, f"{fact[0]} {fact[1]}: {n} came, at most {most} can", n - most)
+            text = f"{fact[0]} {fact[1]}: {n} came, at most {most} can"
+            again = min(n - most, self.forgotten[fact])
+            if again:
+                self.report.add("unrecoverable", text, again)
+            if n - most > again:
+                self.report.add("repeated" if most else "unexpected", text, n - most - again)
 
     def too_few(self, counts: Counter[Fact], untold: list[Mapping[str, Any]]) -> None:
         # What Orthanc's own log says is beyond doubt. A loss found there is not counted once more below.
@@ -278,11 +286,8 @@ def _name(event: Event) -> str:
     return f"{event.kind} {event.resource}".strip()
 
 
-def _same(one: Event, other: Event) -> bool:
-    return (one.kind, one.resource, one.sequence, one.key, one.time) == (
-        other.kind,
-        other.resource,
-        other.sequence,
-        other.key,
-        other.time,
+def _same(one: Event, other: Event, *, moved: bool = False) -> bool:
+    """Whether two are the same event; of one that was moved, the sequence is another."""
+    return (one.kind, one.resource, one.key, one.time) == (other.kind, other.resource, other.key, other.time) and (
+        moved or one.sequence == other.sequence
     )

@@ -22,6 +22,7 @@ OFFICIAL: Final[dict[str, str]] = {
     "rabbitmq": "rabbitmq:4.0.9",
     "kafka": "apache/kafka:4.1.0",
     "webhook": "python:3.13-slim",
+    "orthanc": "jodogne/orthanc-python:1.12.7",
 }
 
 #: What our own are built by; it is there in a checkout only.
@@ -45,6 +46,8 @@ def own_image(kind: str) -> str | None:
             content.update(find_nats().read_bytes())
         except MissingComponentError:
             return None
+    if kind == "orthanc":
+        content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
     return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
 
 

@@ -283,6 +283,7 @@ class Ledger:
         kills: int = 0,
         existing: Collection[str] | None = None,
         log: Iterable[Mapping[str, Any]] = (),
+        forgotten: Iterable[Fact] = (),
     ) -> Report:
         """Compare with what the broker holds.
 
@@ -296,6 +297,9 @@ class Ledger:
             knows must have been created, acknowledged or not.
         :param log: the rows of Orthanc's log at the end (`OrthancServer.changes`): each must be told by an
             event with its number.
+        :param forgotten: behind a power cut, of the rows that the outbox lost those with minted ids, as kind of event
+            and resource: what was told of them can't be known to have been, and is told a second time where it follows
+            from what exists. That counts as unrecoverable too.
         :raises ValueError: there were kills, and ``existing`` is not given.
         """
         if kills and existing is None:
@@ -309,5 +313,6 @@ class Ledger:
                 existed=self._existed,
                 existing=existing or (),
                 kills=kills,
+                forgotten=forgotten,
             )
             return comparison.run(list(events), log)

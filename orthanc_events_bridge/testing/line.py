@@ -5,6 +5,7 @@ What the fault tests, the mutants and the benchmarks share.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -24,6 +25,16 @@ from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.servers import NotAcknowledgedError
+
+
+def _kind_of_orthanc() -> type[BridgedOrthanc]:
+    """How Orthanc is started: as a process, or in a container where ``TEST_ORTHANC=containers`` asks for that."""
+    if os.environ.get("TEST_ORTHANC") != "containers":
+        return BridgedOrthanc
+    # Only here: what it needs is not installed wherever the demo runs.
+    from orthanc_events_bridge.testing.orthanc_container import ContainedOrthanc
+
+    return ContainedOrthanc
 
 
 class Line:
@@ -66,7 +77,7 @@ class Line:
         if without & mutants.MUTANTS.keys():
             variables["ORTHANC_EVENTS_PYTHON"] = str(mutants.wrapper(folder))
             variables[mutants.VARIABLE] = ",".join(sorted(without & mutants.MUTANTS.keys()))
-        self.orthanc = BridgedOrthanc(
+        self.orthanc = _kind_of_orthanc()(
             folder / "orthanc",
             yaml=smallest(broker, [*self.broker.options(port=port), *transport]) + settings,
             user_script=script,
@@ -163,11 +174,15 @@ class Line:
         """What a plain client of the broker reads."""
         return self.broker.read()
 
-    def report(self, *, kills: int = 0) -> Report:
-        """Settle, and compare both ends."""
+    def report(self, *, kills: int = 0, forgotten: Iterable[tuple[str, str]] = ()) -> Report:
+        """Settle, and compare both ends; see `Ledger.compare`."""
         self.settle()
         return self.ledger.compare(
-            self.events(), kills=kills, existing=self.orthanc.existing(), log=self.orthanc.changes()
+            self.events(),
+            kills=kills,
+            existing=self.orthanc.existing(),
+            log=self.orthanc.changes(),
+            forgotten=forgotten,
         )
 
 

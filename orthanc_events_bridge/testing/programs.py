@@ -96,6 +96,16 @@ def find_storescu() -> Path:
     )
 
 
+def find_faketime() -> Path:
+    """Find the library that gives a process another clock: ``FAKETIME_LIBRARY``, or where Debian has it."""
+    return find_program(
+        "libfaketimeMT.so.1",
+        variable="FAKETIME_LIBRARY",
+        candidates=sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")),
+        remedy="install it (Debian: apt-get install libfaketime)",
+    )
+
+
 def find_java() -> Path:
     """Find Java: ``JAVA_BINARY``, or ``PATH``."""
     return find_program(
@@ -133,6 +143,7 @@ def find_rabbitmq() -> Path:
 
 
 _FINDERS: dict[str, Callable[[], Path]] = {
+    "faketime": find_faketime,
     "kafka": find_kafka,
     "nats-server": find_nats,
     "orthanc": find_orthanc,
@@ -145,7 +156,8 @@ _FINDERS: dict[str, Callable[[], Path]] = {
 def require(*components: str) -> None:
     """End the running test where a component can't be had: skipped with the reason, or failed in CI.
 
-    :param components: ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``, ``storescu``.
+    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``,
+        ``storescu``.
     """
     for component in components:
         try:

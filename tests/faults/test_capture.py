@@ -14,13 +14,22 @@ from orthanc_events_bridge.testing.line import Clients, Line
 pytestmark = pytest.mark.fault
 
 
-@pytest.mark.parametrize("loopers", [1, 4])
+@pytest.mark.parametrize(
+    ("broker", "loopers", "seconds"),
+    [
+        ("nats", 1, 20),
+        ("nats", 4, 20),
+        pytest.param("nats", 1, 60, marks=pytest.mark.slow),
+        pytest.param("rabbitmq", 1, 60, marks=pytest.mark.slow),
+        pytest.param("kafka", 1, 60, marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_lost_when_a_study_is_uploaded_and_deleted_in_a_tight_loop(
-    make_line: Callable[..., Line], loopers: int
+    make_line: Callable[..., Line], broker: str, loopers: int, seconds: int
 ) -> None:
-    line = make_line()
+    line = make_line(broker=broker)
     with Clients(line, adders=1, loopers=loopers) as clients:
-        time.sleep(20)
+        time.sleep(seconds)
     report = line.report()
     print(f"{clients.acknowledged} acknowledged", report, sep="\n")
     report.assert_clean()
@@ -29,8 +38,11 @@ def test_nothing_is_lost_when_a_study_is_uploaded_and_deleted_in_a_tight_loop(
     assert line.status()["capture"]["reanchored"] == 0
 
 
-def test_nothing_is_lost_when_orthanc_is_killed_25_times_under_load(make_line: Callable[..., Line]) -> None:
-    line = make_line()
+@pytest.mark.parametrize("broker", ["nats", pytest.param("kafka", marks=pytest.mark.slow)])
+def test_nothing_is_lost_when_orthanc_is_killed_25_times_under_load(
+    make_line: Callable[..., Line], broker: str
+) -> None:
+    line = make_line(broker=broker)
     kills = 25
     with Clients(line, adders=2, loopers=2) as clients:
         for _ in range(kills):

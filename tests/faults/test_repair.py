@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.ledger import Event
 from orthanc_events_bridge.testing.line import Clients, Line
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.fault
 MakeLine = Callable[..., Line]
 
 
-@pytest.fixture(params=["nats", "kafka"])
+@pytest.fixture(params=["nats", pytest.param("kafka", marks=pytest.mark.slow)])
 def broker(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -64,6 +67,7 @@ def wait_for(line: Line, kind: str, count: int, timeout: float = 60) -> list[Eve
     return [event for event in line.events() if event.kind == kind]
 
 
+@pytest.mark.parametrize("broker", ["nats", "kafka"])
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_stable_events_that_a_stop_swallows_are_told_once(make_line: MakeLine, broker: str, how: str) -> None:
     """100 studies over several ends of Orthanc, each within StableAge."""
@@ -146,8 +150,53 @@ def test_a_creation_of_what_was_there_proves_a_deletion(make_line: MakeLine) -> 
     ]
 
 
-def test_an_emptied_log_is_announced_and_loses_nothing(make_line: MakeLine) -> None:
-    line = make_line()
+def test_deletions_of_single_instances_are_told_by_option(make_line: MakeLine) -> None:
+    """And with the UIDs that are allow-listed: what is gone can't be asked for them."""
+    tags = "data:\n  tags: [SeriesInstanceUID, SOPInstanceUID]\n"
+    line = make_line(settings=f"capture:\n  infer_instances: true\n{tags}")
+    studies = [dicom.make_study(series=2, instances=5) for _ in range(4)]
+    for study in studies:
+        upload(line, study)
+    line.settle()
+    line.orthanc.kill()
+    with without_bridge(line):
+        for study in studies:
+            assert line.orthanc.delete("instances", study.instances[0].id)
+            line.ledger.deleted("instances", study.instances[0].id)
+        assert line.orthanc.delete("studies", studies[0].id)
+        line.ledger.deleted("studies", studies[0].id)
+    line.orthanc.start()
+    line.report(kills=1).assert_clean(unrecoverable=0)
+    with contextlib.closing(OutboxReader(line.folder.outbox)) as outbox:
+        told = {row.resource: row.extra for row in outbox.rows(0, 10_000) if row.change == "Deleted"}
+    for study in studies:
+        first = study.instances[0]
+        assert told[first.id]["inferred"] is True
+        assert told[first.id]["parents"] == {"series": first.series, "study": first.study, "patient": first.patient}
+        assert told[first.id]["tags"] == {"SeriesInstanceUID": first.series_uid, "SOPInstanceUID": first.sop_uid}
+    assert len([one for one in told if one in {instance.id for instance in studies[0]}]) == 10
+
+
+def test_deletions_while_the_broker_is_away_are_told(make_line: MakeLine, broker: str) -> None:
+    line = make_line(broker=broker)
+    studies = [dicom.make_study() for _ in range(100)]
+    for study in studies:
+        upload(line, study)
+    line.settle()
+    line.broker.kill()
+    for study in studies:
+        assert line.orthanc.delete("studies", study.id)
+        line.ledger.deleted("studies", study.id)
+    line.wait(lambda document: document["transports"][0]["pending"] >= 400)
+    line.broker.start()
+    report = line.report()
+    report.assert_clean()
+    gone = Counter(event.resource for event in line.events() if event.kind == "study.deleted")
+    assert gone == dict.fromkeys((study.id for study in studies), 1)
+
+
+def test_an_emptied_log_is_announced_and_loses_nothing(make_line: MakeLine, broker: str) -> None:
+    line = make_line(broker=broker)
     with Clients(line, adders=2, loopers=1):
         for _ in range(5):
             time.sleep(0.5)
@@ -162,8 +211,10 @@ def test_an_emptied_log_is_announced_and_loses_nothing(make_line: MakeLine) -> N
     line.settle()
     assert wait_for(line, "server.log-discontinuity", 1)
     line.ledger.allow("instance.created")
-    print(line.status()["capture"], line.status()["log"], line.orthanc.changes()[:2])
     line.report(kills=1).assert_clean()
+    said = discontinuities(line)[-1]
+    assert said["reason"] == "emptied"
+    assert said["recorded"] == said["continues"] < said["counter"]
 
 
 def test_an_older_database_put_back_is_announced_and_compared(make_line: MakeLine, broker: str) -> None:
@@ -188,6 +239,65 @@ def test_an_older_database_put_back_is_announced_and_compared(make_line: MakeLin
         line.ledger.stored_ids(instance.id, instance.series, instance.study, instance.patient)
     line.orthanc.start()
     assert len(wait_for(line, "server.log-discontinuity", 1)) == 1
+    (said,) = discontinuities(line)
+    assert said["reason"] == "counter-behind"
+    assert said["counter"] < said["recorded"]
     wait_for(line, "study.deleted", 2)
     line.ledger.allow("instance.*", "*.instance-added")
     line.report(kills=1).assert_clean()
+
+
+def discontinuities(line: Line) -> list[dict[str, Any]]:
+    """What the events say of the log, oldest first."""
+    with contextlib.closing(OutboxReader(line.folder.outbox)) as outbox:
+        return [row.extra["log"] for row in outbox.rows(0, 1_000_000) if row.change == "LogDiscontinuity"]
+
+
+def test_an_older_database_put_back_under_load_is_followed_at_once(make_line: MakeLine, broker: str) -> None:
+    """More than the remembered rows ago, so that the two logs have nothing in common, and while changes come in."""
+    line = make_line(broker=broker)
+    before = [dicom.make_study(instances=3) for _ in range(5)]
+    for study in before:
+        upload(line, study)
+    line.settle()
+    line.orthanc.stop()
+    older, database = line.root / "older", line.orthanc.database
+    shutil.copytree(database, older, ignore=shutil.ignore_patterns("orthanc-events"))
+    line.orthanc.start()
+    gone = [dicom.make_study(instances=10) for _ in range(20)]
+    for study in gone:
+        upload(line, study)
+    line.settle()
+    line.orthanc.kill()
+    put_back(older, database)
+    for study in gone:
+        line.ledger.deleted("studies", study.id)
+    with Clients(line, adders=2, loopers=1):
+        line.orthanc.start()
+        time.sleep(2)
+    line.report(kills=1).assert_clean(unrecoverable=400)
+    assert [one["reason"] for one in discontinuities(line)] == ["counter-behind"]
+    assert {study.id for study in gone} <= {event.resource for event in line.events() if event.kind == "study.deleted"}
+
+
+def test_the_same_database_put_back_twice_tells_two_stories(make_line: MakeLine) -> None:
+    """What comes back a second time is no copy of the first: its ids are others."""
+    line = make_line()
+    study = dicom.make_study()
+    upload(line, study)
+    line.settle()
+    line.orthanc.stop()
+    older, database = line.root / "older", line.orthanc.database
+    shutil.copytree(database, older, ignore=shutil.ignore_patterns("orthanc-events"))
+    line.orthanc.start()
+    for times in (1, 2):
+        upload(line, dicom.make_study())
+        assert line.orthanc.delete("studies", study.id)
+        wait_for(line, "study.deleted", 2 * times - 1)
+        line.settle()
+        line.orthanc.kill()
+        put_back(older, database)
+        line.orthanc.start()
+        line.settle()
+    told = [event for event in line.events() if event.resource == study.id and event.kind == "study.created"]
+    assert len({event.id for event in told}) == len(told) == 3
