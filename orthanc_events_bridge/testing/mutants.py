@@ -85,7 +85,7 @@ def _dropping_one() -> None:
             if events:
                 await publish(self, events)
 
-        transport.publish = dropping  # type: ignore[method-assign]
+        transport.publish = dropping  # type: ignore[method-assign, assignment]
 
     for transport in _transports():
         drop_from(transport)
