@@ -32,6 +32,7 @@ class Folder:
     :ivar outbox: written by capture alone (rows, log cursor).
     :ivar bridge: written by the bridge (positions, status, settings) and, for commands, by the command line.
     :ivar lock: held by the one bridge that works on this outbox.
+    :ivar replays: how far each replay is, written by the command line that does it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +40,7 @@ class Folder:
         self.outbox = path / "outbox.db"
         self.bridge = path / "bridge.db"
         self.lock = path / "bridge.lock"
+        self.replays = path / "bridge.replays"
 
     def prepare(self) -> None:
         """Make the folder, readable by its owner only, and check that it is on a local disk.

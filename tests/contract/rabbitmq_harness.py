@@ -120,6 +120,7 @@ class RabbitHarness(Harness):
     def new_place(self) -> None:
         super().new_place()
         self.exchange, self.history = f"orthanc.{self.place}", f"orthanc.{self.place}.history"
+        self.inboxes = f"orthanc.inbox.{self.place}"
 
     def tidy(self) -> None:
         super().tidy()
@@ -147,7 +148,7 @@ class RabbitHarness(Harness):
                     "servers": [f"amqp://127.0.0.1:{port or self.port}"],
                     "exchange": self.exchange,
                     "history": self.history,
-                    "inbox_prefix": f"inbox.{self.place}",
+                    "inbox_prefix": self.inboxes,
                     "declare": declare,
                     "user": "contract",
                     "password": SECRET,
@@ -162,16 +163,16 @@ class RabbitHarness(Harness):
         return [stored(message) for message in read_stream(self.url, self.history)]
 
     def read_inbox(self, consumer: str) -> list[Stored]:
-        queue = f"inbox.{self.place}.{consumer}"
+        queue = f"{self.inboxes}.{consumer}"
         if not there(self.url, queue):
             return []
         return [stored(message) for message in take_all(self.url, queue)]
 
     def remove_inbox(self, consumer: str) -> None:
-        administrate(self.url, lambda channel: channel.queue_delete(f"inbox.{self.place}.{consumer}"))
+        administrate(self.url, lambda channel: channel.queue_delete(f"{self.inboxes}.{consumer}"))
 
     def make_other_inbox(self, consumer: str) -> list[str]:
-        queue = f"inbox.{self.place}.{consumer}"
+        queue = f"{self.inboxes}.{consumer}"
         administrate(self.url, lambda channel: channel.queue_declare(queue, durable=True))
         return [queue, "x-queue-type", "quorum"]
 
