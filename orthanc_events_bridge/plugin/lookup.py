@@ -99,6 +99,21 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for its studies: {error}") from error
 
+    def count_studies(self) -> int:
+        """How many studies Orthanc has.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        return int((self._ask("/statistics") or {}).get("CountStudies", 0))
+
+    def received(self, instance: str) -> str | None:
+        """When an instance was stored, as Orthanc spells it; none when it is gone.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        found = self._ask(f"/instances/{instance}/metadata?expand")
+        return None if found is None else str(found.get("ReceptionDate") or "")
+
     # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:
