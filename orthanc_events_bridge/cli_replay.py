@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
-import logging
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,18 +23,11 @@ from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.status import BridgeView, iso
 
 if TYPE_CHECKING:
-    from orthanc_events_bridge.bridge.replay import Replay, Selected
     from orthanc_events_bridge.bridge.replays import Kept, Run
     from orthanc_events_bridge.bridge.settings import Settings
     from orthanc_events_bridge.folder import Folder
     from orthanc_events_bridge.outbox import OutboxReader
     from orthanc_events_bridge.transports.options import TransportOptions
-
-#: Seconds between two lines of progress: on a terminal, where each writes over the last one, and elsewhere.
-_TERMINAL: Final = 0.5
-_ELSEWHERE: Final = 10.0
-#: Seconds that a batch under way may take when the command is interrupted.
-_LEAVE: Final = 10.0
 
 _EPILOG: Final = """\
 examples:
@@ -66,7 +54,12 @@ events stand outside of its order; among themselves they are in order.
 
 The number of a replay is said when it begins. Interrupted by Ctrl-C, or because the
 machine or the broker went down, it goes on with --resume where it was; a few events can
-then come twice. While the broker can't be reached, it waits and tries again.
+then come twice. While the broker can't be reached, it waits and tries again. Rows that
+the outbox deletes meanwhile are counted, and an event that the broker can never take is
+named; both don't end it.
+
+An inbox is made where it is missing, so mind the name: a consumer that doesn't exist
+gets its events all the same, when it comes.
 
 exit codes: 0 done, 1 failed, 2 wrong configuration or arguments, 75 another process
 works on this replay, 130 interrupted"""
@@ -117,7 +110,8 @@ def _rate(text: str) -> float:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.bridge.replay import Selected, count
+    from orthanc_events_bridge.bridge.replay import Pace, Selected, count
+    from orthanc_events_bridge.cli_sending import again, send
     from orthanc_events_bridge.outbox import OutboxReader
 
     _check(options)
@@ -138,7 +132,12 @@ def _replay(options: argparse.Namespace) -> int:
                 resume = f"`orthanc-events transports resume {kept.run.transport}` first"
                 raise BridgeError(f"transport {kept.run.transport} is paused", resume)
             source = Selected(reader, view.all_settings, kept.run)
-            return _send(options, kept, source, settings, transport)
+            accepts = _accepts(settings, transport, kept.run)
+            number = send(transport, kept, source, accepts, Pace(options.rate))
+            _print(options, {"done": not number, **_document(kept.run), **_outcome(kept.run)}, kept.run, kept.run.sent)
+            if number:
+                print(f"interrupted; {again(kept.run)}", file=sys.stderr)
+            return 128 + number if number else 0
         finally:
             kept.close()
     finally:
@@ -252,92 +251,6 @@ def _accepts(settings: Settings, transport: TransportOptions, run: Run) -> Calla
     wanted = EventFilter(include=tuple(run.types)) if run.types else EventFilter()
     filters = (settings.events, transport.events, wanted)
     return lambda name: all(one.accepts(name) for one in filters)
-
-
-# -- at work -------------------------------------------------------------------------------------------------
-
-
-def _send(
-    options: argparse.Namespace, kept: Kept, source: Selected, settings: Settings, transport: TransportOptions
-) -> int:
-    from orthanc_events_bridge.bridge.replay import Pace, Replay
-    from orthanc_events_bridge.transports import create
-
-    run = kept.run
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for noisy in ("nats", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    relay = Replay(
-        transport,
-        lambda: create(transport).inbox(run.consumer) if run.consumer else create(transport),
-        _accepts(settings, transport, run),
-        source,
-        kept,
-        Pace(options.rate),
-    )
-    again = f"`orthanc-events replay --resume {run.number}`"
-    print(f"replay {run.number} to {run.where} by transport {run.transport}; go on with {again}", file=sys.stderr)
-    try:
-        number = asyncio.run(_work(relay, source, run))
-    except BridgeError as error:
-        raise BridgeError(error.message, f"{error.remedy}; then go on with {again}") from error
-    done = not number
-    if done:
-        kept.remove()
-    _print(options, {"done": done, **_document(run), **_outcome(run)}, run, run.sent)
-    if not done:
-        print(f"interrupted; go on with {again}", file=sys.stderr)
-        return 128 + number
-    return 0
-
-
-async def _work(relay: Replay, source: Selected, run: Run) -> int:
-    """Until all is sent, or a signal comes.
-
-    :return: the signal's number, or 0.
-    """
-    loop, stopped = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-
-    def stop(number: int) -> None:
-        if not stopped.done():
-            stopped.set_result(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    working, telling = asyncio.create_task(relay.run()), asyncio.create_task(_tell(source, run))
-    try:
-        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            if relay.leave():
-                await asyncio.wait({working}, timeout=_LEAVE)
-            working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await working
-            if not stopped.done():
-                return 0
-        return int(stopped.result())
-    finally:
-        telling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await telling
-
-
-async def _tell(source: Selected, run: Run) -> None:
-    """Show how far it is."""
-    terminal = sys.stderr.isatty()
-    all_rows = source.reader.span(run.first, run.through)
-    before, began = sum(run.sent.values()), time.monotonic()
-    try:
-        while True:
-            await asyncio.sleep(_TERMINAL if terminal else _ELSEWHERE)
-            left, sent = source.reader.span(run.position, run.through), sum(run.sent.values())
-            part = 100 * (all_rows - left) // all_rows if all_rows else 100
-            rate = (sent - before) / (time.monotonic() - began)
-            line = f"replay {run.number}: {part} %, {sent} events sent, {rate:.0f} a second"
-            print(f"\r{line:<79}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    finally:
-        if terminal:
-            print(file=sys.stderr)
 
 
 # -- what is said of it --------------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ from orthanc_events_bridge.changes.model import Fact, Resource
 LEVELS: Final = ("patient", "study", "series", "instance")
 #: Questions to Orthanc in one step; 0.1 to 1.4 ms each.
 _QUESTIONS: Final = 10
-#: Studies in one list of them.
-_PAGE: Final = 100
+#: Studies in one list of them, and how many of the one before it are in it again: where some were deleted that nobody
+#: has heard of yet, the others have moved up.
+_PAGE: Final = 200
+_OVERLAP: Final = 100
 #: So many resources that were seen wait for the log at most.
 _WAITING: Final = 1000
 
@@ -97,7 +99,8 @@ class Backfill:
         self._tip = tip
         self._levels = LEVELS[: LEVELS.index(request.level) + 1]
         self._walk: Iterator[None] | None = None
-        self._index = 0  # of the page in Orthanc's list of studies
+        self._index = 0  # in Orthanc's list of studies
+        self._recent: deque[str] = deque(maxlen=2 * _PAGE)  # the last ones that were looked at
         self._waiting: deque[_Seen] = deque()
         self._ids: set[str] = set()  # of those that wait; in a dry run, of counted patients too, who come again
         self._ended = False
@@ -129,7 +132,7 @@ class Backfill:
             if fact.change != "Deleted":
                 continue
             if fact.level == "study":
-                self._index = max(0, self._index - 1)
+                self._index -= 1
             if fact.resource in self._ids:
                 self._waiting = deque(one for one in self._waiting if one.resource != fact.resource)
                 self._ids.discard(fact.resource)
@@ -180,12 +183,19 @@ class Backfill:
 
     def _studies_of_orthanc(self) -> Iterator[None]:
         """The walk: it stops after each question."""
-        while page := self._orthanc.studies(self._index, _PAGE):
+        while True:
+            at = self._index
+            begin = max(0, at - _OVERLAP)
+            page = self._orthanc.studies(begin, _PAGE)
             yield
-            for number, study in enumerate(page, 1):
-                yield from self._look_at(study)
-                self.looked = self._index + number
-            self._index += len(page)
+            for study in page:
+                if study not in self._recent:
+                    yield from self._look_at(study)
+                    self._recent.append(study)
+                    self.looked += 1
+            self._index += begin + len(page) - at
+            if len(page) < _PAGE:
+                return
 
     def _look_at(self, study: str) -> Iterator[None]:
         known = self._registry.find(study)
