@@ -116,7 +116,7 @@ class KafkaOptions(TransportOptions):
     inbox_prefix: Annotated[str, AfterValidator(_topic)] = Field(
         default="orthanc.inbox",
         description="Beginning of the name of a consumer's inbox, `{inbox_prefix}.{consumer}`: the topic of what is "
-        "sent to this consumer alone (`orthanc-events replay --to`), and of what it gets again. It is made when it is "
+        "sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made when it is "
         "first needed, with as many partitions as the topic.",
     )
     declare: bool = Field(

@@ -132,7 +132,7 @@ class NatsOptions(TransportOptions):
     inbox_stream: Annotated[str, AfterValidator(_token)] = Field(
         default="ORTHANC_EVENTS_INBOX",
         description="Name of the JetStream stream with the inboxes of all consumers: what is sent to one of them alone "
-        "(`orthanc-events replay --to`). It is made when it is first needed; an event stays in it until its consumer "
+        "(`orthanc-events replay`). It is made when it is first needed; an event stays in it until its consumer "
         "has acknowledged it, or for `limits.max_age`.",
     )
     inbox_prefix: Annotated[str, AfterValidator(_subject)] = Field(

@@ -147,7 +147,7 @@ class RabbitOptions(TransportOptions):
     inbox_prefix: Annotated[str, AfterValidator(_prefix)] = Field(
         default="orthanc.inbox",
         description="Beginning of the name of a consumer's inbox, `{inbox_prefix}.{consumer}`: the quorum queue of "
-        "what is sent to this consumer alone (`orthanc-events replay --to`), and of what it gets again. It is made "
+        "what is sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made "
         "when it is first needed.",
     )
     declare: bool = Field(
