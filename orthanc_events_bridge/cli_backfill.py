@@ -69,10 +69,10 @@ def define(commands: Commands) -> None:
 
 def _backfill(options: argparse.Namespace) -> int:
     place = outbox_folder(options)
-    status.read(place)  # is there an outbox?
     number = time.time_ns() // 1_000_000
     request = {"level": options.level, "since": options.since, "dry_run": options.dry_run, "stop": options.stop}
-    if ask(place, "backfill", argument={"number": number, **request}, wait=not options.no_wait) is None:
+    argument = {"number": number, "recorder": status.read(place)["outbox"]["recorder"], **request}
+    if ask(place, "backfill", argument=argument, wait=not options.no_wait) is None:
         running = status.running(place)
         print("Orthanc is asked" if running else "the bridge is not running: Orthanc is asked when it starts")
         return 0

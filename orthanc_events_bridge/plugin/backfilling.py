@@ -45,6 +45,8 @@ class Backfilling:
         goes_on = self._backfill is None and last.get("state") == "running"  # it was, when Orthanc ended
         if number is None or (number == last.get("number") and not goes_on):
             return
+        if asked.get("recorder") != outbox.recorder:  # it was for one that is lost, and was perhaps done long ago
+            return
         if asked.get("stop"):
             ended = (
                 last
