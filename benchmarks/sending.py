@@ -179,7 +179,7 @@ def _check(broker: Broker, wanted: int) -> None:
 
 def _mapped(folder: Folder, events: int) -> tuple[list[Outgoing], float]:
     reader, state = OutboxReader(folder.outbox), State(folder.path.parent / "unused.db")
-    source = Source(reader, state)
+    source = Source(reader, state.settings)
     _, _, last = reader.extent()
     gc.disable()  # as good as in the bridge, which hardly looks for cycles
     cpu = time.process_time()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -89,3 +92,31 @@ def settings_of(path: Path | None) -> Settings:
     from orthanc_events_bridge.bridge.config import find_config, load
 
     return load(path or find_config(None))
+
+
+def moment(text: str) -> int:
+    """A time on the command line: RFC 3339, UTC if it names no offset; or how long ago, as a duration with its unit.
+
+    :return: milliseconds since the epoch.
+    :raises argparse.ArgumentTypeError: it is neither, or not yet.
+    """
+    from pydantic_core import PydanticCustomError
+
+    from orthanc_events_bridge.values import Duration
+
+    now = time.time()
+    try:
+        if not re.search("[a-z]", text):
+            raise ValueError
+        found = now - (Duration().parse(text) or 0.0)
+    except (ValueError, PydanticCustomError):
+        try:
+            read = datetime.fromisoformat(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no time: write 2026-11-23T21:36:00Z, 2026-11-23, or how long ago: 90m, 12h, 7d"
+            ) from None
+        found = (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+    if found > now:
+        raise argparse.ArgumentTypeError(f"{text!r} is yet to come")
+    return int(found * 1000)

@@ -74,6 +74,12 @@ def status_text(document: dict[str, Any]) -> str:
     ]
     if capture.get("problem"):
         lines.append(f"            {capture['problem']['message']}")
+    backfill = capture.get("backfill") or {}
+    if backfill.get("state") == "running":
+        events = sum(backfill["announced"].values())
+        lines.append(
+            f"            backfill: looked at {backfill['looked']} of {backfill['studies']} studies, {events} events"
+        )
     running = f"running since {bridge.get('since')}" if bridge["running"] else "NOT running"
     lines.append(f"bridge      {running}, restarts {bridge.get('restarts', 0)}")
     if last_exit:

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import Any, Final
 
 from orthanc_events_bridge import status
+from orthanc_events_bridge.cli_asking import ask
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command, outbox_folder, outbox_options
 from orthanc_events_bridge.cli_status import remarks, table
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.folder import Folder
-
-#: Seconds that the bridge may take to answer: it lets a batch that is under way come to its end.
-_WAIT: Final = 30.0
-_POLL: Final = 0.1
 
 _EPILOG: Final = f"""\
 examples:
@@ -94,33 +90,16 @@ def _waiting(place: Folder) -> list[tuple[str, str]]:
 
 def _act(options: argparse.Namespace) -> int:
     """Ask the bridge, and say what it says."""
-    from orthanc_events_bridge.bridge.state import State
-
     place, name = outbox_folder(options), options.name
     names = [transport["name"] for transport in status.read(place)["transports"]]
     if name not in names:
         known = f"there are: {', '.join(names)}" if names else "none was ever started on this outbox"
         raise BridgeError(f"there is no transport {name}", known)
-    state = State(place.bridge)
-    try:
-        number = state.ask(options.action, name)
-        if not status.running(place):
-            print(f"the bridge is not running: it is asked to {options.action} transport {name} when it starts")
-            return 0
-        if options.no_wait:
-            print(f"the bridge is asked to {options.action} transport {name}")
-            return 0
-        until = time.monotonic() + _WAIT
-        while (answer := state.answer(number)) is None and time.monotonic() < until:
-            time.sleep(_POLL)
-    finally:
-        state.close()
-    if answer is None:
-        raise BridgeError(
-            f"the bridge has not answered within {_WAIT:.0f} s", "it does so when it can: see `orthanc-events status`"
-        )
-    done, text = answer
-    if not done:
-        raise BridgeError(text)
-    print(text)
+    text = ask(place, options.action, name, wait=not options.no_wait)
+    if text is not None:
+        print(text)
+    elif options.no_wait and status.running(place):
+        print(f"the bridge is asked to {options.action} transport {name}")
+    else:
+        print(f"the bridge is not running: it is asked to {options.action} transport {name} when it starts")
     return 0

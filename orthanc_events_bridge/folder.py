@@ -37,6 +37,7 @@ class Folder:
     :ivar bridge: written by the bridge (positions, status, settings) and, for commands, by the command line.
     :ivar lock: held by the one bridge that works on this outbox.
     :ivar outbox_lock: held by the one process that records into it.
+    :ivar replays: how far each replay is, written by the command line that does it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +46,7 @@ class Folder:
         self.bridge = path / "bridge.db"
         self.lock = path / "bridge.lock"
         self.outbox_lock = path / "outbox.lock"
+        self.replays = path / "bridge.replays"
 
     def prepare(self) -> None:
         """Make the folder, readable by its owner only, and check that it is on a local disk.

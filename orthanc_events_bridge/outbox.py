@@ -416,6 +416,21 @@ class OutboxReader:
             ).fetchall()
         return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
 
+    def find(self, after: int, through: int, limit: int, *, recorded: int = 0, about: str = "") -> list[OutboxRow]:
+        """Some of the rows behind a position, in order.
+
+        :param through: the last position that is looked at.
+        :param recorded: not before this time, milliseconds since the epoch.
+        :param about: an id that must be in them, as their resource's or another.
+        """
+        with translated(self._path):
+            found = self._db.execute(
+                "SELECT * FROM rows WHERE position > ? AND position <= ? AND recorded >= ?"
+                " AND (?4 = '' OR resource = ?4 OR instr(extra, ?4)) ORDER BY position LIMIT ?",
+                (after, through, recorded, about, limit),
+            ).fetchall()
+        return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
+
     def settings(self) -> dict[int, dict[str, Any]]:
         """All that rows may name."""
         with translated(self._path):
@@ -431,12 +446,15 @@ class OutboxReader:
     def count(self, after: int) -> int:
         """How many rows are behind a position. Nothing is scanned: positions have no holes but the jumps."""
         oldest, _, last = self.extent()
-        if not oldest or after >= last:
+        return self.span(max(after, oldest - 1), last) if oldest else 0
+
+    def span(self, after: int, last: int) -> int:
+        """How many rows there are, or were, behind a position and up to another."""
+        if after >= last:
             return 0
-        start = max(after, oldest - 1)
         with translated(self._path):
             jumps: Iterable[tuple[int, int]] = self._db.execute("SELECT origin, target FROM jumps").fetchall()
-        return last - start - sum(min(to, last) - max(frm, start) for frm, to in jumps if to > start and frm < last)
+        return last - after - sum(min(to, last) - max(frm, after) for frm, to in jumps if to > after and frm < last)
 
     def bytes_used(self) -> int:
         with translated(self._path):

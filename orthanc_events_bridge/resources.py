@@ -97,7 +97,7 @@ class Resources:
         # What was inferred has no Seq. It gets a number that no Seq is, of the second that it was inferred from.
         born = fact.seq if fact.seq is not None else -fact.at // 1000
         self._keep(fact.level, fact.resource, known, uids, born if fact.change in _CREATIONS else None)
-        if fact.change == "NewInstance":
+        if fact.change == "NewInstance" and not fact.extra.get("inferred"):
             for level in _ABOVE_INSTANCES:
                 if level in known:
                     self._grow(known[level])

@@ -25,6 +25,7 @@ class FileTransport(Transport):
         refuses_when_full=True,
         identifies_place=False,
         subscribable=False,
+        has_inboxes=False,
         counts_deliveries=False,
         pipelined=True,
     )

@@ -45,7 +45,7 @@ _SIGNAL_WAIT: Final = 10.0
 
 
 class BusyError(BridgeError):
-    """Another bridge works on this outbox."""
+    """Another process does this already."""
 
 
 class Bridge:
@@ -138,7 +138,7 @@ class Bridge:
         if reader is None:
             return
         try:
-            fleet = self._fleet = Fleet(Source(reader, state), state, self._configuration.settings)
+            fleet = self._fleet = Fleet(Source(reader, state.settings), state, self._configuration.settings)
             for command in state.commands():
                 if command.command != "resend":  # every pause must be there before anything is sent
                     await obey(command, fleet, state, running=False)

@@ -24,6 +24,10 @@ async def obey(command: Command, fleet: Fleet, state: State, *, running: bool = 
     :raises OutboxError: ``bridge.db`` can't be written, or the outbox not be read; the command stays.
     """
     name = command.transport
+    if command.command == "backfill":  # it is capture's work, which reads it here
+        state.note("backfill", dict(command.argument))
+        state.done(command, "Orthanc's process is asked")
+        return
     try:
         if fleet.options(name) is None and name not in state.known() and not fleet.paused(name):
             raise CannotError(f"there is no transport {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,12 +23,15 @@ _LEAVE: Final = 10.0
 
 
 class Source:
-    """The outbox as the relays read it, with the settings that rows name."""
+    """The outbox as the relays read it, with the settings that rows name.
 
-    def __init__(self, reader: OutboxReader, state: State) -> None:
+    :param settings: gives all that ``bridge.db`` has numbered.
+    """
+
+    def __init__(self, reader: OutboxReader, settings: Callable[[], Mapping[int, Mapping[str, Any]]]) -> None:
         self.reader = reader
         self.recorder = reader.recorder
-        self._state = state
+        self._settings = settings
         self._shapes: dict[int, Mapping[str, Any]] = {}
 
     def rows(self, after: int, limit: int) -> list[OutboxRow]:
@@ -43,7 +46,7 @@ class Source:
     def shape(self, number: int) -> Mapping[str, Any]:
         """The settings of a number; 0 stands for the first that came, without tags."""
         if number not in self._shapes:
-            known = {**self._state.settings(), **self.reader.settings()}
+            known = {**self._settings(), **self.reader.settings()}
             self._shapes[number] = known[number or min(known)]
         return self._shapes[number]
 

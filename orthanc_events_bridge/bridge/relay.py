@@ -28,7 +28,7 @@ from orthanc_events_bridge.events.mapping import short_name, to_outgoing
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxRow
 from orthanc_events_bridge.status import iso
-from orthanc_events_bridge.transports.base import Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Relay:
     def __init__(
         self,
         name: str,
-        make: Callable[[], Transport],
+        make: Callable[[], Place],
         kind: str,
         size: int,
         accepts: Callable[[str], bool],
@@ -127,7 +127,7 @@ class Relay:
     ) -> None:
         self.name = name
         self._make = make
-        self._made: Transport | None = None
+        self._made: Place | None = None
         self._kind = kind
         self._size = size
         self._accepts = accepts
@@ -189,7 +189,7 @@ class Relay:
         }
 
     @property
-    def _transport(self) -> Transport:
+    def _transport(self) -> Place:
         if self._made is None:
             self._made = self._make()
         return self._made
@@ -356,11 +356,14 @@ class Relay:
     def _set_aside(self, batch: _Batch, index: int, error: EventRejectedError) -> None:
         event, position = batch.events[index], batch.positions[index]
         self._memory.set_aside(self.name, position, event.id, batch.names[index], str(error))
+        self._tell_set_aside(event, batch.names[index], error)
+
+    def _tell_set_aside(self, event: Outgoing, name: str, error: EventRejectedError) -> None:
         log.error(
             "transport %s: event %s (%s) is set aside: %s. See `orthanc-events set-aside`",
             self.name,
             event.id,
-            batch.names[index],
+            name,
             error,
         )
 

@@ -99,7 +99,7 @@ class Repair:
         ask: Callable[[str, str], Mapping[str, Any] | None],
         tip: Callable[[], int],
         studies: Callable[[int, int], Sequence[str]],
-        received: Callable[[str], str],
+        received: Callable[[str], str | None],
         now: Callable[[], float],
         wall: Callable[[], float],
         *,

@@ -44,7 +44,7 @@ class Strangers:
         ask: Ask,
         tip: Callable[[], int],
         studies: Callable[[int, int], Sequence[str]],
-        received: Callable[[str], str],
+        received: Callable[[str], str | None],
         now: Callable[[], float],
         began: int,
         place: int | None,

@@ -20,6 +20,7 @@ from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, Outbo
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.plugin.backfilling import Backfilling
 from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
 from orthanc_events_bridge.plugin.flush import Flusher
 from orthanc_events_bridge.plugin.host import Host
@@ -103,6 +104,8 @@ class Capture:
         self._outbox: OutboxWriter | None = None
         self._held: int | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
+        self._backfilling = Backfilling(self._upkeep.backfill, self._look_up, self._log.tip)
+        self._next_fill = 0.0
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
         self._all_taken = threading.Event()
@@ -159,6 +162,7 @@ class Capture:
             **self._counts,
             "repairing": bool(self._repair and self._repair.active),
             "inferred": dict(self._repair.inferred) if self._repair else {},
+            "backfill": self._backfilling.status() or None,
             "limit": self._upkeep.limit,
             "problem": self._problem,
         }
@@ -329,7 +333,7 @@ class Capture:
                 self._stop.wait()
                 return
             self._tick(merge)
-            self._bell.wait(self._mend(merge))
+            self._bell.wait(min(self._mend(merge), self._fill(merge)))
             return
         self._heard = time.monotonic()
         batch = merge.take()
@@ -355,6 +359,7 @@ class Capture:
         if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
             self._stop.wait(_LINGER)
         self._mend(merge)
+        self._fill(merge)
         self._tick(merge)
 
     def _mend(self, merge: Merge) -> float:
@@ -378,6 +383,20 @@ class Capture:
             self._next_repair = time.monotonic() + rest
         return max(0.0, self._next_repair - time.monotonic())
 
+    def _fill(self, merge: Merge) -> float:
+        """Take a step of a backfill, as `_mend` does of repair."""
+        outbox = self._outbox
+        if outbox is None or not self._backfilling.active or self._leaving.is_set():
+            return _TICK
+        now = time.monotonic()
+        if now >= self._next_fill:
+            facts = self._backfilling.step(outbox, merge.cursor, self._upkeep.limit)
+            if facts:
+                self._append(facts, merge)
+                self._backfilling.done(facts)
+            self._next_fill = time.monotonic() + max(_REST, _REST_FACTOR * (time.monotonic() - now))
+        return max(0.0, self._next_fill - time.monotonic())
+
     def _well(self) -> None:
         """The outbox could be written, or there is nothing to write."""
         if self._state != "following":
@@ -399,6 +418,7 @@ class Capture:
         if self._repair is not None:
             self._repair.recorded(facts)
         self._flusher.soil(outbox.sync_path)
+        self._backfilling.recorded(facts)
         self._ring()
 
     def _finish(self) -> None:
@@ -424,11 +444,17 @@ class Capture:
             return
         self._next_tick = now + _TICK
         self._upkeep.take_settings(outbox)
+        self._look_for_backfill(outbox)
         self._write_notes(outbox)
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
         self._watch_log(outbox, merge)
+
+    def _look_for_backfill(self, outbox: OutboxWriter) -> None:
+        self._backfilling.look(outbox)
+        if self._backfilling.status():  # before, what is kept of an earlier one would be lost
+            self.notes["backfill"] = self._backfilling.status
 
     def _write_notes(self, outbox: OutboxWriter) -> None:
         for key, current in {"capture": self.status, **self.notes}.items():

@@ -99,12 +99,20 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for its studies: {error}") from error
 
-    def received(self, instance: str) -> str:
-        """When Orthanc received an instance, as it spells dates (UTC); empty where it doesn't know it.
+    def count_studies(self) -> int:
+        """How many studies Orthanc has.
 
         :raises LogUnavailableError: Orthanc can't answer now.
         """
-        return str((self._ask(f"/instances/{instance}/metadata?expand") or {}).get("ReceptionDate", ""))
+        return int((self._ask("/statistics") or {}).get("CountStudies", 0))
+
+    def received(self, instance: str) -> str | None:
+        """When Orthanc received an instance, as it spells dates (UTC); empty where it can't say, none when it is gone.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        found = self._ask(f"/instances/{instance}/metadata?expand")
+        return None if found is None else str(found.get("ReceptionDate") or "")
 
     # -- parents ---------------------------------------------------------------------------------------------
 

@@ -73,6 +73,13 @@ class Upkeep:
             self.limit = self.options["max_bytes"] or self._default_limit
         return found is not None or bool(self.settings)
 
+    def backfill(self) -> dict[str, Any]:
+        """The backfill that was last asked for; empty where none was."""
+        try:
+            return self._bridge.note("backfill")
+        except OutboxError:  # it is looked again soon
+            return {}
+
     def acknowledged_seq(self) -> int | None:
         """The Seq up to which every transport has delivered, for an outbox that was lost; none before any has."""
         try:

@@ -85,7 +85,7 @@ def _dropping_one() -> None:
             if events:
                 await publish(self, events)
 
-        transport.publish = dropping  # type: ignore[method-assign]
+        transport.publish = dropping  # type: ignore[method-assign, assignment]
 
     for transport in _transports():
         drop_from(transport)
@@ -129,6 +129,9 @@ IN_ORTHANC: Final[dict[str, str]] = {
     # A creation of what is there proves nothing.
     "rebirth": "from orthanc_events_bridge.resources import Resources\n"
     "Resources.lost_deletions = lambda self, facts, index: []\n",
+    # A backfill doesn't look at what was announced.
+    "announced": "from orthanc_events_bridge.changes.backfill import Backfill\n"
+    "Backfill._is_new = lambda self, resource: True\n",
 }
 
 

@@ -68,6 +68,9 @@ class Outgoing(NamedTuple):
     :param body: the bytes to send.
     :param attributes: the CloudEvent's attributes but for ``datacontenttype``, as text, in binary mode, where each is
         a header with the binding's prefix. Empty in structured mode, in which no such header may be sent.
+    :param headers: further ones (``orthanc-operation`` …), in lower case, their values in ASCII.
+    :param dedupe: the key by which the broker removes duplicates, where that is not the id: an event that is sent
+        again on purpose must not be dropped.
     """
 
     id: str
@@ -79,11 +82,26 @@ class Outgoing(NamedTuple):
     content_type: str
     body: bytes
     attributes: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    dedupe: str = ""
+
+    @property
+    def address(self) -> str:
+        """Under which everybody gets it: what brokers put a prefix of their own in front of, if any."""
+        return f"{self.site}.{self.level}.{self.verb}.{self.partition}"
 
     @property
     def size(self) -> int:
-        """Bytes of the body, and about those of the attributes as headers."""
-        return len(self.body) + sum(len(name) + len(value) + 8 for name, value in self.attributes)
+        """Bytes of the body, and about those of the attributes and further headers."""
+        headers = (*self.attributes, *self.headers)
+        return len(self.body) + sum(len(name) + len(value) + 8 for name, value in headers)
+
+    def in_inbox(self, consumer: str, address: str) -> Outgoing:
+        """The event as it is sent to one consumer.
+
+        :param address: under which everybody gets it.
+        """
+        return self._replace(headers=(*self.headers, ("orthanc-consumer", consumer), ("orthanc-address", address)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +140,8 @@ class Capabilities:
     identifies_place: bool
     #: Consumers can subscribe: `Transport.subscribe`.
     subscribable: bool
+    #: Each consumer has an inbox that nobody else reads: `Transport.inbox`.
+    has_inboxes: bool
     #: A delivery says how often it was given before, also if its subscribers died.
     counts_deliveries: bool
     #: A batch is sent without waiting for each event's confirmation.
@@ -198,13 +218,11 @@ class Subscription(ABC):
         its ``ack_wait`` is over. Never raises, never takes longer than a second."""
 
 
-class Transport(ABC):
-    """One broker. An object is used by one relay, in one event loop, and can be connected again after `close`."""
+class Place(ABC):
+    """A place at one broker that events are sent to. An object is used by one relay, in one event loop, and can be
+    connected again after `close`."""
 
     capabilities: ClassVar[Capabilities]
-
-    def __init__(self, options: TransportOptions) -> None:
-        self.name = options.name
 
     @abstractmethod
     async def connect(self) -> str:
@@ -228,6 +246,26 @@ class Transport(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Give the connection up. Never raises, never takes longer than a second; publishing afterwards raises."""
+
+
+class Transport(Place):
+    """One broker, and its place where everybody gets the events."""
+
+    def __init__(self, options: TransportOptions) -> None:
+        self.name = options.name
+
+    def inbox(self, consumer: str) -> Place:
+        """The place of what only one consumer gets, over a connection of its own.
+
+        Every event there has the headers ``orthanc-consumer`` and ``orthanc-address``, under which everybody gets it.
+
+        :param consumer: its name, as for `subscribe`; nobody need have subscribed yet.
+        :raises TransportConfigurationError: there can be no such name, or the transport has no inboxes (see
+            `Capabilities.has_inboxes`).
+        """
+        raise TransportConfigurationError(
+            f"transport {self.name}: consumers have no inbox there", "send to everyone, or use a broker"
+        )
 
     @abstractmethod
     def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:

@@ -13,6 +13,7 @@ from orthanc_events_bridge.transports.base import (
     Capabilities,
     Incoming,
     Outgoing,
+    Place,
     PublishError,
     Subscription,
     Transport,
@@ -21,6 +22,7 @@ from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_publisher import Publisher
 from orthanc_events_bridge.transports.kafka_reader import offsets, read
+from orthanc_events_bridge.transports.kafka_retries import Retries, inbox_topic
 from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from orthanc_events_bridge.transports.kafka_topic import Topic, open_topic
 from orthanc_events_bridge.transports.options import TransportOptions
@@ -39,15 +41,21 @@ class KafkaTransport(Transport):
         refuses_when_full=False,
         identifies_place=True,
         subscribable=True,
+        has_inboxes=True,
         counts_deliveries=False,
         pipelined=True,
     )
     #: A seam for `make test-mutants`: protections that are left out.
     without: frozenset[str] = frozenset()
 
-    def __init__(self, options: TransportOptions) -> None:
+    def __init__(self, options: TransportOptions, consumer: str = "") -> None:
+        """:param consumer: whose inbox is the place, in place of the topic for everybody."""
         assert isinstance(options, KafkaOptions)
         super().__init__(options)
+        self._everybodys = options
+        self._consumer = consumer
+        if consumer:
+            options = options.model_copy(update={"topic": inbox_topic(options, consumer)})
         self._options = options
         self._cluster: Cluster | None = None
         self._topic: Topic | None = None
@@ -62,6 +70,11 @@ class KafkaTransport(Transport):
         if cluster is None or not cluster.connected:
             await self.close()
             cluster = self._cluster = await self._open()
+        if self._consumer:
+            main = await open_topic(cluster, self._everybodys)
+            await Retries(cluster, self._everybodys, self._consumer, main.metadata, main.largest).need(
+                self._options.topic
+            )
         topic = await open_topic(cluster, self._options)
         if self._topic is None or self._topic.metadata != topic.metadata:
             topic = await self._publisher.begin(cluster, topic)
@@ -96,11 +109,17 @@ class KafkaTransport(Transport):
         self._cluster.check()
         return self._cluster, self._topic
 
+    def inbox(self, consumer: str) -> Place:
+        check_name(self.name, consumer)
+        return KafkaTransport(self._everybodys, consumer)
+
     async def publish(self, events: Sequence[Outgoing]) -> None:
         try:
             cluster, topic = self._connected()
         except TransportError as error:
             raise PublishError(0, error) from error
+        if self._consumer:
+            events = [event.in_inbox(self._consumer, self._everybodys.topic) for event in events]
         await self._publisher.publish(cluster, topic, events)
 
     # Receiving, and looking at it.

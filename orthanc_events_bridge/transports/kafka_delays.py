@@ -31,11 +31,6 @@ def retry_topic(name: str, step: int) -> str:
     return f"orthanc.retry.{name}.{step}"
 
 
-def inbox_topic(name: str) -> str:
-    """The topic that only this consumer reads."""
-    return f"orthanc.inbox.{name}"
-
-
 def step_for(delay: float) -> int:
     """The step of the topic in which so many seconds are waited for."""
     return max((step for step in STEPS if step <= delay), default=STEPS[0])

@@ -113,9 +113,15 @@ class KafkaOptions(TransportOptions):
         description="How many partitions the topic has: so many consumers of one name can share its events and keep "
         "the order of each study. An event's partition is that of its key, 0 to 63, modulo this number.",
     )
+    inbox_prefix: Annotated[str, AfterValidator(_topic)] = Field(
+        default="orthanc.inbox",
+        description="Beginning of the name of a consumer's inbox, `{inbox_prefix}.{consumer}`: the topic of what is "
+        "sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made when it is "
+        "first needed, with as many partitions as the topic.",
+    )
     declare: bool = Field(
         default=True,
-        description="Make the topic if it is missing. `false`: only check that it is there and fits.",
+        description="Make the topics if they are missing. `false`: only check that they are there and fit.",
     )
     on_recreate: Literal["replay", "continue"] = Field(
         default="replay",

@@ -155,14 +155,15 @@ class Producer:
         )
         now = time.time_ns() // 1_000_000
         for offset, event in enumerate(events):
-            headers = [
-                ("content-type", event.content_type.encode()),
-                ("orthanc-event-id", event.id.encode()),
-                ("orthanc-site", event.site.encode()),
-            ]
-            if event.attributes:
-                headers += [(f"ce_{name}", value.encode()) for name, value in event.attributes]
-            builder.append(offset, now, event.key.encode(), event.body, headers)
+            headers = {
+                "content-type": event.content_type,
+                "orthanc-event-id": event.id,
+                "orthanc-site": event.site,
+                **{f"ce_{name}": value for name, value in event.attributes},
+                **dict(event.headers),
+            }
+            encoded = [(name, value.encode()) for name, value in headers.items()]
+            builder.append(offset, now, event.key.encode(), event.body, encoded)
         return bytes(builder.build())
 
     # What became of them.

@@ -20,7 +20,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
-from orthanc_events_bridge.transports.kafka_delays import STEPS, Copy, inbox_topic, retry_topic
+from orthanc_events_bridge.transports.kafka_delays import STEPS, Copy, retry_topic
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refused
 
@@ -44,6 +44,11 @@ _LED_ELSEWHERE: Final = frozenset(
 )
 
 
+def inbox_topic(options: KafkaOptions, name: str) -> str:
+    """The topic that only this consumer reads."""
+    return f"{options.inbox_prefix}.{name}"
+
+
 class Retries:
     """A consumer's inbox and topics of delays, and what is on its way into them.
 
@@ -58,7 +63,7 @@ class Retries:
         self._options = options
         self._main = main
         self._largest = largest
-        self.inbox = inbox_topic(name)
+        self.inbox = inbox_topic(options, name)
         #: By topic, the seconds that an event waits in it.
         self.steps: Mapping[str, int] = {retry_topic(name, step): step for step in STEPS}
         #: Those of them that we have made.

@@ -18,6 +18,7 @@ from orthanc_events_bridge.transports.base import (
     Capabilities,
     Incoming,
     Outgoing,
+    Place,
     PublishError,
     Subscription,
     Transport,
@@ -37,6 +38,7 @@ class Broker:
 
     :ivar messages: what is stored, in order.
     :ivar names: of consumers, and how far each has come.
+    :ivar inboxes: of consumers, what is stored for each alone, in order.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
@@ -50,6 +52,7 @@ class Broker:
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
         self.names: dict[str, Name] = {}
+        self.inboxes: dict[str, list[Incoming]] = {}
         self.up = True
         self.frozen = False
         self.deadline = 5.0
@@ -58,20 +61,30 @@ class Broker:
         self.connections = 1
         self.refuse: Callable[[Outgoing], TransportError | None] = lambda event: None
 
-    def store(self, event: Outgoing) -> None:
-        """Keep an event, unless one of its id was stored before."""
-        if event.id not in self.ids:
-            self.ids.add(event.id)
-            address = ".".join((event.site, event.level, event.verb, event.partition))
-            headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
-            headers |= {f"ce-{name}": value for name, value in event.attributes}
-            self.messages.append(Incoming(address, event.body, headers, str(len(self.messages) + 1)))
+    def store(self, event: Outgoing, consumer: str = "") -> None:
+        """Keep an event, unless one of its id was stored before.
+
+        :param consumer: in whose inbox, in place of where everybody gets it.
+        """
+        key = event.dedupe or event.id
+        if key in self.ids:
+            return
+        self.ids.add(key)
+        address, messages = event.address, self.messages
+        if consumer:
+            event = event.in_inbox(consumer, address)
+            address, messages = f"inbox.{consumer}", self.inboxes.setdefault(consumer, [])
+        headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
+        headers |= {"dedupe-key": event.dedupe} if event.dedupe else {}
+        headers |= {f"ce-{name}": value for name, value in event.attributes} | dict(event.headers)
+        messages.append(Incoming(address, event.body, headers, str(len(messages) + 1)))
 
     def recreate(self) -> None:
         """Delete everything, as an operator who deletes a stream and makes it again."""
         self.messages = []
         self.ids = set()
         self.names = {}
+        self.inboxes = {}
         self.generation += 1
 
     def cut(self) -> None:
@@ -91,13 +104,16 @@ class MemoryTransport(Transport):
         refuses_when_full=True,
         identifies_place=True,
         subscribable=True,
+        has_inboxes=True,
         counts_deliveries=True,
         pipelined=True,
     )
 
-    def __init__(self, options: TransportOptions, broker: Broker | None = None) -> None:
+    def __init__(self, options: TransportOptions, broker: Broker | None = None, consumer: str = "") -> None:
         super().__init__(options)
         self.broker = broker or Broker()
+        self._options = options
+        self._consumer = consumer
         self._connection: int | None = None
         self._opened = 0  # connections so far
 
@@ -129,6 +145,10 @@ class MemoryTransport(Transport):
             self._opened += 1
         return str(self.broker.generation)
 
+    def inbox(self, consumer: str) -> Place:
+        check_name(self.name, consumer)
+        return MemoryTransport(self._options, self.broker, consumer)
+
     async def publish(self, events: Sequence[Outgoing]) -> None:
         confirmed = 0
         try:
@@ -152,7 +172,7 @@ class MemoryTransport(Transport):
         error = self.broker.refuse(event)
         if error is not None:
             raise error
-        self.broker.store(event)
+        self.broker.store(event, self._consumer)
 
     async def close(self) -> None:
         self._connection = None

@@ -26,6 +26,7 @@ from orthanc_events_bridge.transports.base import (
     Capabilities,
     Incoming,
     Outgoing,
+    Place,
     PublishError,
     Subscription,
     Transport,
@@ -49,20 +50,23 @@ _SLICE: Final = 100
 _SAFE: Final = "".join(chr(number) for number in range(0x21, 0x7F) if chr(number) not in '"%')
 
 
-def _attributes(event: Outgoing) -> str:
-    """The headers of binary mode, in ASCII; none in structured mode.
+def _more_headers(event: Outgoing) -> str:
+    """The event's own further headers, and those of binary mode, in ASCII; of that, none in structured mode.
 
     The draft calls for ``ce-datacontenttype``, and SDKs read ``content-type``: both are given.
     """
-    if not event.attributes:
+    if not event.attributes and not event.headers:
         return ""
+    further = "".join(f"{name}: {value}\r\n" for name, value in event.headers)
+    if not event.attributes:
+        return further
     attributes = (*event.attributes, ("datacontenttype", event.content_type))
-    return "".join(f"ce-{name}: {quote(value, safe=_SAFE)}\r\n" for name, value in attributes)
+    return further + "".join(f"ce-{name}: {quote(value, safe=_SAFE)}\r\n" for name, value in attributes)
 
 
 def _size(event: Outgoing) -> int:
     """How many bytes of ``max_payload`` it takes, but for `_HEADERS`."""
-    return len(event.body) + len(_attributes(event))
+    return len(event.body) + len(_more_headers(event))
 
 
 class _Batch:
@@ -109,16 +113,21 @@ class NatsTransport(Transport):
         refuses_when_full=True,
         identifies_place=True,
         subscribable=True,
+        has_inboxes=True,
         counts_deliveries=True,
         pipelined=True,
     )
     #: A seam for `make test-mutants`: protections that are left out.
     without: frozenset[str] = frozenset()
 
-    def __init__(self, options: TransportOptions) -> None:
+    def __init__(self, options: TransportOptions, consumer: str = "") -> None:
+        """:param consumer: whose inbox is the place, in place of the stream for everybody."""
         assert isinstance(options, NatsOptions)
         super().__init__(options)
         self._options = options
+        self._consumer = consumer
+        self._stream = options.inbox_stream if consumer else options.stream
+        self._subjects = f"{options.inbox_prefix}.{consumer}" if consumer else f"{options.subject_prefix}.>"
         self._connection: Connection | None = None
         self._server = 0
         self._inbox = ""
@@ -133,7 +142,7 @@ class NatsTransport(Transport):
             connection = self._connection = await self._open()
             self._inbox = connection.new_inbox()
             await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
-        info = await open_stream(connection, self._options)
+        info = await open_stream(connection, self._options, inbox=bool(self._consumer))
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
 
@@ -165,11 +174,20 @@ class NatsTransport(Transport):
 
     # Publishing.
 
+    def inbox(self, consumer: str) -> Place:
+        check_name(self.name, consumer)
+        return NatsTransport(self._options, consumer)
+
+    def _subject(self, event: Outgoing) -> str:
+        return f"{self._options.subject_prefix}.{event.address}"
+
     async def publish(self, events: Sequence[Outgoing]) -> None:
         try:
             connection = self._connected()
         except TransportError as error:
             raise PublishError(0, error) from error
+        if self._consumer:
+            events = [event.in_inbox(self._consumer, self._subject(event)) for event in events]
         largest = connection.max_payload - _HEADERS
         sendable = next((i for i, event in enumerate(events) if _size(event) > largest), len(events))
         if sendable:
@@ -214,10 +232,9 @@ class NatsTransport(Transport):
 
     def _message(self, event: Outgoing, reply: str) -> bytes:
         """As the protocol spells it: nats-py takes much of a drain's time to check what is right already."""
-        dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.id}\r\n"
-        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{_attributes(event)}\r\n"
-        prefix = self._options.subject_prefix
-        subject = f"{prefix}.{event.site}.{event.level}.{event.verb}.{event.partition}"
+        dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.dedupe or event.id}\r\n"
+        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{_more_headers(event)}\r\n"
+        subject = self._subjects if self._consumer else self._subject(event)
         sizes = f"{len(headers)} {len(headers) + len(event.body)}"
         return b"%b%b\r\n" % (f"HPUB {subject} {reply} {sizes}\r\n{headers}".encode(), event.body)
 
@@ -251,16 +268,16 @@ class NatsTransport(Transport):
         """Why an event was not stored; none when it was."""
         if not message.data:  # "503": nobody listens on the subject
             return NotConnectedError(
-                f"no NATS stream takes {self._options.subject_prefix}.>: it was deleted, or has no leader",
+                f"no NATS stream takes {self._subjects}: it was deleted, or has no leader",
                 "it is made or found again by itself",
             )
         answer = json.loads(message.data.decode())
         if "error" in answer:
             return refused(answer["error"])
         made_again = answer["seq"] <= self._last and not answer.get("duplicate")
-        if made_again or answer["stream"] != self._options.stream:
+        if made_again or answer["stream"] != self._stream:
             return NotConnectedError(
-                f"the NATS stream {self._options.stream} was made again while we were connected",
+                f"the NATS stream {self._stream} was made again while we were connected",
                 "it is checked again by itself",
             )
         self._last = max(answer["seq"], self._last)

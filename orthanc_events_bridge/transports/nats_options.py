@@ -129,9 +129,25 @@ class NatsOptions(TransportOptions):
         default="orthanc.events",
         description="Beginning of every subject: `{subject_prefix}.{site}.{level}.{verb}.{partition}`.",
     )
+    inbox_stream: Annotated[str, AfterValidator(_token)] = Field(
+        default="ORTHANC_EVENTS_INBOX",
+        description="Name of the JetStream stream with the inboxes of all consumers: what is sent to one of them alone "
+        "(`orthanc-events replay`). It is made when it is first needed; an event stays in it until its consumer "
+        "has acknowledged it, or for `limits.max_age`.",
+    )
+    inbox_prefix: Annotated[str, AfterValidator(_subject)] = Field(
+        default="orthanc.inbox",
+        description="Beginning of the subject of an inbox: `{inbox_prefix}.{consumer}`.",
+    )
+    inbox_max_bytes: Annotated[int, Size(minimum=64 * 1024, zero="unlimited")] = Field(
+        default=1024**3,
+        description="How large all inboxes together can grow. A full stream refuses: a replay then waits. NATS sets "
+        "this much of its storage aside. 0: unlimited.",
+        examples=["1GiB"],
+    )
     declare: bool = Field(
         default=True,
-        description="Make the stream if it is missing. `false`: only check that it is there and fits.",
+        description="Make the streams if they are missing. `false`: only check that they are there and fit.",
     )
     on_recreate: Literal["replay", "continue"] = Field(
         default="replay",

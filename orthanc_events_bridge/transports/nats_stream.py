@@ -1,4 +1,4 @@
-"""The JetStream stream that events go to: found and checked, or made; and what its refusals mean."""
+"""The JetStream streams that events go to: found and checked, or made; and what their refusals mean."""
 
 from __future__ import annotations
 
@@ -39,26 +39,30 @@ _NEEDED: Final = ("retention", "discard", "no_ack", "max_msgs_per_subject")
 _LIMITS: Final = ("max_age", "max_bytes", "max_msgs", "storage", "num_replicas", "duplicate_window")
 
 
-async def open_stream(connection: Connection, options: NatsOptions) -> StreamInfo:
+async def open_stream(connection: Connection, options: NatsOptions, *, inbox: bool = False) -> StreamInfo:
     """Find the stream and check it, or make it.
 
+    :param inbox: not the one for everybody, but the one with the consumers' inboxes.
     :raises NotConnectedError: NATS doesn't answer.
     :raises TransportConfigurationError: the stream can't be used as it is.
     """
     manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
+    wanted = _inboxes(options) if inbox else _wanted(options)
+    stream = options.inbox_stream if inbox else options.stream
     try:
         try:
-            info = await connection.ask(manager.stream_info(options.stream))
+            info = await connection.ask(manager.stream_info(stream))
         except nats.js.errors.NotFoundError as error:
             if not options.declare:
                 raise TransportConfigurationError(
-                    f"NATS has no stream {options.stream}, and declare is false",
+                    f"NATS has no stream {stream}, and declare is false",
                     "make it, or set declare to true",
                 ) from error
-            return await _make(connection, manager, _wanted(options))
+            return await _make(connection, manager, wanted)
     except nats.js.errors.APIError as error:
-        raise _no_stream(error, options.stream) from error
-    _check(info.config, options)
+        raise _no_stream(error, stream) from error
+    ours = f"{options.inbox_prefix}.*" if inbox else f"{options.subject_prefix}.*.*.*.*"
+    _check(info.config, wanted, ours, declared=options.declare)
     return info
 
 
@@ -84,7 +88,7 @@ def _no_stream(error: nats.js.errors.APIError, stream: str) -> TransportError:
         )
     remedy = "check the account's limits and the user's permissions"
     if code in _FULL:
-        remedy = "lower `limits.max_bytes`, or give JetStream or the account more room"
+        remedy = "lower `limits.max_bytes` or `inbox_max_bytes`, or give JetStream or the account more room"
     return TransportConfigurationError(f"NATS can't make or read the stream {stream}: {text}", remedy)
 
 
@@ -105,15 +109,29 @@ def _wanted(options: NatsOptions) -> StreamConfig:
     )
 
 
-def _check(found: StreamConfig, options: NatsOptions) -> None:
-    """A stream that exists is never changed: what differs is named."""
-    wanted = _wanted(options)
+def _inboxes(options: NatsOptions) -> StreamConfig:
+    """An inbox is read by one consumer only: what that one has acknowledged goes."""
+    return _wanted(options).evolve(
+        name=options.inbox_stream,
+        description="Changes of Orthanc that are sent to one consumer",
+        subjects=[f"{options.inbox_prefix}.*"],
+        retention=RetentionPolicy.WORK_QUEUE,
+        max_bytes=options.inbox_max_bytes or -1,
+        max_msgs=-1,
+    )
+
+
+def _check(found: StreamConfig, wanted: StreamConfig, ours: str, *, declared: bool) -> None:
+    """A stream that exists is never changed: what differs is named.
+
+    :param ours: a pattern of the subjects that it has to take.
+    """
     differing = []
-    for name in (*_NEEDED, *_LIMITS) if options.declare else _NEEDED:
+    for name in (*_NEEDED, *_LIMITS) if declared else _NEEDED:
         is_, should = (getattr(config, name) for config in (found, wanted))
         if is_ != should and not (isinstance(is_, float) and math.isclose(is_, should, rel_tol=1e-8)):
             differing.append(f"{name} is {_plain(is_)}, wanted {_plain(should)}")
-    if not any(_covers(subject, options.subject_prefix) for subject in found.subjects or []):
+    if not any(_covers(subject, ours) for subject in found.subjects or []):
         differing.append(f"subjects are {found.subjects}, wanted {wanted.subjects}")
     if differing:
         raise TransportConfigurationError(
@@ -122,9 +140,9 @@ def _check(found: StreamConfig, options: NatsOptions) -> None:
         )
 
 
-def _covers(subject: str, prefix: str) -> bool:
-    """Whether a stream's subject takes all of ours: ``{prefix}.{site}.{level}.{verb}.{partition}``."""
-    ours = [*prefix.split("."), "*", "*", "*", "*"]
+def _covers(subject: str, pattern: str) -> bool:
+    """Whether a stream's subject takes all that a pattern matches."""
+    ours = pattern.split(".")
     theirs = subject.split(".")
     if theirs[-1] == ">" and len(theirs) <= len(ours):
         theirs[-1:] = ["*"] * (len(ours) - len(theirs) + 1)

@@ -20,11 +20,13 @@ from orthanc_events_bridge.transports.base import (
     Capabilities,
     Incoming,
     Outgoing,
+    Place,
     PublishError,
     Transport,
 )
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Connection, Servers
+from orthanc_events_bridge.transports.rabbitmq_inbox import RabbitInbox
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
@@ -48,6 +50,7 @@ class RabbitTransport(Transport):
         refuses_when_full=False,
         identifies_place=True,
         subscribable=True,
+        has_inboxes=True,
         counts_deliveries=True,
         pipelined=True,
     )
@@ -130,6 +133,10 @@ class RabbitTransport(Transport):
                     "it is made or found again by itself",
                 )
             )
+
+    def inbox(self, consumer: str) -> Place:
+        check_name(self.name, consumer)
+        return RabbitInbox(self._options, consumer, self.without)
 
     async def publish(self, events: Sequence[Outgoing]) -> None:
         try:

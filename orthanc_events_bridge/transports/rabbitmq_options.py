@@ -31,6 +31,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _prefix(value: str) -> str:
+    if len(value) > 100:  # a consumer's name of up to 128 characters stands behind it
+        raise mistake("is too long for a name in RabbitMQ", "use at most 100 characters", shown=value)
+    return _name(value)
+
+
 def _amqp_url(value: str) -> str:
     right = "write amqp://HOST:PORT, or amqps://HOST:PORT for TLS, with /VHOST behind it where it is not /"
     # What stands before an @ may be a password, so that such a value is never shown.
@@ -138,9 +144,16 @@ class RabbitOptions(TransportOptions):
         description="Name of the stream queue that keeps every event for a while, so that none is unroutable and all "
         "can be read again.",
     )
+    inbox_prefix: Annotated[str, AfterValidator(_prefix)] = Field(
+        default="orthanc.inbox",
+        description="Beginning of the name of a consumer's inbox, `{inbox_prefix}.{consumer}`: the quorum queue of "
+        "what is sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made "
+        "when it is first needed.",
+    )
     declare: bool = Field(
         default=True,
-        description="Make the exchange and the history if they are missing. `false`: only check that they are there.",
+        description="Make the exchange, the history and consumers' queues if they are missing. `false`: only check "
+        "that they are there.",
     )
     on_recreate: Literal["replay", "continue"] = Field(
         default="replay",

@@ -98,11 +98,16 @@ class Publisher:
     """A channel of a connection, on which events are published in order.
 
     :param without: protections that are left out, for mutants.
+    :param queue: takes all of them, by the default exchange, in place of ours with its routing keys.
     """
 
-    def __init__(self, connection: Connection, options: RabbitOptions, without: frozenset[str]) -> None:
+    def __init__(
+        self, connection: Connection, options: RabbitOptions, without: frozenset[str], queue: str = ""
+    ) -> None:
         self._connection = connection
         self._options = options
+        self._queue = queue
+        self._exchange = "" if queue else options.exchange
         self._without = without
         self._channel: Channel
         self._delivery = b"\x01" if "persistent" in without else b"\x02"
@@ -193,15 +198,16 @@ class Publisher:
     def _encode(self, event: Outgoing, tag: int) -> bytes:
         """As the protocol spells it: pamqp takes five times as long, and with it half of a drain's time."""
         number, room, body = self._channel.number, self._connection.frame_max - _FRAME.size - 1, event.body
-        named = [("orthanc-event-id", event.id), *((f"ce-{name}", value) for name, value in event.attributes)]
-        table = b"".join(_short(name) + b"S" + _long(value.encode()) for name, value in named)
+        named = {"orthanc-event-id": event.id, **dict(event.headers)}
+        named.update((f"ce-{name}", value) for name, value in event.attributes)
+        table = b"".join(_short(name) + b"S" + _long(value.encode()) for name, value in named.items())
         # The event's own id would not tell two sends of it apart.
         properties = (_short(event.content_type), _long(table), self._delivery, _short(f"{self._mark}.{tag}"))
         header = _HEADER.pack(Basic.frame_id, 0, len(body), _PROPERTIES) + b"".join(properties)
         parts = (body[start : start + room] for start in range(0, len(body), room))
         return b"".join(
             (
-                self._method(f"{event.site}.{event.level}.{event.verb}.{event.partition}"),
+                self._method(self._queue or event.address),
                 _frame(FRAME_HEADER, number, header),
                 *(_frame(FRAME_BODY, number, part) for part in parts),
             )
@@ -209,7 +215,7 @@ class Publisher:
 
     def _encode_method(self, routing_key: str) -> bytes:
         mandatory = "mandatory" not in self._without
-        publish = Basic.Publish(exchange=self._options.exchange, routing_key=routing_key, mandatory=mandatory)
+        publish = Basic.Publish(exchange=self._exchange, routing_key=routing_key, mandatory=mandatory)
         return pamqp.frame.marshal(publish, self._channel.number)
 
     # The answers.
@@ -272,7 +278,7 @@ class Publisher:
         return RefusedError("RabbitMQ has closed the channel for an event that is too large", "it is set aside next")
 
     def _no_exchange(self, closed: ClosedError) -> TransportError:
-        exchange = self._options.exchange
+        exchange = self._exchange or "amq.default"
         if closed.code == 403:
             return TransportConfigurationError(
                 f"RabbitMQ does not permit this user to publish: {closed.text}", f"let it write to {exchange}"
@@ -291,6 +297,11 @@ class Publisher:
         )
 
     def _refused(self) -> RefusedError:
+        if self._queue:
+            return RefusedError(
+                f"the queue {self._queue} of RabbitMQ is refusing events",
+                "see `rabbitmqctl list_queues name messages arguments`, and `rabbitmqctl list_policies`",
+            )
         return RefusedError(
             f"a queue that is bound to the exchange {self._options.exchange} of RabbitMQ is refusing events",
             "find the full one with `rabbitmqctl list_queues name messages arguments`, then empty it, raise its limit "
@@ -299,8 +310,13 @@ class Publisher:
 
     def _unroutable(self) -> TransportError:
         text = f"no queue of RabbitMQ takes what is sent to the exchange {self._options.exchange}"
-        if self._options.declare:
-            error: TransportError = NotConnectedError(
+        error: TransportError
+        if self._queue:
+            error = NotConnectedError(
+                f"the queue {self._queue} of RabbitMQ was deleted", "it is made or found again by itself"
+            )
+        elif self._options.declare:
+            error = NotConnectedError(
                 f"{text}: the history was deleted or unbound", "it is made and bound again by itself"
             )
         else:

@@ -30,9 +30,13 @@ _PAUSE: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Queues:
-    """The names of a consumer's queues."""
+    """The names of a consumer's queues.
+
+    :param inboxes: how inboxes' names begin.
+    """
 
     name: str
+    inboxes: str = "orthanc.inbox"
 
     @property
     def live(self) -> str:
@@ -42,7 +46,7 @@ class Queues:
     @property
     def inbox(self) -> str:
         """What is for this name alone."""
-        return f"orthanc.inbox.{self.name}"
+        return f"{self.inboxes}.{self.name}"
 
     @property
     def beginning(self) -> str:
@@ -98,6 +102,31 @@ async def open_queues(
         await asking.end()
 
 
+async def open_inbox(connection: Connection, options: RabbitOptions, queues: Queues) -> bool:
+    """Find a name's inbox and check it, or make it, whether or not anybody has subscribed under this name.
+
+    :return: whether it is new.
+    :raises NotConnectedError: RabbitMQ doesn't answer.
+    :raises TransportConfigurationError: it can't be used as it is.
+    """
+    asking = _Asking(connection)
+    inbox = {queues.inbox: queues.lasting[queues.inbox]}
+    try:
+        if not options.declare:
+            await asking.check(inbox)
+            return False
+        missing = not await asking.exists(queues.inbox)
+        if missing:
+            async with _alone(connection, f"{queues.live}.making"):
+                missing = not await asking.exists(queues.inbox)
+                if missing:
+                    await _make_all(asking, queues, inbox)
+        await asking.declare(queues.inbox, inbox[queues.inbox])
+        return missing
+    finally:
+        await asking.end()
+
+
 async def _make(asking: _Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
     """Make a new name's queues."""
     # Of a start that was not finished; it may not even say how far it had come.
@@ -106,7 +135,11 @@ async def _make(asking: _Asking, queues: Queues, begin: Callable[[], Awaitable[N
         arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True, "x-delivery-limit": _ENOUGH}
         await asking.declare(queues.beginning, arguments)
         await begin()
-    for queue, arguments in queues.lasting.items():
+    await _make_all(asking, queues, queues.lasting)
+
+
+async def _make_all(asking: _Asking, queues: Queues, wanted: dict[str, dict[str, Any]]) -> None:
+    for queue, arguments in wanted.items():
         await asking.declare(queue, arguments)
     # 3.10 writes down that a quorum queue was elected a leader when the next one is, or seconds later; one that is
     # killed before never has a leader again, and then not even an event is confirmed to its publisher.

@@ -94,7 +94,7 @@ class RabbitSubscription(Subscription):
         :raises NotConnectedError: RabbitMQ doesn't answer.
         :raises TransportConfigurationError: they can't be used, or not be made.
         """
-        self = cls(connection, options, Queues(name), in_flight)
+        self = cls(connection, options, Queues(name, options.inbox_prefix), in_flight)
         try:
             await self._open(oldest)
         except BaseException:

@@ -61,6 +61,7 @@ class WebhookTransport(Transport):
         refuses_when_full=True,
         identifies_place=False,
         subscribable=False,
+        has_inboxes=False,
         counts_deliveries=False,
         pipelined=False,
     )
@@ -177,12 +178,13 @@ class WebhookTransport(Transport):
         for name, value in event.attributes:
             headers[f"ce-{name}"] = quote(value, safe=_SAFE)
         headers["orthanc-event-id"] = event.id
-        headers["orthanc-address"] = f"{event.site}.{event.level}.{event.verb}.{event.partition}"
+        headers["orthanc-address"] = event.address
+        headers.update(event.headers)
         if self._keys:
-            now = int(time.time())
-            headers["webhook-id"] = event.id
+            now, identifier = int(time.time()), event.dedupe or event.id
+            headers["webhook-id"] = identifier
             headers["webhook-timestamp"] = str(now)
-            headers["webhook-signature"] = sign(self._keys, event.id, now, event.body)
+            headers["webhook-signature"] = sign(self._keys, identifier, now, event.body)
         return [(name.encode(), value.encode()) for name, value in headers.items()]
 
     # Looking at it.

@@ -24,7 +24,7 @@ from orthanc_events_bridge.errors import RefusedError, TransportError
 from orthanc_events_bridge.testing.brokers import make_server
 from orthanc_events_bridge.testing.processes import Server
 from orthanc_events_bridge.testing.programs import MissingComponentError, skip_or_fail
-from orthanc_events_bridge.transports.base import Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.base import Incoming, Outgoing, PublishError, Transport
 from orthanc_events_bridge.transports.memory import MAX_PAYLOAD, Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
 from tests.contract.link import Link
@@ -198,6 +198,21 @@ class Harness(ABC):
     def remove_place(self) -> None:
         """Delete the place with all that it holds."""
 
+    def read_inbox(self, consumer: str) -> list[Stored]:
+        """Everything that a consumer's inbox holds, as `read`."""
+        raise NotImplementedError
+
+    def remove_inbox(self, consumer: str) -> None:
+        """Delete a consumer's inbox with all that it holds."""
+        raise NotImplementedError
+
+    def make_other_inbox(self, consumer: str) -> list[str]:
+        """Make a consumer's inbox as the transport would not.
+
+        :return: words that an error about the difference must hold.
+        """
+        raise NotImplementedError
+
     def make_place(self, **different: Any) -> list[str]:
         """Make the place as the transport would.
 
@@ -264,16 +279,19 @@ class MemoryHarness(Harness):
         return MemoryTransport(MemoryOptions(), broker)
 
     def read(self) -> list[Stored]:
-        return [
-            Stored(
-                one.address,
-                one.body,
-                one.headers["content-type"],
-                one.headers["orthanc-event-id"],
-                dict(one.headers),
-            )
-            for one in self._broker.messages
-        ]
+        return [self._stored(one) for one in self._broker.messages]
+
+    def read_inbox(self, consumer: str) -> list[Stored]:
+        return [self._stored(one) for one in self._broker.inboxes.get(consumer, [])]
+
+    def remove_inbox(self, consumer: str) -> None:
+        self._broker.recreate()
+
+    @staticmethod
+    def _stored(one: Incoming) -> Stored:
+        headers = dict(one.headers)
+        key = headers.pop("dedupe-key", headers["orthanc-event-id"])
+        return Stored(one.address, one.body, headers["content-type"], key, headers)
 
     def too_large(self) -> int:
         return MAX_PAYLOAD + 1

@@ -66,6 +66,7 @@ class KafkaHarness(Harness):
                     "servers": [f"127.0.0.1:{port or self._server.port}"],
                     "topic": self.place,
                     "partitions": PARTITIONS,
+                    "inbox_prefix": f"inbox.{self.place}",
                     "declare": declare,
                     "sasl": "plain",
                     "user": "contract",
@@ -77,8 +78,26 @@ class KafkaHarness(Harness):
         )
 
     def read(self) -> list[Stored]:
+        return self._read(self.place)
+
+    def read_inbox(self, consumer: str) -> list[Stored]:
+        return self._read(f"inbox.{self.place}.{consumer}")
+
+    def remove_inbox(self, consumer: str) -> None:
+        self._remove(lambda topic: topic == f"inbox.{self.place}.{consumer}")
+
+    def make_other_inbox(self, consumer: str) -> list[str]:
+        topic = f"inbox.{self.place}.{consumer}"
+
+        async def work(admin: AIOKafkaAdminClient) -> None:
+            await admin.create_topics([NewTopic(topic, 3, 1, topic_configs={"cleanup.policy": "compact"})])
+
+        administrate(self._url, work)
+        return [topic, "cleanup.policy", "compact", "partitions is 3"]
+
+    def _read(self, topic: str) -> list[Stored]:
         found = []
-        for row in aside(read_topic(self._url, self.place)):
+        for row in aside(read_topic(self._url, topic)):
             headers = {name: value.decode() for name, value in row.headers}
             assert len(headers) == len(row.headers)
             assert row.partition == crc32(row.key) % 64 % PARTITIONS

@@ -10,7 +10,7 @@ from orthanc_events_bridge.transports.base import Transport
 from orthanc_events_bridge.transports.nats import NatsTransport
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from tests.contract.harness import SECRET, Harness, Stored, server
-from tests.contract.raw_nats import ask, read_stream
+from tests.contract.raw_nats import NatsRefusalError, ask, read_stream
 
 
 class NatsHarness(Harness):
@@ -47,6 +47,9 @@ class NatsHarness(Harness):
                     "servers": [f"nats://127.0.0.1:{port or self._server.port}"],
                     "stream": self.place,
                     "subject_prefix": f"orthanc.events.{self.place}",
+                    "inbox_stream": f"{self.place}_INBOX",
+                    "inbox_prefix": f"orthanc.inbox.{self.place}",
+                    "inbox_max_bytes": 2**26,
                     "declare": declare,
                     "user": "contract",
                     "password": SECRET,
@@ -58,13 +61,31 @@ class NatsHarness(Harness):
         )
 
     def read(self) -> list[Stored]:
+        return self._read(self.place, f"orthanc.events.{self.place}.")
+
+    def read_inbox(self, consumer: str) -> list[Stored]:
+        try:
+            found = self._read(f"{self.place}_INBOX", f"orthanc.inbox.{self.place}.")
+        except NatsRefusalError:  # there is none
+            return []
+        return [one for one in found if one.address == consumer]
+
+    def remove_inbox(self, consumer: str) -> None:
+        self._ask(f"STREAM.DELETE.{self.place}_INBOX")
+
+    def make_other_inbox(self, consumer: str) -> list[str]:
+        name, subjects = f"{self.place}_INBOX", [f"orthanc.inbox.{self.place}.*"]
+        self._ask(f"STREAM.CREATE.{name}", name=name, subjects=subjects, retention="limits", discard="new")
+        return [name, "retention", "limits", "workqueue"]
+
+    def _read(self, stream: str, prefix: str) -> list[Stored]:
         found = []
-        for message in read_stream(self._server.port, self.place, self.login):
+        for message in read_stream(self._server.port, stream, self.login):
             headers = {name.lower(): value for name, value in message.headers}
             assert len(headers) == len(message.headers)
             found.append(
                 Stored(
-                    message.subject.removeprefix(f"orthanc.events.{self.place}."),
+                    message.subject.removeprefix(prefix),
                     message.body,
                     headers["content-type"],
                     headers["nats-msg-id"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import aiormq
+from aiormq import spec
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer, rabbit_messages
@@ -58,6 +59,21 @@ def read_stream(url: str, queue: str) -> list[DeliveredMessage]:
     return aside(asyncio.wait_for(rabbit_messages(url, queue), 60)) if there(url, queue) else []
 
 
+def take_all(url: str, queue: str) -> list[DeliveredMessage]:
+    """Everything that a queue holds now, which stays there."""
+
+    async def work(channel: AbstractChannel) -> list[DeliveredMessage]:
+        found: list[DeliveredMessage] = []
+        while True:
+            answer = await channel.basic_get(queue)
+            if not isinstance(answer.delivery, spec.Basic.GetOk):
+                return found  # the end of the connection gives all of them back
+            found.append(answer)
+
+    messages: list[DeliveredMessage] = administrate(url, work)
+    return messages
+
+
 def stored(message: DeliveredMessage) -> Stored:
     properties = message.header.properties
     headers = {name: str(value) for name, value in dict(properties.headers or {}).items()}
@@ -104,6 +120,7 @@ class RabbitHarness(Harness):
     def new_place(self) -> None:
         super().new_place()
         self.exchange, self.history = f"orthanc.{self.place}", f"orthanc.{self.place}.history"
+        self.inboxes = f"orthanc.inbox.{self.place}"
 
     def tidy(self) -> None:
         super().tidy()
@@ -131,6 +148,7 @@ class RabbitHarness(Harness):
                     "servers": [f"amqp://127.0.0.1:{port or self.port}"],
                     "exchange": self.exchange,
                     "history": self.history,
+                    "inbox_prefix": self.inboxes,
                     "declare": declare,
                     "user": "contract",
                     "password": SECRET,
@@ -143,6 +161,20 @@ class RabbitHarness(Harness):
 
     def read(self) -> list[Stored]:
         return [stored(message) for message in read_stream(self.url, self.history)]
+
+    def read_inbox(self, consumer: str) -> list[Stored]:
+        queue = f"{self.inboxes}.{consumer}"
+        if not there(self.url, queue):
+            return []
+        return [stored(message) for message in take_all(self.url, queue)]
+
+    def remove_inbox(self, consumer: str) -> None:
+        administrate(self.url, lambda channel: channel.queue_delete(f"{self.inboxes}.{consumer}"))
+
+    def make_other_inbox(self, consumer: str) -> list[str]:
+        queue = f"{self.inboxes}.{consumer}"
+        administrate(self.url, lambda channel: channel.queue_declare(queue, durable=True))
+        return [queue, "x-queue-type", "quorum"]
 
     def too_large(self) -> int:
         return self.largest + 1

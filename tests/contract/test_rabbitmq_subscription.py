@@ -44,9 +44,9 @@ def rabbit(brokers: Callable[[str], Harness]) -> Iterator[RabbitHarness]:
 
 
 @pytest.fixture
-def queues() -> Queues:
+def queues(rabbit: RabbitHarness) -> Queues:
     """Of a consumer that no other test has."""
-    return Queues(f"own-{next(_names)}")
+    return Queues(f"own-{next(_names)}", rabbit.inboxes)
 
 
 def server(rabbit: RabbitHarness) -> RabbitServer:

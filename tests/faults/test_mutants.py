@@ -17,6 +17,7 @@ from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
 from tests.faults.test_repair import without_bridge
+from tests.faults.test_replay import backfill_while_receiving
 
 pytestmark = pytest.mark.mutant
 
@@ -154,6 +155,7 @@ CASES: list[Any] = [
     pytest.param("nats", ["log"], kill_orthanc, "lost", id="log"),
     pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
     pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
+    pytest.param("nats", ["announced"], backfill_while_receiving, "repeated", id="announced"),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
     pytest.param(
         "kafka", ["idempotence"], freeze_the_broker, "duplicated out_of_order", id="idempotence", marks=pytest.mark.slow

@@ -22,7 +22,7 @@ from orthanc_events_bridge.cli_init import CONFIG_NAME, SHIM_NAME, shim_text
 from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
 from orthanc_events_bridge.testing.servers import free_port
 
-COMMANDS = ("init", "check", "run", "status", "set-aside", "transports", "tail", "schema")
+COMMANDS = ("init", "check", "run", "status", "set-aside", "transports", "tail", "replay", "backfill", "schema")
 PACKAGE = Path(__file__).parents[2] / "orthanc_events_bridge"
 
 MEMORY = """\

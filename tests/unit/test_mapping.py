@@ -384,6 +384,8 @@ def test_address_says_what_the_event_says() -> None:
         "application/cloudevents+json",
         b"",
         (),
+        (),
+        "",
     )
     assert event["partitionkey"] == IDS["study"]
 

@@ -127,6 +127,7 @@ class Fake(Transport):
         refuses_when_full=True,
         identifies_place=True,
         subscribable=False,
+        has_inboxes=False,
         counts_deliveries=False,
         pipelined=True,
     )

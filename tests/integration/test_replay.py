@@ -1,0 +1,124 @@
+"""Replays on a real line: one consumer gets again what was told, byte for byte, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.brokers import Broker, make_broker
+from orthanc_events_bridge.testing.line import Clients, Line
+from orthanc_events_bridge.testing.processes import wait_until
+from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
+from tests.integration.beside import Beside
+from tests.integration.replay_tools import LONG, Command, Raw, everyones, inbox
+
+pytestmark = pytest.mark.integration
+
+BROKERS = ("nats", "rabbitmq", "kafka")
+
+
+@pytest.fixture(params=BROKERS)
+def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
+    require("orthanc", "orthanc-python")
+    try:
+        made = Line(tmp_path / "line", broker=request.param)
+    except MissingComponentError as error:
+        skip_or_fail(error)
+    with made:
+        made.ledger.allow("*.stable")
+        made.ledger.allow("server.*")
+        yield made
+
+
+def by_position(messages: list[Raw]) -> dict[int, bytes]:
+    return {one.position: one.body for one in messages}
+
+
+def test_one_consumer_gets_again_what_was_told_while_new_events_go_on(line: Line) -> None:
+    """Killed in the middle and resumed: nothing is missing, and nobody else has got any of it."""
+    for _ in range(12):
+        for instance in dicom.make_study(instances=5):
+            line.ledger.stored(line.orthanc.upload(instance.data))
+    line.settle()
+    told = by_position(everyones(line.broker))
+    replay = Command(line.folder.path, line.config)
+    with Clients(line, adders=1, pause=0.02) as clients:
+        process = replay.begin("replay", "--all", "--to", "archive", "--rate", "150")
+        try:
+            assert wait_until(lambda: len(inbox(line.broker, "archive")) > 20, LONG, every=0.2)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        (kept,) = line.folder.replays.glob("*.json")
+        through = json.loads(kept.read_text("utf-8"))["through"]
+        before = len(inbox(line.broker, "archive"))
+        assert before < len(told)
+        acknowledged = clients.acknowledged
+        out, _ = replay.run("replay", "--resume", "--rate", "150", "--json")
+        assert clients.acknowledged > acknowledged
+    assert not list(line.folder.replays.iterdir())
+    got = inbox(line.broker, "archive")
+    assert all(one.replayed and one.headers["orthanc-event-id"] == one.event["id"] for one in got)
+    told = {position: body for position, body in by_position(everyones(line.broker)).items() if position <= through}
+    assert by_position(got) == told
+    if line.broker.deduplicates:
+        assert len(got) == len(told)
+    assert json.loads(out)["gone"] == json.loads(out)["refused"] == 0
+    assert not any(one.replayed for one in everyones(line.broker))
+    line.report().assert_clean()
+
+
+# -- without Orthanc -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[Broker]:
+    try:
+        broker = make_broker("nats", tmp_path / "nats")
+    except MissingComponentError as error:
+        skip_or_fail(error)
+    with broker:
+        yield broker
+
+
+@pytest.fixture
+def beside(tmp_path: Path, nats: Broker) -> Iterator[tuple[Beside, Command]]:
+    with Beside(tmp_path / "beside") as made:
+        made.configure({"type": "nats", "servers": [nats.url], "limits": {"max_bytes": "64MiB"}})
+        made.start()
+        made.wait(lambda: made.transport("nats"))
+        yield made, Command(made.folder.path, made.config)
+
+
+def test_it_can_be_chosen_what_is_sent_and_only_counted(beside: tuple[Beside, Command], nats: Broker) -> None:
+    made, replay = beside
+    made.record(30)
+    made.wait_delivered("nats")
+    out, _ = replay.run("replay", "--from", "11", "--dry-run", "--json")
+    counted = json.loads(out)
+    assert (counted["events"], counted["through"]) == ({"study.created": 20}, 30)
+    assert inbox(nats, "one") == []
+    out, _ = replay.run("replay", "--from", "00000000000000000011", "--to", "one")
+    assert "20 events were sent to one's inbox" in out
+    assert [one.position for one in inbox(nats, "one")] == [*range(11, 31)]
+    replay.run("replay", "--all", "--study", "study-7", "--to", "one")
+    replay.run("replay", "--since", "1h", "--type", "series.*", "--to", "one")
+    assert [one.position for one in inbox(nats, "one")][20:] == [7]
+
+
+def test_everyone_gets_it_if_that_is_said_twice(beside: tuple[Beside, Command], nats: Broker) -> None:
+    made, replay = beside
+    made.record(5)
+    made.wait_delivered("nats")
+    _, err = replay.run("replay", "--all", "--everyone", code=2)
+    assert "--yes" in err
+    replay.run("replay", "--all", "--everyone", "--yes")
+    found = everyones(nats)
+    assert [one.position for one in found] == 2 * [*range(1, 6)]
+    assert Counter(one.replayed for one in found) == {False: 5, True: 5}
