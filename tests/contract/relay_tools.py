@@ -88,7 +88,7 @@ async def quickly(seconds: float) -> None:
     await asyncio.sleep(min(seconds, 0.1))
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

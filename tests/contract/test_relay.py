@@ -90,7 +90,7 @@ def test_a_broker_that_dies_and_freezes_in_between(harness: Harness, seed: int, 
             relay.drain()
             await relay.run()
 
-    run(main(), seconds=120)
+    run(main(), seconds=600)
     assert notebook.kept.position == count
     assert not notebook.aside
     check(harness, count)
