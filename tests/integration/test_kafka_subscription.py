@@ -21,6 +21,7 @@ from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
+from tests.contract.kafka_tools import alter_topic
 
 pytestmark = pytest.mark.integration
 
@@ -375,6 +376,28 @@ def test_many_are_given_back_at_once(kafka: KafkaServer, topic: str) -> None:
             assert bodies(again) == sorted(one.body for one in sent)
             assert {one.attempt for one in again} == {2}
 
+    run(main(), seconds=2 * PATIENCE)
+
+
+def test_many_are_given_back_at_once_to_topics_that_take_little(kafka: KafkaServer, topic: str) -> None:
+    sent = events(200, size=2000)  # of one partition
+
+    async def main() -> None:
+        limits = {"max_age": "7d", "max_bytes": 0}  # as Kafka sets what is left out when a topic is altered
+        async with connected(kafka, topic, limits=limits) as transport:
+            await transport.publish(sent)
+            subscription = await transport.subscribe(topic, oldest=True, in_flight=1000)
+            held = await receive(subscription, lambda found: len(found) == 200)
+            await asyncio.gather(*(one.nack() for one in held))
+            again = await receive(subscription, lambda found: len(found) == 200, ack=True)
+            assert bodies(again) == sorted(one.body for one in sent)
+
+    async def prepare() -> None:
+        async with connected(kafka, topic):
+            pass
+
+    run(prepare(), seconds=PATIENCE)
+    alter_topic(kafka.url, topic, max_message_bytes="20000")
     run(main(), seconds=2 * PATIENCE)
 
 
