@@ -150,7 +150,8 @@ class Fetcher:
             for topic, those in answer.topics:
                 for number, code, *_, data in those:
                     one, offset = asked[topic, number]
-                    if not one.gone and one.wanted == offset:  # else it has changed hands meanwhile
+                    # Else it has changed hands meanwhile, or is about to.
+                    if not (one.gone or one.leaving) and one.wanted == offset:
                         await self._take(one, code, data or b"")
             if any(one.leader == -1 for one in hungry):
                 await asyncio.sleep(_PAUSE)
