@@ -61,6 +61,7 @@ class KafkaTransport(Transport):
         self._topic: Topic | None = None
         self._readers: set[Cluster] = set()
         self._subscriptions: set[KafkaSubscription] = set()
+        self._begun: set[str] = set()  # names that are not new, even if Kafka has forgotten all
         self._behind: dict[str, set[str]] = {}  # members of each name that could not say that they go
         self._server = 0
         self._publisher = Publisher(options, self.without)
@@ -134,11 +135,12 @@ class KafkaTransport(Transport):
             topic,
             self._open,
             name,
-            oldest=oldest,
+            oldest=oldest or name in self._begun,
             in_flight=in_flight,
             ack_wait=ack_wait,
             behind=self._behind.setdefault(name, set()),
         )
+        self._begun.add(name)
         self._subscriptions = {one for one in self._subscriptions if not one.closed} | {subscription}
         return subscription
 

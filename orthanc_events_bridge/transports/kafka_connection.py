@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Awaitable
 from typing import Any, Final, TypeVar
 
 from aiokafka import errors
@@ -80,7 +79,12 @@ def _context(options: KafkaOptions) -> ssl.SSLContext:
 
 
 class Connection(AIOKafkaConnection):
-    """aiokafka's connection to one node, which ends at once, whatever a frozen server has not taken."""
+    """aiokafka's connection to one node, which ends at once, whatever a frozen server has not taken.
+
+    :ivar muted: until then, on the event loop's clock, the server answers nothing, as it has said: a quota is used up.
+    """
+
+    muted = 0.0
 
     def close(self, reason: Any = None, exc: Any = None) -> Any:
         if self._writer is not None:
@@ -95,8 +99,14 @@ class Connection(AIOKafkaConnection):
         waiting = self.send(request)
         waiting.close()  # it would begin to wait when it is awaited, and one request can't be sent before that
         answer: asyncio.Future[Any] = self._requests[-1][2]
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, also if nobody waits
+        answer.add_done_callback(self._answered)
         return answer
+
+    def _answered(self, answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled() or answer.exception() is not None:  # looked at, also if nobody waits
+            return
+        if milliseconds := getattr(answer.result(), "throttle_time_ms", 0):
+            self.muted = max(self.muted, asyncio.get_running_loop().time() + milliseconds / 1000)
 
     @property
     def encrypted(self) -> bool:
@@ -223,21 +233,27 @@ class Cluster:
         except errors.KafkaError as error:
             raise self.lost(error) from error
 
-    async def wait(self, answer: Awaitable[_T], seconds: float) -> _T:
+    async def wait(self, answer: asyncio.Future[_T], seconds: float) -> _T:
         """Wait for an answer.
 
+        :param seconds: not counting those for which a server has said that it will answer nothing (KIP-219).
         :raises NotConnectedError: none in time.
         :raises errors.KafkaError: the connection is gone.
         """
-        try:
-            async with asyncio.timeout(seconds):
-                return await answer
-        except TimeoutError as error:
-            raise self.fail(
-                NotConnectedError(
-                    f"Kafka does not answer within {seconds:g} s", "check that its servers are well; it is tried again"
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not answer.done():
+            end = max(end, *(one.muted + seconds for one in self._connections.values()), 0)
+            left = end - loop.time()
+            if left <= 0:
+                raise self.fail(
+                    NotConnectedError(
+                        f"Kafka does not answer within {seconds:g} s",
+                        "check that its servers are well; it is tried again",
+                    )
                 )
-            ) from error
+            await asyncio.wait({answer}, timeout=left)
+        return answer.result()
 
     async def topic(self, name: str) -> TopicMetadata | None:
         """What the cluster says of a topic, and with it of its nodes; none where there is no such topic.

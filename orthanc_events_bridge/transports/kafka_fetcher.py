@@ -9,13 +9,14 @@ from typing import Any, Final
 from aiokafka import errors
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
-from aiokafka.record.memory_records import MemoryRecords
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_partition import Partition
-from orthanc_events_bridge.transports.kafka_protocol import refused
+from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refused
+from orthanc_events_bridge.transports.kafka_reader import records
+from orthanc_events_bridge.transports.kafka_topic import Topic
 
 #: Seconds that a node waits for the first event; where a partition is left out because it has enough, so many.
 _WAIT: Final = 0.25
@@ -27,9 +28,10 @@ _ANSWER: Final = 2 * 1024**2
 _PAUSE: Final = 0.1
 
 _OLDEST: Final = -2
-#: Another node leads the partition, or soon will.
+#: Another node leads the partition, or soon will, or the topic is gone: its metadata tell.
 _LED_ELSEWHERE: Final = frozenset(
     {
+        errors.UnknownTopicOrPartitionError.errno,
         errors.LeaderNotAvailableError.errno,
         errors.NotLeaderForPartitionError.errno,
         errors.ReplicaNotAvailableError.errno,
@@ -45,17 +47,24 @@ class Fetcher:
 
     :param cluster: for this alone: a node answers one request after the other, and these wait for events.
     :param beside: for everything else.
+    :param main: the topic that events go to.
     :param arrived: called when a partition has got something.
     """
 
     def __init__(
-        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, arrived: Callable[[Partition], None]
+        self,
+        cluster: Cluster,
+        beside: Cluster,
+        options: KafkaOptions,
+        main: Topic,
+        arrived: Callable[[Partition], None],
     ) -> None:
         self._cluster = cluster
         self._beside = beside
         self._patience = options.connect_timeout
         self._arrived = arrived
         self._partitions: Collection[Partition] = ()
+        self._ids = {main.name: main.metadata.id}
         self._changed = asyncio.Event()
 
     def use(self, partitions: Collection[Partition]) -> None:
@@ -100,13 +109,24 @@ class Fetcher:
 
     async def _find_leaders(self) -> None:
         for topic in sorted({one.place[0] for one in self._partitions if one.leader == -1}):
-            found = await self._beside.topic(topic)
-            if found is None:
-                raise _deleted(topic)
+            found = await self._look(topic)
             self._cluster.nodes = self._beside.nodes
             for one in self._partitions:
                 if one.place[0] == topic and one.leader == -1 and one.place[1] < len(found.leaders):
                     one.leader = found.leaders[one.place[1]]
+
+    async def _look(self, topic: str) -> TopicMetadata:
+        """What the cluster says of a topic, if it is the one of before: in another one, offsets mean other events.
+
+        :raises NotConnectedError: it is not.
+        """
+        found = await self._beside.topic(topic)
+        if found is None or self._ids.setdefault(topic, found.id) != found.id:
+            raise NotConnectedError(
+                f"the Kafka topic {topic} was deleted{'' if found is None else ' and made again'}",
+                "it is made or found again when subscribing",
+            )
+        return found
 
     async def _follow(self, leader: int) -> None:
         """Ask one node again and again, as long as it leads a partition."""
@@ -130,7 +150,8 @@ class Fetcher:
             for topic, those in answer.topics:
                 for number, code, *_, data in those:
                     one, offset = asked[topic, number]
-                    if not one.gone and one.wanted == offset:  # else it has changed hands meanwhile
+                    # Else it has changed hands meanwhile, or is about to.
+                    if not (one.gone or one.leaving) and one.wanted == offset:
                         await self._take(one, code, data or b"")
             if any(one.leader == -1 for one in hungry):
                 await asyncio.sleep(_PAUSE)
@@ -147,15 +168,14 @@ class Fetcher:
     async def _take(self, one: Partition, code: int, data: bytes) -> None:
         topic = one.place[0]
         if code == errors.OffsetOutOfRangeError.errno:
+            await self._look(topic)
             one.restart(await self._oldest(one))
         elif code in _LED_ELSEWHERE:
             one.leader = -1
-        elif code == errors.UnknownTopicOrPartitionError.errno:
-            raise self._cluster.fail(_deleted(topic))
         elif code:
             raise self._cluster.fail(refused(code, topic))
         elif data:
-            found, following = _records(data, one.wanted)
+            found, following = records(data, one.wanted)
             one.arrived(found)
             one.wanted = following
             if one.records:
@@ -171,23 +191,3 @@ class Fetcher:
                     return int(offset)
                 raise self._cluster.fail(refused(code, topic))
         raise self._cluster.lost()
-
-
-def _deleted(topic: str) -> NotConnectedError:
-    return NotConnectedError(f"the Kafka topic {topic} was deleted", "it is made or found again when subscribing")
-
-
-def _records(data: bytes, first: int) -> tuple[list[Any], int]:
-    """The records of an answer from an offset on, and the offset behind them.
-
-    An answer can begin in the middle of a batch, and its last batch can be cut off.
-    """
-    found: list[Any] = []
-    memory = MemoryRecords(data)
-    behind = first
-    while memory.has_next():
-        batch = memory.next_batch()
-        if not batch.is_control_batch:
-            found += [record for record in batch if record.offset >= first]
-        behind = max(behind, batch.next_offset)
-    return found, behind

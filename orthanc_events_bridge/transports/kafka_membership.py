@@ -11,7 +11,7 @@ from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
 from orthanc_events_bridge.transports.kafka_group import NOTE_TOO_LONG, Group, Share
-from orthanc_events_bridge.transports.kafka_partition import NOTE, Partition
+from orthanc_events_bridge.transports.kafka_partition import NOTE, Partition, mark_of
 from orthanc_events_bridge.transports.kafka_retries import Retries
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place
 from orthanc_events_bridge.transports.kafka_topic import Topic
@@ -104,7 +104,9 @@ class Membership:
         new = share.places - self.partitions.keys()
         stored = await self._group.stored(new) if new else {}
         for place in new:
-            self.partitions[place] = Partition.begin(place, self._retries.steps.get(place[0]), stored.get(place))
+            mark = mark_of(self._topic.metadata.id) if place[0] == self._topic.name else ""
+            step = self._retries.steps.get(place[0])
+            self.partitions[place] = Partition.begin(place, step, stored.get(place), mark)
         self._fetcher.use(self.partitions.values())
 
     async def _keep(self, share: Share) -> None:

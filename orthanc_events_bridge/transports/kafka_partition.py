@@ -6,6 +6,7 @@ the note that goes with the offset: `Partition.progress`.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,6 +53,17 @@ def read_note(low: int, note: str) -> tuple[list[int], int]:
     return offsets[:-1], offsets[-1]
 
 
+def mark_of(topic: str) -> str:
+    """With what a note begins that is on this very topic.
+
+    Where the topic is deleted and made again, an offset of before is another event's, and nothing of those below it
+    may have been settled. Kafka forgets offsets with their topic, but takes new ones by its name.
+
+    :param topic: its id; empty where the cluster has none.
+    """
+    return f"{topic[:8]}:" if topic else ""
+
+
 @dataclass(slots=True, eq=False)
 class Partition:
     """A partition that is ours.
@@ -68,6 +80,7 @@ class Partition:
     :ivar gone: it is not ours any more.
     :ivar queued: it stands in line with what it has.
     :ivar stored: what Kafka keeps of our progress.
+    :ivar mark: with what its notes begin: `mark_of`.
     """
 
     place: Place
@@ -83,13 +96,20 @@ class Partition:
     leaving: bool = False
     gone: bool = False
     queued: bool = False
+    mark: str = ""
 
     @classmethod
-    def begin(cls, place: Place, step: int | None, stored: tuple[int, str] | None) -> Partition:
-        """Begin where the group has got to; with the oldest event where it has never begun."""
+    def begin(cls, place: Place, step: int | None, stored: tuple[int, str] | None, mark: str = "") -> Partition:
+        """Begin where the group has got to; with the oldest event where it has never begun with this topic.
+
+        An offset that an administrator has set, without a mark, counts.
+        """
+        marked = re.match(r"[0-9a-f]{8}:", stored[1]) if stored else None
+        if marked and mark and marked[0] != mark:
+            stored = None
         offset, note = stored or (0, "")
-        rest, high = read_note(offset, note)
-        return cls(place, step, -1, offset, offset, stored, frozenset(rest), high)
+        rest, high = read_note(offset, note[len(marked[0]) :] if marked else note)
+        return cls(place, step, -1, offset, offset, stored, frozenset(rest), high, mark=mark)
 
     def arrived(self, records: Iterable[Any]) -> None:
         """Take what was fetched, but for what is settled already."""
@@ -123,6 +143,7 @@ class Partition:
         if self.given < self.high:
             unsettled += sorted(offset for offset in self.rest if offset >= self.given)
         high = max(self.given, self.high)
+        mark = self.mark if len(self.mark) <= room else ""
         if not unsettled:
-            return high, ""
-        return unsettled[0], write_note(unsettled[0], unsettled, high, room)
+            return high, mark
+        return unsettled[0], mark + write_note(unsettled[0], unsettled, high, room - len(mark))

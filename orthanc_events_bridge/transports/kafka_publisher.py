@@ -260,7 +260,9 @@ class Publisher:
             self._ends[batch.partition] = max(offset + len(batch.indices), self._ends.get(batch.partition, 0))
             return None
         if code in _LATE:
-            return RefusedError(
+            # It may be stored, and then is not stored again if all that is under way is sent as it was: the relay does
+            # that over a new connection, and begins with one event behind a refusal.
+            return NotConnectedError(
                 f"too few replicas of the Kafka topic {topic} have stored an event in time",
                 "see that the other servers of the cluster are well",
             )

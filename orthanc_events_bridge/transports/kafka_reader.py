@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from aiokafka import errors
@@ -124,20 +124,25 @@ async def _follow(
                     )
                 if code:
                     raise refused(code, options.topic)
-                records = list(_records(data or b"", following[partition]))
-                if records:
-                    found[partition] = records
-                    following[partition] = records[-1].offset + 1
+                new, following[partition] = records(data or b"", following[partition])
+                if new:
+                    found[partition] = new
         if found:
             await answers.put(found)
 
 
-def _records(data: bytes, first: int) -> Iterator[Any]:
-    """The records of an answer; it can begin in the middle of a batch, and its last batch can be cut off."""
+def records(data: bytes, first: int) -> tuple[list[Any], int]:
+    """The records of an answer from an offset on, and the offset behind them.
+
+    An answer can begin in the middle of a batch, and its last batch can be cut off. What a transaction leaves behind
+    takes an offset too, and is no record.
+    """
+    found: list[Any] = []
     memory = MemoryRecords(data)
+    behind = first
     while memory.has_next():
         batch = memory.next_batch()
-        if not getattr(batch, "is_control_batch", False):
-            for record in batch:
-                if record.offset >= first:
-                    yield record
+        if not batch.is_control_batch:
+            found += [record for record in batch if record.offset >= first]
+        behind = max(behind, batch.next_offset)
+    return found, behind

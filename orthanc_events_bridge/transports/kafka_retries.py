@@ -26,7 +26,7 @@ from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refus
 
 #: The wire contract's number of partitions, whatever a topic has.
 _PARTITIONS: Final = 64
-#: Bytes of one request, about.
+#: Bytes of one request, about, and so of one batch; fewer where a topic takes no more.
 _REQUEST: Final = 512 * 1024
 #: Bytes that a copy, with its headers, may be larger than the largest event by.
 _LARGER: Final = 64 * 1024
@@ -62,7 +62,8 @@ class Retries:
         self._cluster = cluster
         self._options = options
         self._main = main
-        self._largest = largest
+        self._largest = None if largest is None else largest + _LARGER
+        self._request_size = min(_REQUEST, self._largest or _REQUEST)
         self.inbox = inbox_topic(options, name)
         #: By topic, the seconds that an event waits in it.
         self.steps: Mapping[str, int] = {retry_topic(name, step): step for step in STEPS}
@@ -120,7 +121,7 @@ class Retries:
             "segment.bytes": str(_SEGMENT),
         }
         if self._largest is not None:
-            settings["max.message.bytes"] = str(self._largest + _LARGER)
+            settings["max.message.bytes"] = str(self._largest)
         new: tuple[Any, ...] = (topic, len(self._main.leaders), limits.replicas, [], list(settings.items()))
         timeout = round(self._options.connect_timeout * 1000)
         answer = await self._cluster.ask(CreateTopicsRequest([new], timeout, False))
@@ -158,7 +159,7 @@ class Retries:
             self._arrived.clear()
             while self._waiting:
                 size = 0
-                while self._waiting and (not self._under_way or size + self._waiting[0][0].size < _REQUEST):
+                while self._waiting and (not self._under_way or size + self._waiting[0][0].size < self._request_size):
                     self._under_way.append(self._waiting.popleft())
                     size += self._under_way[-1][0].size
                 await self._store([copy for copy, _ in self._under_way])

@@ -34,7 +34,7 @@ from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
 from orthanc_events_bridge.transports.kafka_group import Group
 from orthanc_events_bridge.transports.kafka_membership import Membership
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from orthanc_events_bridge.transports.kafka_partition import Partition
+from orthanc_events_bridge.transports.kafka_partition import Partition, mark_of
 from orthanc_events_bridge.transports.kafka_queue import Queue
 from orthanc_events_bridge.transports.kafka_reader import offsets
 from orthanc_events_bridge.transports.kafka_retries import Retries
@@ -106,7 +106,7 @@ class KafkaSubscription(Subscription):
         self._beside = beside
         self._group = Group(joining, beside, options, name, max(_SHORTEST_SESSION, ack_wait + _MARGIN))
         self._retries = Retries(beside, options, name, topic.metadata, topic.largest)
-        self._fetcher = Fetcher(fetching, beside, options, self._arrived)
+        self._fetcher = Fetcher(fetching, beside, options, topic, self._arrived)
         self._membership = Membership(self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose)
         self._queue = Queue(self._fetcher.wake)
         self._held: set[KafkaDelivery] = set()
@@ -147,8 +147,8 @@ class KafkaSubscription(Subscription):
             for member in sorted(behind):
                 await self._group.leave(member=member)
                 behind.discard(member)
-            await self._begin(oldest)
             await self._retries.need(self._retries.inbox)
+            await self._begin(oldest)
             membership = self._membership
             for work in (membership.run(), membership.follow(), self._fetcher.run(), self._retries.run()):
                 self._tasks.append(asyncio.create_task(self._guard(work)))
@@ -165,13 +165,20 @@ class KafkaSubscription(Subscription):
         return self
 
     async def _begin(self, oldest: bool) -> None:
-        """Fix where a new name begins, so that it is the same whatever happens from now on."""
+        """Fix where a new name begins, so that it is the same whatever happens from now on.
+
+        With the topic, Kafka forgets what a name has had of it. Its inbox then tells that it is not new.
+        """
         places = [(self._topic.name, number) for number in range(len(self._topic.metadata.leaders))]
-        if await self._group.stored(places):
+        begun = (self._retries.inbox, 0)
+        stored = await self._group.stored([*places, begun])
+        if stored.keys() - {begun}:
             return
-        found = await offsets(self._beside, self._options, self._topic.metadata, oldest=oldest)
+        found = await offsets(self._beside, self._options, self._topic.metadata, oldest=oldest or begun in stored)
+        mark = mark_of(self._topic.metadata.id)
+        rows = {(self._topic.name, one): (offset, mark) for one, offset in found.items()}
         # Refused where the name has subscribers: then it has begun.
-        await self._group.store({(self._topic.name, one): (offset, "") for one, offset in found.items()}, outside=True)
+        await self._group.store({**rows, begun: stored.get(begun, (0, ""))}, outside=True)
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:

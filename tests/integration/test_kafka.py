@@ -8,6 +8,7 @@ import json
 import queue
 import shutil
 import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from orthanc_events_bridge.transports import kafka_producer
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from tests.contract.harness import aside, connect, event, events, run
 from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_transport, read_topic
 from tests.contract.link import Link
@@ -274,6 +276,39 @@ def test_a_clock_that_is_far_ahead_sets_nothing_aside(
     assert max(check(read(server, topic), events(10)).values()) == 1
 
 
+def test_a_quota_that_is_used_up_is_waited_for(server: KafkaServer, topic: str) -> None:
+    """Kafka says for how long it will answer nothing: that is no fault, and may be longer than every deadline."""
+    command = ["kafka.admin.ConfigCommand", "--bootstrap-server", f"127.0.0.1:{server.admin_port}", "--alter"]
+    command += ["--entity-type", "clients", "--entity-name", "orthanc-events-bridge-modest"]
+    limits = "producer_byte_rate=20000,consumer_byte_rate=20000"
+    subprocess.run([*server._java_command(), *command, "--add-config", limits], check=True, capture_output=True)
+    sent = events(271, keys=KEYS, size=1000)
+
+    async def main() -> list[float]:
+        transport = kafka_transport(server.port, topic=topic, name="modest", connect_timeout=1, ack_timeout=1)
+        await transport.connect()
+        for first in range(0, 270, 45):
+            await transport.publish(sent[first : first + 45])
+        subscription = await transport.subscribe(topic, oldest=True)
+        assert isinstance(subscription, KafkaSubscription)
+        found = 0
+        for count in (270, 271):
+            if count > 270:
+                await transport.publish(sent[270:])
+            while found < count:
+                for one in await subscription.receive(100, 1):
+                    found += 1
+                    await one.ack()
+        assert transport._cluster is not None
+        clusters = (transport._cluster, subscription._clusters[2])
+        muted = [max(one.muted for one in cluster._connections.values()) for cluster in clusters]
+        await transport.close()
+        return muted
+
+    assert min(run(main(), seconds=180)) > 0, "it was never used up"
+    assert max(check(read(server, topic), sent).values()) == 1
+
+
 # The producer's numbers.
 
 
@@ -438,10 +473,10 @@ def cluster(nodes: list[KafkaServer]) -> Iterator[list[KafkaServer]]:
         node.wait_ready()
 
 
-def replicated(nodes: Sequence[KafkaServer], topic: str, needed: int = 2) -> KafkaTransport:
+def replicated(nodes: Sequence[KafkaServer], topic: str, needed: int = 2, *, ack_timeout: float = 5) -> KafkaTransport:
     limits = {"replicas": 3, "min_insync_replicas": needed}
     ports = [node.port for node in nodes]
-    return kafka_transport(*ports, topic=topic, partitions=6, limits=limits, ack_timeout=5, connect_timeout=5)
+    return kafka_transport(*ports, topic=topic, partitions=6, limits=limits, ack_timeout=ack_timeout, connect_timeout=5)
 
 
 async def relay(
@@ -535,6 +570,32 @@ def test_the_event_that_is_too_large_is_named_and_no_other(cluster: list[KafkaSe
     run(main(), seconds=120)
     assert [one.id for one in rejected] == [sent[-1].id]
     check(read(cluster[0], topic), sent[:-1])
+
+
+def test_what_a_replica_has_not_stored_in_time_is_not_stored_again(cluster: list[KafkaServer], topic: str) -> None:
+    sent: list[Outgoing] = []
+
+    async def main() -> None:
+        transport = replicated(cluster, topic, ack_timeout=2)
+        await transport.connect()
+        assert transport._topic is not None
+        leaders = transport._topic.metadata.leaders
+        mine = [key for key in KEYS if leaders[crc32(key.encode()) % 64 % len(leaders)] != cluster[-1].node]
+        sent.extend(events(200, keys=mine))
+        await transport.publish(sent[:100])
+        cluster[-1].freeze()
+        try:
+            # Not "refused": the relay would go on with one event then, and what was sent is known as a whole only.
+            with failing(NotConnectedError):
+                await transport.publish(sent[100:])
+        finally:
+            cluster[-1].thaw()
+        await transport.close()
+        batches = iter([sent[100:], []])
+        await relay(transport, lambda: next(batches), [])
+
+    run(main(), seconds=180)
+    assert max(check(read(cluster[0], topic), sent).values()) == 1
 
 
 @pytest.mark.parametrize(("needed", "down"), [(3, 1), (2, 2)])

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from operator import sub
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 
@@ -21,6 +22,7 @@ from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
+from tests.contract.kafka_tools import alter_topic
 
 pytestmark = pytest.mark.integration
 
@@ -291,6 +293,101 @@ def test_a_topic_that_is_deleted_meanwhile(kafka: KafkaServer, topic: str) -> No
     run(main(), seconds=2 * PATIENCE)
 
 
+async def go_on(subscription: Subscription, held: list[Delivery]) -> None:
+    """Settle what is in hand, and receive for ever."""
+    for one in held:
+        await one.ack()
+    await receive(subscription, lambda found: False)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_of_a_topic_that_is_made_again_nothing_is_passed_over(kafka: KafkaServer, topic: str, slow: bool) -> None:
+    """Kafka forgets where the name was, and takes what is settled of the old topic for the new one.
+
+    Who is slow fetches nothing meanwhile, and hears of it last.
+    """
+    sent = events(1000)  # one key, so that they are in one partition
+
+    async def main() -> None:
+        async with connected(kafka, topic) as transport, connected(kafka, topic) as another:
+            await transport.publish(sent[:700])
+            subscription = await transport.subscribe(topic, oldest=True, in_flight=10 if slow else 1000)
+            count = 10 if slow else 700
+            held = await receive(subscription, lambda found: len(found) == count)
+            async with kafka_admin(kafka.url) as admin:
+                await admin.delete_topics([topic])
+                while topic in await admin.list_topics():  # noqa: ASYNC110  # nobody tells
+                    await asyncio.sleep(0.01)
+            await another.close()
+            await another.connect()  # it is there again
+            await another.publish(sent)
+            with pytest.raises(NotConnectedError, match="was deleted"):
+                await go_on(subscription, held)
+            await transport.close()
+        async with connected(kafka, topic) as transport:
+            subscription = await transport.subscribe(topic)
+            found = await receive(subscription, lambda found: len(found) >= 1000, ack=True)
+            assert bodies(found) == sorted(one.body for one in sent)
+
+    run(main(), seconds=3 * PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("note", "count"), [("", 5), ("what ever: 7,1", 5), ("00000000:0,3", 20)], ids=["none", "words", "another"]
+)
+def test_the_place_in_a_topic_is_an_administrators_and_not_that_in_another_topic(
+    kafka: KafkaServer, topic: str, note: str, count: int
+) -> None:
+    """What is settled of a topic that was deleted may be stored behind that: then the note names the old one."""
+
+    async def main() -> None:
+        async with connected(kafka, topic) as transport:
+            await transport.publish(events(20))
+            subscription = await transport.subscribe(topic, oldest=True)
+            (first, *_) = await receive(subscription, lambda found: len(found) == 20, ack=True)
+            await subscription.close()
+            place = TopicPartition(topic, int(first.message.position.split(":")[0]))
+            consumer = AIOKafkaConsumer(bootstrap_servers=kafka.url, group_id=topic, enable_auto_commit=False)
+            try:
+                await consumer.start()
+                consumer.assign([place])
+                await consumer.commit({place: OffsetAndMetadata(15, note)})
+            finally:
+                await consumer.stop()
+            subscription = await transport.subscribe(topic)
+            assert len(await receive(subscription, lambda found: len(found) == count, ack=True)) == count
+            assert await subscription.receive(10, 1) == []
+
+    run(main(), seconds=2 * PATIENCE)
+
+
+def test_what_others_transactions_leave_behind_is_passed_over(kafka: KafkaServer, topic: str) -> None:
+    async def main() -> None:
+        async with connected(kafka, topic, partitions=1) as transport:
+            await transport.publish(events(5))
+            producer = AIOKafkaProducer(bootstrap_servers=kafka.url, transactional_id=topic)
+            await producer.start()
+            async with producer.transaction():
+                await producer.send_and_wait(topic, b"another's", partition=0)
+            await producer.stop()
+            subscription = await transport.subscribe(topic, oldest=True)
+            await receive(subscription, lambda found: len(found) == 6, ack=True)
+            async with contextlib.aclosing(transport.tail(oldest=True)) as tail:
+                for _ in range(6):
+                    await anext(tail)
+                following = asyncio.ensure_future(anext(tail))
+                (reader,) = transport._readers
+                asked = [one._correlation_id for one in reader._connections.values()]
+                await asyncio.sleep(1)
+                # A question waits half a second for its answer, if there is nothing.
+                assert max(map(sub, [one._correlation_id for one in reader._connections.values()], asked)) < 20
+                await transport.publish(events(1, start=5))
+                assert (await following).body == event(5).body
+                assert len(await receive(subscription, lambda found: len(found) == 1, ack=True)) == 1
+
+    run(main(), seconds=2 * PATIENCE)
+
+
 def test_notes_that_the_server_finds_too_long(tmp_path: Path, topic: str) -> None:
     """Then what is settled behind something that is not comes again; nothing is lost, and nobody waits."""
     require("kafka")
@@ -341,7 +438,8 @@ def test_a_copy_waits_in_one_topic_after_the_other(kafka: KafkaServer, topic: st
             await third.ack()
             await subscription.close()
             steps = {step: await read(kafka, f"orthanc.retry.{topic}.{step}") for step in (5, 1)}
-            assert [len(rows) for rows in steps.values()] == [1, 3]
+            # The last of the shortest waits is spared where a busy machine has lost that time on the way.
+            assert (len(steps[5]), len(steps[1]) in (2, 3)) == (1, True)
             (inbox,) = await read(kafka, f"orthanc.inbox.{topic}")
             (original,) = await read(kafka, topic)
             copies = [*steps[5], *steps[1], inbox]
@@ -375,6 +473,28 @@ def test_many_are_given_back_at_once(kafka: KafkaServer, topic: str) -> None:
             assert bodies(again) == sorted(one.body for one in sent)
             assert {one.attempt for one in again} == {2}
 
+    run(main(), seconds=2 * PATIENCE)
+
+
+def test_many_are_given_back_at_once_to_topics_that_take_little(kafka: KafkaServer, topic: str) -> None:
+    sent = events(200, size=2000)  # of one partition
+
+    async def main() -> None:
+        limits = {"max_age": "7d", "max_bytes": 0}  # as Kafka sets what is left out when a topic is altered
+        async with connected(kafka, topic, limits=limits) as transport:
+            await transport.publish(sent)
+            subscription = await transport.subscribe(topic, oldest=True, in_flight=1000)
+            held = await receive(subscription, lambda found: len(found) == 200)
+            await asyncio.gather(*(one.nack() for one in held))
+            again = await receive(subscription, lambda found: len(found) == 200, ack=True)
+            assert bodies(again) == sorted(one.body for one in sent)
+
+    async def prepare() -> None:
+        async with connected(kafka, topic):
+            pass
+
+    run(prepare(), seconds=PATIENCE)
+    alter_topic(kafka.url, topic, max_message_bytes="20000")
     run(main(), seconds=2 * PATIENCE)
 
 

@@ -1,13 +1,17 @@
-"""What subscribers of Kafka do without a server: sharing partitions, noting what is settled, choosing delays."""
+"""What subscribers of Kafka do without a server: share partitions, note what is settled, choose delays, fetch."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from orthanc_events_bridge.transports.kafka_delays import (
     DUE,
@@ -18,9 +22,13 @@ from orthanc_events_bridge.transports.kafka_delays import (
     step_for,
     waiting_time,
 )
+from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
+from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_partition import Partition, read_note, write_note
+from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata
 from orthanc_events_bridge.transports.kafka_queue import Queue
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, share_out
+from orthanc_events_bridge.transports.kafka_topic import Topic
 
 
 @dataclass
@@ -288,3 +296,52 @@ def test_a_partition_that_waits_for_a_time_holds_up_no_other() -> None:
     waits.arrived([delayed(3, 100, 100)])
     queue.add(waits)
     assert taken(200) == []
+
+
+# Fetching.
+
+
+class Node:
+    """Answers a question with one record, just after `meanwhile` has happened."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self._meanwhile = meanwhile
+        self.fault = None
+
+    async def node(self, number: int) -> Node:
+        return self
+
+    def check(self) -> None:
+        pass
+
+    def begin(self, request: Any) -> Any:
+        return request
+
+    async def wait(self, request: Any, seconds: float) -> Any:
+        ((topic, ((number, offset, _),)),) = request.topics
+        self._meanwhile()
+        builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 10_000)
+        builder.append(0, 0, b"key", b"value", [])
+        batch = bytearray(builder.build())
+        batch[:8] = offset.to_bytes(8)
+        return SimpleNamespace(topics=[(topic, [(number, 0, bytes(batch))])])
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_comes_for_a_partition_that_is_leaving_is_fetched_again_if_it_stays(leaves: bool) -> None:
+    """Whoever gives out has taken it off the line; nobody would put it there again."""
+    one = Partition.begin(("topic", 0), None, (7, ""))
+    one.leader = 1
+    told: list[Partition] = []
+
+    def meanwhile() -> None:
+        one.leaving, one.leader = leaves, 2  # the latter ends it
+
+    node: Any = Node(meanwhile)
+    options = KafkaOptions(name="kafka", servers=("127.0.0.1:9092",))
+    fetcher = Fetcher(node, node, options, Topic("topic", TopicMetadata("", (1,), (1,)), {}), told.append)
+    fetcher.use([one])
+    asyncio.run(fetcher._follow(1))
+    assert [record.offset for record in one.records] == ([] if leaves else [7])
+    assert one.wanted == (7 if leaves else 8)
+    assert told == ([] if leaves else [one])
