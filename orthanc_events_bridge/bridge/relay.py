@@ -139,7 +139,7 @@ class Relay:
         # What was given up before a transport was there is no gap of its own.
         first = source.newest() if start == "now" else source.detached()
         self._progress = memory.progress(self.name, source.recorder, first)
-        # After a refusal the broker is asked with one event, then with twice as many each time.
+        # After a fault the broker is asked with one event, then with twice as many each time.
         self._allowed = size
         self._stored: set[int] = set()  # positions behind ours whose events the broker has confirmed already
         self._wake = asyncio.Event()
@@ -339,7 +339,8 @@ class Relay:
                     continue
                 if done:
                     self._move(batch.positions[done - 1], self._progress.seq)
-                if isinstance(error.error, RefusedError):
+                # A broker that keeps what it never confirms would get all of it each time.
+                if isinstance(error.error, RefusedError) or not done:
                     self._allowed = 1
                 if "replay" in self.without:  # a mutant: what was not confirmed counts as sent
                     self._move(batch.last, batch.seq)

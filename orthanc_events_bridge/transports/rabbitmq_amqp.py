@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import ssl
 from collections.abc import Callable
@@ -223,7 +224,11 @@ def words(error: BaseException | None) -> str:
         return str(error.reason or error).replace("_", " ").lower()
     if isinstance(error, AMQPError) and isinstance(error.__cause__, OSError):
         return words(error.__cause__)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError):
+        # asyncio's own words name the address once more; those of a name's several addresses it puts into one text.
+        numbers = [error.errno] if error.errno else [int(one) for one in re.findall(r"\[Errno (\d+)\]", str(error))]
+        if numbers:
+            told = (os.strerror(one) if one > 0 else error.strerror or "" for one in numbers)
+            return ", ".join(dict.fromkeys(told))
     text = str(error.args[-1]) if isinstance(error, AMQPError) and error.args else str(error)
     return re.sub(r"^[A-Z_]+ - ", "", text) or type(error).__name__

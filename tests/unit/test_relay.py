@@ -268,6 +268,24 @@ def test_behind_a_refusal_only_what_was_refused_is_sent_again_and_one_event_asks
     assert scene.relay.position == 10
 
 
+def test_behind_a_fault_in_which_nothing_was_confirmed_one_event_asks() -> None:
+    """A queue that takes events and never confirms them holds up one event, of which the others get copies."""
+    scene = Scene(facts(15), size=8)
+    silent = NotConnectedError("no answer", "look at it")
+    scene.broker.script.extend([(0, silent), (0, silent), (0, silent)])
+    scene.drain()
+    assert [len(batch) for batch in scene.broker.batches[:4]] == [8, 1, 1, 1]
+    assert len(scene.broker.batches[-1]) > 1
+    assert scene.broker.stored == ids(*range(1, 16))
+
+
+def test_behind_a_fault_in_which_something_was_confirmed_it_goes_on_as_before() -> None:
+    scene = Scene(facts(15), size=8)
+    scene.broker.script.append((2, NotConnectedError("gone", "look at it")))
+    scene.drain()
+    assert [len(batch) for batch in scene.broker.batches] == [8, 8, 5]
+
+
 def test_what_was_stored_behind_a_refusal_is_sent_again_to_a_place_that_was_made_again() -> None:
     scene = Scene(facts(4), size=4)
     scene.broker.script.append((0, RefusedError("full", "make room"), {1, 2, 3}))
