@@ -121,8 +121,7 @@ def _replay(options: argparse.Namespace) -> int:
         if options.resume is None and options.dry_run:
             transport = _transport(settings, options.transport)
             run = _plan(options, 0, transport, reader, view)
-            source = Selected(reader, view.all_settings, run)
-            found = count(source, run, _accepts(settings, transport, run))
+            found = count(Selected(reader, view.all_settings, run, _accepts(settings, transport, run)), run)
             _print(options, {"dry_run": True, **_document(run), "events": dict(sorted(found.items()))}, run, found)
             return 0
         kept = _kept(options, settings, place, reader, view)
@@ -131,9 +130,8 @@ def _replay(options: argparse.Namespace) -> int:
             if kept.run.transport in view.paused():
                 resume = f"`orthanc-events transports resume {kept.run.transport}` first"
                 raise BridgeError(f"transport {kept.run.transport} is paused", resume)
-            source = Selected(reader, view.all_settings, kept.run)
-            accepts = _accepts(settings, transport, kept.run)
-            number = send(transport, kept, source, accepts, Pace(options.rate))
+            source = Selected(reader, view.all_settings, kept.run, _accepts(settings, transport, kept.run))
+            number = send(transport, kept, source, Pace(options.rate))
             _print(options, {"done": not number, **_document(kept.run), **_outcome(kept.run)}, kept.run, kept.run.sent)
             if number:
                 print(f"interrupted; {again(kept.run)}", file=sys.stderr)

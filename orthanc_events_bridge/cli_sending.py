@@ -8,7 +8,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 from orthanc_events_bridge.bridge.replay import Pace, Replay, Selected
@@ -29,7 +28,7 @@ def again(run: Run) -> str:
     return f"go on with `orthanc-events replay --resume {run.number}`"
 
 
-def send(transport: TransportOptions, kept: Kept, source: Selected, accepts: Callable[[str], bool], pace: Pace) -> int:
+def send(transport: TransportOptions, kept: Kept, source: Selected, pace: Pace) -> int:
     """Do what is left of a run; when all is sent, its file goes.
 
     :return: the number of the signal that has interrupted it, or 0.
@@ -42,7 +41,6 @@ def send(transport: TransportOptions, kept: Kept, source: Selected, accepts: Cal
     relay = Replay(
         transport,
         lambda: create(transport).inbox(run.consumer) if run.consumer else create(transport),
-        accepts,
         source,
         kept,
         pace,

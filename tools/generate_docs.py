@@ -401,6 +401,8 @@ def asyncapi() -> str:
     """What a consumer on NATS can expect, for AsyncAPI's tools."""
     prefix = NatsOptions.model_fields["subject_prefix"].default
     stream = NatsOptions.model_fields["stream"].default
+    inboxes = NatsOptions.model_fields["inbox_prefix"].default
+    inbox_stream = NatsOptions.model_fields["inbox_stream"].default
     verbs = list(dict.fromkeys(event_type.verb for event_type in TYPES))
     levels = list(dict.fromkeys(event_type.level for event_type in TYPES))
     keys = [message_key(event_type) for event_type in TYPES]
@@ -444,14 +446,27 @@ def asyncapi() -> str:
                     },
                 },
                 "messages": {key: {"$ref": f"#/components/messages/{key}"} for key in keys},
-            }
+            },
+            "inbox": {
+                "address": f"{inboxes}.{{consumer}}",
+                "title": "What is sent to one consumer again",
+                "description": f"The subjects of stream {inbox_stream}. Only the consumer reads its own.",
+                "servers": [{"$ref": "#/servers/nats"}],
+                "parameters": {"consumer": {"description": "The consumer's name."}},
+                "messages": {key: {"$ref": f"#/components/messages/{key}"} for key in keys},
+            },
         },
         "operations": {
             "publishChange": {
                 "action": "send",
                 "channel": {"$ref": "#/channels/changes"},
                 "summary": "The bridge publishes each change, and sends it again until the stream has confirmed it.",
-            }
+            },
+            "replay": {
+                "action": "send",
+                "channel": {"$ref": "#/channels/inbox"},
+                "summary": "`orthanc-events replay` sends kept events again, to one consumer.",
+            },
         },
         "components": {
             "messages": {message_key(event_type): message(event_type) for event_type in TYPES},
@@ -462,7 +477,15 @@ def asyncapi() -> str:
                         "content-type": {"const": mapping.STRUCTURED},
                         "Nats-Msg-Id": {
                             "type": "string",
-                            "description": "The event's id: JetStream drops an equal one within its window.",
+                            "description": "The event's id, of a replay `{id}:replay:{n}`: JetStream drops an equal "
+                            "one within its window.",
+                        },
+                        "orthanc-operation": {"const": "replay", "description": "It is sent again on purpose."},
+                        "orthanc-event-id": {"type": "string", "description": "With a replay: the event's id."},
+                        "orthanc-consumer": {"type": "string", "description": "In an inbox: whose it is."},
+                        "orthanc-address": {
+                            "type": "string",
+                            "description": "In an inbox: the subject under which everybody got it.",
                         },
                     },
                     "required": ["content-type", "Nats-Msg-Id"],

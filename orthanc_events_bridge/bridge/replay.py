@@ -25,27 +25,40 @@ from orthanc_events_bridge.transports.options import TransportOptions
 
 log = logging.getLogger(__name__)
 
-#: Rows of one look, where they are only counted.
-_PAGE: Final = 1000
+#: Rows of one look at least: few of them may be wanted.
+_PAGE: Final = 500
 #: At a rate, so many parts of what may go in a second go at a time.
 _PARTS: Final = 4
 
 
 class Selected(Source):
-    """The rows of the outbox that a run is about; its filter of types is the relay's."""
+    """The rows of the outbox that a run is about, and now and then one that it is not, so that it gets on.
 
-    def __init__(self, reader: OutboxReader, settings: Callable[[], Mapping[int, Mapping[str, Any]]], run: Run) -> None:
+    :param accepts: whether an event, by its short name, is wanted.
+    """
+
+    def __init__(
+        self,
+        reader: OutboxReader,
+        settings: Callable[[], Mapping[int, Mapping[str, Any]]],
+        run: Run,
+        accepts: Callable[[str], bool],
+    ) -> None:
         super().__init__(reader, settings)
+        self.accepts = accepts
         self._run = run
 
     def rows(self, after: int, limit: int) -> list[OutboxRow]:
         run = self._run
         while True:
-            found = self.reader.find(after, run.through, limit, recorded=run.since, about=run.study)
+            found = self.reader.find(after, run.through, max(limit, _PAGE), recorded=run.since, about=run.study)
             self._count_gone(after)
-            wanted = [row for row in found if not run.study or _study_of(row) == run.study]
-            if wanted or not found:
-                return wanted
+            about = [row for row in found if not run.study or _study_of(row) == run.study]
+            wanted = [row for row in about if self.accepts(short_name(row))]
+            if len(wanted) >= limit:
+                return wanted[:limit]
+            if about or not found:  # its last row, wanted or not, says how far we have looked
+                return wanted if wanted[-1:] == about[-1:] else [*wanted, about[-1]]
             after = found[-1].position
 
     def _count_gone(self, after: int) -> None:
@@ -144,7 +157,6 @@ class Replay(Relay):
 
     :param options: of the transport.
     :param make: makes the place that the events go to.
-    :param accepts: whether an event, by its short name, is wanted.
     :raises TransportConfigurationError: from `run`; the run can be gone on with when that is mended.
     """
 
@@ -152,7 +164,6 @@ class Replay(Relay):
         self,
         options: TransportOptions,
         make: Callable[[], Place],
-        accepts: Callable[[str], bool],
         source: Selected,
         kept: Kept,
         pace: Pace,
@@ -163,7 +174,7 @@ class Replay(Relay):
             lambda: Again(make(), kept.run, pace),
             options.type,
             pace.portion(getattr(options, "batch", 500)),
-            accepts,
+            source.accepts,
             source,
             kept,
             binary=options.mode == "binary",
@@ -180,11 +191,11 @@ class Replay(Relay):
         log.error("transport %s: event %s (%s) is not sent: %s", self.name, event.id, name, error)
 
 
-def count(source: Selected, run: Run, accepts: Callable[[str], bool]) -> Counter[str]:
+def count(source: Selected, run: Run) -> Counter[str]:
     """How many events a run would send now, by short name."""
     found: Counter[str] = Counter()
     position = run.position
     while rows := source.rows(position, _PAGE):
-        found.update(name for name in map(short_name, rows) if accepts(name))
+        found.update(filter(source.accepts, map(short_name, rows)))
         position = rows[-1].position
     return found

@@ -34,6 +34,12 @@ def _topic(value: str) -> str:
     return value
 
 
+def _prefix(value: str) -> str:
+    if len(value) > 120:  # a consumer's name of up to 128 characters stands behind it
+        raise mistake("is too long for a topic's name", "use at most 120 characters", shown=value)
+    return _topic(value)
+
+
 class KafkaTls(Tls):
     """TLS to the servers. Certificates are read when connecting, so that they can be replaced in place."""
 
@@ -113,7 +119,7 @@ class KafkaOptions(TransportOptions):
         description="How many partitions the topic has: so many consumers of one name can share its events and keep "
         "the order of each study. An event's partition is that of its key, 0 to 63, modulo this number.",
     )
-    inbox_prefix: Annotated[str, AfterValidator(_topic)] = Field(
+    inbox_prefix: Annotated[str, AfterValidator(_prefix)] = Field(
         default="orthanc.inbox",
         description="Beginning of the name of a consumer's inbox, `{inbox_prefix}.{consumer}`: the topic of what is "
         "sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made when it is "

@@ -159,9 +159,9 @@ class Producer:
                 "content-type": event.content_type,
                 "orthanc-event-id": event.id,
                 "orthanc-site": event.site,
-                **{f"ce_{name}": value for name, value in event.attributes},
-                **dict(event.headers),
             }
+            if event.headers or event.attributes:
+                headers |= dict(event.headers) | {f"ce_{name}": value for name, value in event.attributes}
             encoded = [(name, value.encode()) for name, value in headers.items()]
             builder.append(offset, now, event.key.encode(), event.body, encoded)
         return bytes(builder.build())

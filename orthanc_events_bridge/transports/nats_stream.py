@@ -31,6 +31,8 @@ _NOT_ALLOWED: Final = frozenset({10035, 10039, 10076, 10109})
 _PASSING: Final = frozenset({10008, 10009})
 #: Its store can't be made: at times for a moment only, while that of a deleted stream of this name is cleared away.
 _NO_STORE: Final = 10049
+#: Another stream takes some of its subjects.
+_OVERLAP: Final = 10065
 _STORE_PAUSES: Final = (0.1, 0.3, 1.0)
 
 #: Settings with which a stream would lose events, or never confirm them.
@@ -89,6 +91,8 @@ def _no_stream(error: nats.js.errors.APIError, stream: str) -> TransportError:
     remedy = "check the account's limits and the user's permissions"
     if code in _FULL:
         remedy = "lower `limits.max_bytes` or `inbox_max_bytes`, or give JetStream or the account more room"
+    if code == _OVERLAP:
+        remedy = "let no stream of others take them: choose other names for `subject_prefix` and `inbox_prefix`"
     return TransportConfigurationError(f"NATS can't make or read the stream {stream}: {text}", remedy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +13,7 @@ from orthanc_events_bridge.errors import (
     NotConnectedError,
     TransportConfigurationError,
 )
-from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
+from orthanc_events_bridge.transports.base import Incoming, Outgoing, Place, PublishError
 from tests.contract.harness import CONTENT_TYPE, Harness, Stored, event, events, failing, run
 from tests.contract.table import TABLE
 
@@ -234,6 +235,36 @@ def test_a_consumer_may_not_be_called_anything(harness: Harness) -> None:
     for name in ("", "a.b", "a b", ">", "*", "ü", "n" * 129):
         with pytest.raises(TransportConfigurationError, match="name of a consumer"):
             transport.inbox(name)
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq", "kafka"])
+def test_a_subscriber_gets_what_is_in_its_inbox(brokers: Callable[[str], Harness], kind: str) -> None:
+    """Also what is put there while it listens. (NATS' subscribers don't look into theirs yet.)"""
+    harness = brokers(kind)
+    harness.new_place()
+    live, replayed = events(3), again(events(5, keys=KEYS))
+
+    async def main() -> None:
+        transport = harness.transport()
+        await transport.connect()
+        subscription = await transport.subscribe("one", oldest=True)
+        await transport.publish(live)
+        await send(transport.inbox("one"), replayed)
+        got: list[Incoming] = []
+        while len(got) < len(live) + len(replayed):
+            for delivery in await subscription.receive(10, 1):
+                got.append(delivery.message)
+                await delivery.ack()
+        mine = [one for one in got if one.headers.get("orthanc-operation") == "replay"]
+        assert {one.body for one in mine} == {one.body for one in replayed}
+        assert {one.address for one in mine} <= {one.headers["orthanc-address"] for one in mine}
+        await subscription.close()
+        await transport.close()
+
+    try:
+        run(main(), seconds=120)
+    finally:
+        harness.tidy()
 
 
 def test_a_transport_without_inboxes_says_so(harness: Harness) -> None:

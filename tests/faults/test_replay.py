@@ -20,7 +20,9 @@ pytestmark = pytest.mark.fault
 MakeLine = Callable[..., Line]
 
 
-@pytest.mark.parametrize("broker", ["nats", "rabbitmq", "kafka"])
+@pytest.mark.parametrize(
+    "broker", ["nats", *(pytest.param(one, marks=pytest.mark.slow) for one in ("rabbitmq", "kafka"))]
+)
 def test_a_replay_outlives_its_broker(make_line: MakeLine, broker: str) -> None:
     """Frozen and killed in the middle: it waits, and goes on by itself."""
     line = make_line(broker=broker, transport=BROKERS[broker].impatient)

@@ -86,8 +86,11 @@ def test_what_was_there_before_is_announced_once(tmp_path: Path) -> None:
         assert told == Counter(wanted(studies, "instance"))
         assert announced(line)["study.created", new.id] == 1
 
+        stable = {one for one in wanted([new], "series") if one[0].endswith(".stable")}
+        line.wait(lambda document: stable <= announced(line).keys(), timeout=120)
         line.orthanc.restart()
         line.settle()
+        assert line.status()["capture"]["inferred"] == {}, "what was announced to be stable was looked at again"
         assert json.loads(command.run("backfill", "--level", "instance", "--json")[0])["announced"] == {}
         line.settle()
         assert {one: count for one, count in announced(line).items() if one[1] not in of_new} == told

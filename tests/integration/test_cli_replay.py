@@ -16,6 +16,7 @@ import pytest
 
 from orthanc_events_bridge.bridge.state import Progress, State
 from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.testing.processes import wait_until
@@ -45,7 +46,8 @@ transports:
 class Place:
     """An outbox with twelve rows, of which its transports were sent ten; and the command on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
         self.folder = Folder(folder / "outbox")
         self.folder.prepare()
         self.config = folder / "orthanc-events.yaml"
@@ -64,9 +66,21 @@ class Place:
                 state.save(name, Progress(10, 40, "", 10))
         state.close()
 
+    def run(self, *arguments: object, code: int = 0) -> tuple[str, str]:
+        """Output and errors of a command, run in this process, that ends with this exit code."""
+        self._capsys.readouterr()
+        try:
+            found = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            found = int(ended.code or 0)
+        printed = self._capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        assert found == code, printed
+        return printed.out, printed.err
+
     def fails(self, *arguments: object, code: int = 1) -> str:
         """What a command says that can't be done."""
-        out, err = self.command.run(*arguments, code=code)
+        out, err = self.run(*arguments, code=code)
         assert out == ""
         return err
 
@@ -75,11 +89,13 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Place]:
     for name in list(os.environ):
         if name.startswith("ORTHANC_EVENTS_"):
             monkeypatch.delenv(name)
-    made = Place(tmp_path)
+    made = Place(tmp_path, capsys)
+    monkeypatch.setenv("ORTHANC_EVENTS_OUTBOX", str(made.folder.path))
+    monkeypatch.setenv("ORTHANC_EVENTS_CONFIG", str(made.config))
     yield made
     made.writer.close()
 
@@ -139,7 +155,7 @@ def test_a_paused_transport_is_left_alone(place: Place) -> None:
 
 
 def test_a_dry_run_counts_what_the_transport_was_sent(place: Place) -> None:
-    out, err = place.command.run("replay", "--all", "--dry-run")
+    out, err = place.run("replay", "--all", "--dry-run")
     assert out.splitlines() == [
         "TYPE           EVENTS",
         "job.submitted  2",
@@ -154,7 +170,7 @@ def test_filters_of_the_configuration_and_of_the_command_apply_together(place: P
     place.config.write_text(SEVERAL, "utf-8")
 
     def counted(*arguments: str) -> dict[str, int]:
-        out, _ = place.command.run("replay", "--dry-run", "--json", *arguments)
+        out, _ = place.run("replay", "--dry-run", "--json", *arguments)
         events: dict[str, int] = json.loads(out)["events"]
         return events
 
@@ -167,10 +183,10 @@ def test_filters_of_the_configuration_and_of_the_command_apply_together(place: P
 
 
 def test_a_replay_says_what_it_has_done_and_leaves_nothing(place: Place) -> None:
-    out, err = place.command.run("replay", "--all", "--to", "one")
+    out, err = place.run("replay", "--all", "--to", "one")
     assert "10 events were sent to one's inbox by transport memory" in out
     assert err.startswith("replay 1") and "one's inbox" in err
-    out, _ = place.command.run("replay", "--all", "--everyone", "--yes", "--json")
+    out, _ = place.run("replay", "--all", "--everyone", "--yes", "--json")
     document = json.loads(out)
     assert document["done"] and document["to"] is None
     assert (document["events"], document["refused"], document["gone"]) == (
@@ -183,20 +199,15 @@ def test_a_replay_says_what_it_has_done_and_leaves_nothing(place: Place) -> None
 
 def test_what_is_gone_is_said(place: Place) -> None:
     place.writer.detach(10, limit=4)
-    _, err = place.command.run("replay", "--since", "3d", "--to", "one")
+    _, err = place.run("replay", "--since", "3d", "--to", "one")
     assert "the outbox keeps what was recorded since" in err
-    out, _ = place.command.run("replay", "--from", "2", "--to", "one")
+    out, _ = place.run("replay", "--from", "2", "--to", "one")
     assert "6 events were sent" in out and "3 rows were deleted from the outbox before they could be looked at" in out
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 1), ("\n", 1)])
 def test_everyone_is_asked_for_on_a_terminal(place: Place, answer: str, code: int) -> None:
     ours, theirs = pty.openpty()
-    environment = {
-        **os.environ,
-        "ORTHANC_EVENTS_OUTBOX": str(place.folder.path),
-        "ORTHANC_EVENTS_CONFIG": str(place.config),
-    }
     try:
         os.write(ours, answer.encode())
         done = subprocess.run(
@@ -205,7 +216,6 @@ def test_everyone_is_asked_for_on_a_terminal(place: Place, answer: str, code: in
             capture_output=True,
             text=True,
             timeout=LONG,
-            env=environment,
             check=False,
         )
     finally:
@@ -236,7 +246,7 @@ def test_it_can_be_interrupted_and_gone_on_with(place: Place, number: signal.Sig
     assert "events were sent" in out
     before = json.loads((place.folder.replays / f"{replay}.json").read_text("utf-8"))
     assert 0 < before["position"] < 10
-    out, _ = place.command.run("replay", "--resume", "--json")
+    out, _ = place.run("replay", "--resume", "--json")
     assert json.loads(out)["events"] == {"job.submitted": 2, "study.created": 8}
     assert not place.replays()
 
@@ -252,7 +262,7 @@ def test_of_several_that_were_interrupted_one_is_named(place: Place) -> None:
         process.communicate()
     first, second = place.replays()
     assert f"2 replays were interrupted (say which: {first}, {second})" in place.fails("replay", "--resume")
-    place.command.run("replay", "--resume", first)
+    place.run("replay", "--resume", first)
     assert place.replays() == [second]
 
 
@@ -265,7 +275,7 @@ def test_wrong_arguments_of_a_backfill_are_named(place: Place, arguments: tuple[
 
 
 def test_a_backfill_waits_for_the_bridge(place: Place) -> None:
-    out, _ = place.command.run("backfill", "--level", "series")
+    out, _ = place.run("backfill", "--level", "series")
     assert "the bridge is not running" in out
     state = State(place.folder.bridge)
     (command,) = state.commands()

@@ -247,7 +247,8 @@ def test_the_page_of_events_names_the_attributes_of_the_contract() -> None:
 def test_asyncapi_has_every_type_once() -> None:
     document = yaml.safe_load(text_of(SCHEMAS / "asyncapi.yaml"))
     messages = document["components"]["messages"]
-    assert document["channels"]["changes"]["messages"].keys() == messages.keys()
+    for channel in ("changes", "inbox"):
+        assert document["channels"][channel]["messages"].keys() == messages.keys()
     names = {f"io.orthanc-events.{event_type.name}.v1" for event_type in TYPES}
     assert {message["name"] for message in messages.values()} == names
     assert len(messages) == len(names)

@@ -15,12 +15,14 @@ from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.line import Clients, Line
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
+from tests.contract.raw_nats import ask, read_stream
 from tests.integration.beside import Beside
 from tests.integration.replay_tools import LONG, Command, Raw, everyones, inbox
 
 pytestmark = pytest.mark.integration
 
 BROKERS = ("nats", "rabbitmq", "kafka")
+STREAM = "ORTHANC_EVENTS_INBOX"
 
 
 @pytest.fixture(params=BROKERS)
@@ -122,3 +124,43 @@ def test_everyone_gets_it_if_that_is_said_twice(beside: tuple[Beside, Command], 
     found = everyones(nats)
     assert [one.position for one in found] == 2 * [*range(1, 6)]
     assert Counter(one.replayed for one in found) == {False: 5, True: 5}
+
+
+def test_it_waits_while_inboxes_are_full(tmp_path: Path, nats: Broker) -> None:
+    with Beside(tmp_path / "beside") as made:
+        options = {"type": "nats", "servers": [nats.url], "limits": {"max_bytes": "64MiB"}}
+        made.configure({**options, "inbox_max_bytes": "64KiB"})
+        made.start()
+        made.wait(lambda: made.transport("nats"))
+        made.record(200)
+        made.wait_delivered("nats")
+        process = Command(made.folder.path, made.config).begin("replay", "--all", "--to", "one")
+        try:
+            assert process.stderr is not None
+            lines: list[str] = []
+            while not any("full" in line for line in lines):
+                lines.append(process.stderr.readline())
+                assert lines[-1], lines
+            got: list[int] = []
+            while process.poll() is None or read_stream(nats.port, STREAM):
+                messages = read_stream(nats.port, STREAM)
+                if messages:  # somebody reads them
+                    got += [int(json.loads(one.body)["sequence"]) for one in messages]
+                    ask(nats.port, f"STREAM.PURGE.{STREAM}", seq=messages[-1].sequence + 1)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.communicate()
+    assert sorted(got) == [*range(1, 201)]
+
+
+def test_streams_that_overlap_are_named_and_so_is_what_to_do(tmp_path: Path, nats: Broker) -> None:
+    with Beside(tmp_path / "beside") as made:
+        options = {"type": "nats", "servers": [nats.url], "limits": {"max_bytes": "64MiB"}}
+        made.configure({**options, "subject_prefix": "orthanc"})
+        made.start()
+        made.wait(lambda: made.transport("nats"))
+        made.record(1)
+        made.wait_delivered("nats")
+        _, err = Command(made.folder.path, made.config).run("replay", "--all", "--to", "one", code=1)
+        assert "ORTHANC_EVENTS_INBOX" in err and "overlap" in err and "`inbox_prefix`; then go on with" in err

@@ -86,6 +86,7 @@ class TestSmallest:
         assert transport.servers == ("nats://127.0.0.1:4222",)
         assert transport.stream == "ORTHANC_EVENTS"
         assert transport.subject_prefix == "orthanc.events"
+        assert (transport.inbox_stream, transport.inbox_prefix) == ("ORTHANC_EVENTS_INBOX", "orthanc.inbox")
         assert transport.declare
         assert transport.limits.max_age == 30 * 86400
         assert transport.limits.max_bytes == 10 * 2**30

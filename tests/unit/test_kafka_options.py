@@ -110,6 +110,8 @@ def test_a_login() -> None:
         ("sasl: gssapi\nuser: a\npassword: canary", "'gssapi' is none of the choices"),
         ("topic: a b", "can't be used as a topic's name"),
         ("topic: ..", "can't be used as a topic's name"),
+        ("inbox_prefix: a/b", "can't be used as a topic's name"),
+        (f"inbox_prefix: {'x' * 121}", "is too long for a topic's name"),
         ("partitions: 0", "partitions: '0' is out of range"),
         ("partitions: 65", "partitions: '65' is out of range"),
         ("limits: {replicas: 0}", "limits.replicas: '0' is out of range"),

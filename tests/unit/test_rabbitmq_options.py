@@ -134,6 +134,8 @@ def test_a_login() -> None:
         ("exchange: a b", "exchange: 'a b' can't be used as a name in RabbitMQ"),
         ("exchange: amq.topic", "exchange: 'amq.topic' can't be used as a name in RabbitMQ"),
         ("history: ''", "can't be used as a name in RabbitMQ"),
+        ("inbox_prefix: amq.inbox", "inbox_prefix: 'amq.inbox' can't be used as a name in RabbitMQ"),
+        (f"inbox_prefix: {'x' * 101}", "is too long for a name in RabbitMQ"),
         ("limits: {max_bytes: 1KiB}", "limits.max_bytes: '1KiB' is out of range"),
         ("limits: {segment_bytes: 4GB}", "limits.segment_bytes: '4000000000' is more than RabbitMQ takes"),
         ("limits: {max_bytes: 1MiB, segment_bytes: 2MiB}", "segment_bytes: '2MiB' is larger than max_bytes (1MiB)"),
