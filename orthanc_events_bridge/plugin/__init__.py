@@ -40,8 +40,8 @@ _AT_LEAST: Final = 1.0
 _STABLE_AGE: Final = 60.0  # Orthanc's default, in seconds
 _UNKNOWN_RESOURCE: Final = 17  # OrthancPluginErrorCode_UnknownResource
 
-#: What Orthanc was given to call back. When it ends, the Python plugin lets go of these without holding the interpreter's
-#: lock. What nobody else refers to is freed then, which with plugin 5.0 and Python 3.13 crashed each stop (1.12.7).
+#: What Orthanc was given to call back. When it ends, the Python plugin lets go of these without the interpreter's lock.
+#: What nobody else refers to is freed then, which crashed each stop of Orthanc 1.12.7 (plugin 5.0, Python 3.13).
 _kept: Final[list[Any]] = []
 
 
