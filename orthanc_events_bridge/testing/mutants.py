@@ -126,6 +126,29 @@ IN_ORTHANC: Final[dict[str, str]] = {
     "OutboxWriter.append = append\n",
     # What Orthanc forgot while nobody listened is not looked for.
     "repair": "from orthanc_events_bridge.changes.repair import Repair\nRepair.begin = lambda self: None\n",
+    # What was growing when Orthanc ended is not looked at.
+    "stable": "from orthanc_events_bridge.resources import Resources\nResources.growing = lambda self: []\n",
+    # What a look has shown is told at once, although Orthanc's own word may be on its way.
+    "doubt": "from orthanc_events_bridge.changes.walk import Doubts\n"
+    "Doubts.settled = lambda self, cursor, calm: [(one, seen, tip) for one, (seen, tip, _) in self._seen.items()]\n",
+    # What Orthanc says very late is told once more.
+    "late": "from orthanc_events_bridge.changes.repair import Repair\nRepair.news = lambda self, facts: list(facts)\n",
+    # That the log is another one is not noticed.
+    "continuity": "from orthanc_events_bridge.plugin.continuity import Continuity\n"
+    "Continuity.recognise = lambda self, tail, cursor: None\n",
+    # What was never announced is not looked for.
+    "strangers": "from orthanc_events_bridge.changes.strangers import Strangers\nStrangers.begin = lambda self: None\n",
+    # What is inferred behind another log has the ids of what was inferred before.
+    "other-logs": "from orthanc_events_bridge.outbox import OutboxWriter\n"
+    "OutboxWriter._other_logs = property(lambda self: -1, lambda self, count: None)\n",
+    # What the outbox lost and reads again proves deletions once more.
+    "published": "from orthanc_events_bridge.outbox import OutboxWriter\n"
+    "OutboxWriter.published = property(lambda self: 0, lambda self, seq: None)\n",
+    # After a power cut, numbers are given again.
+    "jump": "import orthanc_events_bridge.outbox as outbox\noutbox.JUMP = 0\n",
+    # Any number of processes records into one outbox.
+    "outbox-lock": "import os\nfrom orthanc_events_bridge.folder import Folder\n"
+    "Folder.hold_outbox = lambda self: os.open(os.devnull, os.O_RDONLY)\n",
     # A creation of what is there proves nothing.
     "rebirth": "from orthanc_events_bridge.resources import Resources\n"
     "Resources.lost_deletions = lambda self, facts, index: []\n",

@@ -54,4 +54,3 @@ class ContainedOrthanc(BridgedOrthanc, ContainerServer):
 
     def _mounts(self) -> dict[Path, str]:
         return {**super()._mounts(), _PACKAGE: "ro"}
-

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.bridged import BridgedOrthanc
 from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
-from tests.faults.test_repair import without_bridge
+from tests.faults.test_power import cut_several_times
+from tests.faults.test_repair import hold_callbacks_up, put_back, without_bridge
 from tests.faults.test_replay import backfill_while_receiving
 
 pytestmark = pytest.mark.mutant
@@ -58,14 +61,14 @@ def kill_the_bridge(line: Line) -> Report:
     return compare_when_quiet(line)
 
 
-def compare_when_quiet(line: Line, kills: int = 0) -> Report:
+def compare_when_quiet(line: Line, kills: int = 0, forgotten: Sequence[tuple[str, str]] = ()) -> Report:
     """Without a position or a cursor that is kept, the line never says that it is at rest."""
     seen, since = line.broker.stored(), time.monotonic()
     while time.monotonic() - since < 3:
         time.sleep(0.1)
         if (stored := line.broker.stored()) != seen:
             seen, since = stored, time.monotonic()
-    return line.ledger.compare(line.events(), kills=kills, existing=line.orthanc.existing())
+    return line.ledger.compare(line.events(), kills=kills, existing=line.orthanc.existing(), forgotten=forgotten)
 
 
 def kill(line: Line, kills: int, loopers: int) -> None:
@@ -142,6 +145,67 @@ def delete_unseen(line: Line) -> Report:
     return line.report(kills=1)
 
 
+def end_within_stable_age(line: Line) -> Report:
+    study = upload(line)
+    line.settle()
+    line.orthanc.kill()
+    line.orthanc.start()
+    report = line.report(kills=1)
+    if ("study.stable", study.id) not in {(event.kind, event.resource) for event in line.events()}:
+        report.add("lost", f"study.stable {study.id}")
+    return report
+
+
+def delete_with_callbacks_held_up(line: Line) -> Report:
+    return hold_callbacks_up(line, studies=20, seconds=0.3)
+
+
+def put_an_older_database_back(line: Line) -> Report:
+    kept = dicom.make_study()
+    line.ledger.stored(line.orthanc.upload(kept.instances[0].data))
+    line.settle()
+    line.orthanc.stop()
+    older, database = line.root / "older", line.orthanc.database
+    shutil.copytree(database, older, ignore=shutil.ignore_patterns("orthanc-events"))
+    for _ in range(2):
+        line.orthanc.start()
+        for _ in range(5):
+            line.ledger.deleted("studies", upload(line).id)  # it will be
+        line.orthanc.delete("studies", kept.id)
+        line.ledger.deleted("studies", kept.id)
+        line.settle()
+        line.orthanc.kill()
+        put_back(older, database)
+        one = kept.instances[0]
+        line.ledger.stored_ids(one.id, one.series, one.study, one.patient)
+    line.orthanc.start()
+    line.ledger.allow("instance.*", "*.instance-added")
+    return compare_when_quiet(line, kills=2)
+
+
+def upload(line: Line) -> dicom.Study:
+    study = dicom.make_study()
+    line.ledger.stored(line.orthanc.upload(study.instances[0].data))
+    return study
+
+
+def cut_the_power_often(line: Line) -> Report:
+    forgotten = cut_several_times(line, (1.0, 1.0, 1.0))
+    return compare_when_quiet(line, kills=3, forgotten=forgotten)
+
+
+def record_twice(line: Line) -> Report:
+    environment = {"ORTHANC_EVENTS_OUTBOX": str(line.folder.path)}
+    other = BridgedOrthanc(line.root / "other", yaml=line.config.read_text("utf-8"), environment=environment)
+    shutil.copy(line.orthanc.shim_path, other.shim_path)
+    with other, Clients(line, adders=1):
+        for _ in range(20):
+            other.upload(dicom.make_study().instances[0].data)
+        time.sleep(2)
+        other.kill()
+    return compare_when_quiet(line)
+
+
 #: The broker, what is switched off, the fault, and where the harm must show. Those that are not `slow` run in CI.
 CASES: list[Any] = [
     pytest.param("nats", ["confirm"], kill_the_broker, "lost", id="confirm"),
@@ -154,6 +218,18 @@ CASES: list[Any] = [
     pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting"),
     pytest.param("nats", ["log"], kill_orthanc, "lost", id="log"),
     pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
+    pytest.param("nats", ["stable"], end_within_stable_age, "lost", id="stable"),
+    pytest.param("nats", ["doubt", "late"], delete_with_callbacks_held_up, "repeated", id="doubt"),
+    pytest.param("nats", ["continuity"], put_an_older_database_back, "lost", id="continuity", marks=pytest.mark.slow),
+    pytest.param(
+        "nats", ["strangers"], put_an_older_database_back, "unrecoverable", id="strangers", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "nats", ["other-logs"], put_an_older_database_back, "unrecoverable", id="other-logs", marks=pytest.mark.slow
+    ),
+    pytest.param("nats", ["published"], cut_the_power_often, "out_of_order", id="published", marks=pytest.mark.slow),
+    pytest.param("nats", ["jump"], cut_the_power_often, "unexpected lost", id="jump", marks=pytest.mark.slow),
+    pytest.param("nats", ["outbox-lock"], record_twice, "unexpected lost", id="outbox-lock", marks=pytest.mark.slow),
     pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
     pytest.param("nats", ["announced"], backfill_while_receiving, "repeated", id="announced"),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),

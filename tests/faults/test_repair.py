@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from orthanc_events_bridge.changes.walk import CALM
 from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.testing import dicom
-from orthanc_events_bridge.testing.ledger import Event
+from orthanc_events_bridge.testing.ledger import Event, Report
 from orthanc_events_bridge.testing.line import Clients, Line
 
 pytestmark = pytest.mark.fault
@@ -301,3 +302,53 @@ def test_the_same_database_put_back_twice_tells_two_stories(make_line: MakeLine)
         line.settle()
     told = [event for event in line.events() if event.resource == study.id and event.kind == "study.created"]
     assert len({event.id for event in told}) == len(told) == 3
+
+
+#: Orthanc's own thread of callbacks is held up at each deletion, as another plugin can do; and it is looked for what is
+#: gone a second later than it would be, when something is.
+_HELD_UP = """\
+    import time
+    import orthanc
+    def register_slow(callback, register=orthanc.RegisterOnChangeCallback):
+        def slow(kind, level, resource):
+            if kind == orthanc.ChangeType.DELETED:
+                time.sleep({seconds})
+            callback(kind, level, resource)
+        register_slow.kept = slow
+        register(slow)
+    orthanc.RegisterOnChangeCallback = register_slow
+    from orthanc_events_bridge.changes.repair import Repair
+    def begin_later(self, begin=Repair.begin):
+        time.sleep(1)
+        begin(self)
+    Repair.begin = begin_later
+"""
+_BEHIND = "    from orthanc_events_bridge.plugin import start\n"
+
+
+def hold_callbacks_up(line: Line, studies: int, seconds: float) -> Report:
+    """Delete studies while it is looked for what is gone, and let Orthanc say so late."""
+    text = line.orthanc.shim_path.read_text("utf-8")
+    line.orthanc.shim_path.write_text(text.replace(_BEHIND, _BEHIND + _HELD_UP.format(seconds=seconds)), "utf-8")
+    stored = [dicom.make_study() for _ in range(studies)]
+    for study in stored:
+        upload(line, study)
+    line.settle()
+    line.orthanc.kill()
+    line.orthanc.start()
+    for study in stored:
+        assert line.orthanc.delete("studies", study.id)
+        line.ledger.deleted("studies", study.id)
+    time.sleep(studies * 4 * seconds)  # for so long they are held up
+    return line.report(kills=1)
+
+
+@pytest.mark.parametrize(("studies", "seconds"), [(20, 0.3), (1, 3.0)])
+def test_deletions_that_orthanc_tells_late_are_told_once(make_line: MakeLine, studies: int, seconds: float) -> None:
+    """Slowly, so that there is never silence; and so late that they are inferred by then."""
+    line = make_line()
+    report = hold_callbacks_up(line, studies, seconds)
+    inferred = line.status()["capture"]["inferred"].get("Deleted", 0)
+    print(report, f"{inferred} inferred")
+    report.assert_clean(unrecoverable=0)
+    assert bool(inferred) == (seconds > CALM)
