@@ -140,6 +140,21 @@ class CaptureSettings(Options):
         description="What the very first start records: `now` only what changes from then on, `log` also "
         "what Orthanc's change log still holds.",
     )
+    log: bool = Field(
+        default=True,
+        description="Whether what Orthanc logs is recorded here. `false` is for all but one of several Orthancs on "
+        "one database, each with a bridge: that one then records what all of them log, the others only what "
+        "their own callbacks show (deletions, added instances, jobs, the server's own), and no event comes twice. "
+        "While that one is down, nobody records what is logged; it reads it when it is back.",
+    )
+    grace: Annotated[float, Duration()] = Field(
+        default=10.0,
+        description="Where Orthanc keeps its index in PostgreSQL, or another database than its own SQLite: how long "
+        "a number missing in its change log is waited for, because a transaction under way may still fill it; and "
+        "how long a logged change waits for its callback, before it is recorded as another Orthanc's. Longer than "
+        "the longest transaction. Changes of this Orthanc's own are recorded at once all the same.",
+        examples=["10s"],
+    )
 
 
 class OutboxSettings(Options):
@@ -288,6 +303,8 @@ class Settings(Options):
         """The settings that capture needs: ``max_bytes`` in bytes or None, ``keep`` in seconds."""
         return {
             "start": self.capture.start,
+            "log": self.capture.log,
+            "grace": self.capture.grace,
             "max_bytes": self.outbox.max_bytes,
             "on_full": self.outbox.on_full,
             "keep": self.outbox.keep,

@@ -15,6 +15,8 @@ from orthanc_events_bridge.changes.log import OrthancLog
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
+from orthanc_events_bridge.changes.unlogged import Unlogged
+from orthanc_events_bridge.changes.unordered import REREAD, Unordered
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -36,6 +38,9 @@ _TICK: Final = 1.0
 #: Between two steps of repair: seconds at least, and how many times as long as the last one took.
 _REST: Final = 0.020
 _REST_FACTOR: Final = 9
+
+#: What turns callbacks and log into facts: Orthanc's own database, any other, or no log at all.
+AnyMerge = Merge | Unordered | Unlogged
 
 
 class Waiting:
@@ -96,8 +101,10 @@ class Capture:
         self._continuity = Continuity(self._log, self._look_up.resource)
         self._next_repair = 0.0
         self._heard = time.monotonic()
+        self._began = time.time()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
+        self._merge: AnyMerge | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
@@ -105,7 +112,15 @@ class Capture:
         self._anchored = False
         self._next_tick = 0.0
         self._flusher = Flusher(host)
-        self._counts = {"vanished": 0, "dropped": 0, "reanchored": 0, "discontinuities": 0, "jobs_missed": 0}
+        self._counts = {
+            "vanished": 0,
+            "passed": 0,
+            "late": 0,
+            "dropped": 0,
+            "reanchored": 0,
+            "discontinuities": 0,
+            "jobs_missed": 0,
+        }
         self._state = "starting"
         self._problem: dict[str, str] | None = None
         self._noted: dict[str, Any] = {}
@@ -193,6 +208,7 @@ class Capture:
         if len(self._queue) > MAX_WAITING:
             dropped = len(self._queue)
             self._queue.clear()
+            self._began = time.time()
             self._anchored = False
             self._counts["dropped"] += dropped
             if self._repair is not None:
@@ -209,7 +225,7 @@ class Capture:
         outbox = self._outbox
         self._await_settings(outbox)
         self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
-        reason = self._blocked() or self._other_database()
+        reason = self._blocked()
         if reason:
             self._state, self._problem = "off", {"message": reason, "at": iso(time.time() * 1000)}
             self._host.error(reason)
@@ -217,9 +233,9 @@ class Capture:
             while not self._stop.wait(_TICK):
                 self._queue.clear()
             return
+        self._log.unordered = self._look_up.database() is not None
         cursor = self._recognise(outbox)
-        repair = self._repair
-        merge = Merge(self._log, self._queue, cursor or 0, Waiting(self._stop))
+        merge = self._merge = self._join(outbox, cursor)
         self._state = "anchoring"
         anchor = merge.anchor()
         if anchor is None:
@@ -229,8 +245,8 @@ class Capture:
                 f"Orthanc was too busy to tell exactly where its callbacks join its log; taken: Seq {anchor.seq}"
             )
         if cursor is None and self._upkeep.options["start"] == "now":
-            outbox.move_cursor(anchor.seq)
-            merge.cursor = anchor.seq
+            merge.skip(anchor.seq)
+            outbox.move_cursor(merge.cursor, merge.ahead)
         for facts in merge.backlog(anchor.seq):
             self._append(facts, merge)
             if self._stop.is_set():
@@ -243,10 +259,10 @@ class Capture:
             oldest = self._log.page(0, 1)
             # Nothing of before is left that shows that it was not emptied.
             self._discontinued = self._discontinued or not oldest or oldest[0].seq > cursor
-        if repair is None:
-            repair = self._repair = self._begin_repair(outbox, begin=cursor is not None)
-        if self._discontinued:
-            repair.announce()
+        if self._repair is None and not isinstance(merge, Unlogged):
+            self._repair = self._begin_repair(outbox, begin=cursor is not None)
+        if self._discontinued and self._repair is not None:
+            self._repair.announce()
             self._discontinued = False
         self._anchored = True
         while not self._stop.is_set() and self._anchored:
@@ -268,7 +284,8 @@ class Capture:
             self._look_up.studies,
             time.monotonic,
             time.time,
-            stable_age=self._stable_age,
+            # Other Orthancs' rows are recorded that much later.
+            stable_age=self._stable_age + (self._upkeep.options["grace"] if self._log.unordered else 0.0),
             began=outbox.began,
             place=place,
         )
@@ -276,45 +293,54 @@ class Capture:
             repair.begin()
         return repair
 
-    def _other_database(self) -> str:
-        """Why this Orthanc's log can't be followed: with several writers, Seq is not the order of commits there."""
-        backend = self._look_up.database()
-        if backend is None:
-            return ""
-        return (
-            f"changes are NOT recorded: Orthanc keeps its index in another database than SQLite ({backend}), which this"
-            " version does not support yet"
+    def _join(self, outbox: OutboxWriter, cursor: int | None) -> AnyMerge:
+        """What turns Orthanc's log and its callbacks into facts, from a cursor on.
+
+        Where several transactions write the index at once, Seq is not the order of the commits.
+        """
+        options, clock = self._upkeep.options, Waiting(self._stop)
+        if not options["log"]:
+            return Unlogged(self._log, self._queue, cursor, clock)
+        if not self._log.unordered:
+            return Merge(self._log, self._queue, cursor or 0, clock)
+        return Unordered(
+            self._log,
+            self._queue,
+            cursor or 0,
+            clock,
+            ahead=outbox.ahead,
+            grace=options["grace"],
+            began=self._began,
+            counts=self._counts,
         )
 
-    def _follow(self, merge: Merge) -> None:
+    def _follow(self, merge: AnyMerge) -> None:
         """One batch, or one wait."""
         self._bell.clear()
         if not self._queue:
             if self._state != "paused":
                 self._well()
             if self._leaving.is_set():
-                facts = merge.tail()  # no callback comes any more
-                if facts:
-                    self._append(facts, merge)
+                self._record(merge.tail(), merge)  # no callback comes any more
                 self._all_taken.set()
                 self._stop.wait()
                 return
+            self._record(merge.due(), merge)
             self._tick(merge)
             self._bell.wait(self._mend(merge))
             return
         self._heard = time.monotonic()
         batch = merge.take()
-        cursor = merge.cursor
         try:
             self._snapshot_jobs(batch)
             facts = merge.facts(batch)
-            for callback, fact in zip(batch, facts, strict=True):
+            jobs = (callback for callback in batch if callback.level_name == "job")
+            for callback, fact in zip(jobs, (fact for fact in facts if fact.level == "job"), strict=True):
                 job = self._look_up.job_taken(callback)
                 if job is not None:
                     fact.extra["job"] = job
             self._append(facts, merge)
         except BaseException as error:
-            merge.cursor = cursor
             merge.put_back(batch)
             if isinstance(error, MisalignedError):
                 self._counts["reanchored"] += 1
@@ -323,10 +349,11 @@ class Capture:
         self._look_up.forget_jobs()
         if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
             self._stop.wait(_LINGER)
+        self._record(merge.due(), merge)
         self._mend(merge)
         self._tick(merge)
 
-    def _mend(self, merge: Merge) -> float:
+    def _mend(self, merge: AnyMerge) -> float:
         """Take a step of repair, if there is anything to repair and it is time to; how long to wait for the next."""
         repair = self._repair
         if repair is None or not repair.active or self._leaving.is_set():
@@ -353,12 +380,23 @@ class Capture:
             if callback.level_name == "job" and not self._look_up.take_job(callback):
                 self._counts["jobs_missed"] += 1
 
-    def _append(self, facts: list[Fact], merge: Merge) -> None:
+    def _record(self, facts: list[Fact], merge: AnyMerge) -> None:
+        """Record what no callback has told, or that the cursor has moved without it."""
+        assert self._outbox is not None
+        if not facts and merge.cursor == self._outbox.cursor:
+            return
+        try:
+            self._append(facts, merge)
+        except BaseException:
+            merge.put_back(())
+            raise
+
+    def _append(self, facts: list[Fact], merge: AnyMerge) -> None:
         outbox = self._outbox
         assert outbox is not None
         self._look_up.describe(facts)
         self._upkeep.make_room(outbox)
-        outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents)
+        outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents, ahead=merge.ahead)
         if self._repair is not None:
             self._repair.recorded(facts)
         self._flusher.soil(outbox.sync_path)
@@ -373,14 +411,23 @@ class Capture:
         batch = [callback for callback in self._queue if not callback.logged]
         if batch and outbox.cursor is not None:
             facts = [from_callback(callback, None) for callback in batch]
-            outbox.append(facts, outbox.cursor, self._upkeep.settings, lambda _level, _resource: None)
+            outbox.append(
+                facts, outbox.cursor, self._upkeep.settings, lambda _level, _resource: None, ahead=outbox.ahead
+            )
         self._state = "stopped"
         self._write_notes(outbox)
         outbox.close()
 
+    def _is_joined(self, merge: AnyMerge) -> bool:
+        """Whether the merge is still the one that the settings ask for."""
+        options = self._upkeep.options
+        if isinstance(merge, Unordered) and merge.grace != options["grace"]:
+            return False
+        return isinstance(merge, Unlogged) is not options["log"]
+
     # -- now and then -------------------------------------------------------------------------------------------------
 
-    def _tick(self, merge: Merge) -> None:
+    def _tick(self, merge: AnyMerge) -> None:
         outbox = self._outbox
         now = time.monotonic()
         if outbox is None or now < self._next_tick:
@@ -388,6 +435,9 @@ class Capture:
         self._next_tick = now + _TICK
         self._upkeep.take_settings(outbox)
         self._write_notes(outbox)
+        if not self._is_joined(merge):
+            self._anchored = False  # the settings are other ones
+            return
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
@@ -410,9 +460,13 @@ class Capture:
 
     def _recognise(self, outbox: OutboxWriter) -> int | None:
         """The cursor to go on from: is this the log that was read before? None on a first start."""
-        cursor = outbox.cursor if outbox.cursor is not None else self._upkeep.acknowledged_seq()
+        cursor = outbox.cursor
         if cursor is None:
-            return None
+            cursor = self._upkeep.acknowledged_seq()
+            if cursor is not None and self._log.unordered:  # it says nothing of what is below it
+                cursor = max(0, cursor - REREAD)
+        if cursor is None or not self._upkeep.options["log"]:
+            return cursor
         waiting = sum(callback.logged for callback in self._queue.copy())  # before the query: all have their rows
         found = self._continuity.recognise(outbox.tail(), cursor, waiting)
         if found is None:
@@ -420,9 +474,9 @@ class Capture:
         self._discontinuity(outbox, found)
         return found.going_on
 
-    def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:
-        if self._continuity.is_emptied(outbox):
-            self._discontinuity(outbox, Break(EMPTIED, merge.cursor))
+    def _watch_log(self, outbox: OutboxWriter, merge: AnyMerge) -> None:
+        if not isinstance(merge, Unlogged) and self._continuity.is_emptied(outbox):
+            self._discontinuity(outbox, Break(EMPTIED, outbox.cursor or 0))
             if self._repair is not None:
                 self._repair.announce()
                 self._discontinued = False
@@ -436,4 +490,7 @@ class Capture:
             " what was announced"
         )
         fact = Fact("LogDiscontinuity", "server", None, int(time.time() * 1000))
-        outbox.append([fact], found.going_on, self._upkeep.settings, self._look_up.parents, another_log=True)
+        ahead = outbox.ahead if found.what == EMPTIED else ""
+        outbox.append(
+            [fact], found.going_on, self._upkeep.settings, self._look_up.parents, ahead=ahead, another_log=True
+        )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from orthanc_events_bridge.changes.unordered import GRACE
 from orthanc_events_bridge.errors import OutboxError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -18,7 +19,14 @@ _RETAIN_EVERY: Final = 10.0
 #: Rows that go in one look, so that it stays short.
 _RETAIN: Final = 5000
 #: What applies until the bridge has said otherwise (`orthanc_events_bridge.bridge.settings`).
-_DEFAULTS: Final[dict[str, Any]] = {"start": "now", "max_bytes": None, "on_full": "pause", "keep": 7 * 86400.0}
+_DEFAULTS: Final[dict[str, Any]] = {
+    "start": "now",
+    "log": True,
+    "grace": GRACE,
+    "max_bytes": None,
+    "on_full": "pause",
+    "keep": 7 * 86400.0,
+}
 
 
 class Upkeep:

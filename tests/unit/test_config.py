@@ -108,11 +108,11 @@ class TestSmallest:
     def test_what_capture_needs(self) -> None:
         document = settings(SMALLEST).capture_document()
         rest = {"max_bytes": None, "on_full": "pause", "keep": 604800, "transports": ["nats"]}
-        assert document == {"start": "now", **rest}
-        text = "capture: {start: log}\noutbox: {max_bytes: 1.5GiB, on_full: detach, keep: 12h}\n"
+        assert document == {"start": "now", "log": True, "grace": 10, **rest}
+        text = "capture: {start: log, log: false, grace: 1m}\noutbox: {max_bytes: 1.5GiB, on_full: detach, keep: 12h}\n"
         document = settings(SMALLEST + text).capture_document()
         rest = {"max_bytes": 3 * 2**29, "on_full": "detach", "keep": 43200, "transports": ["nats"]}
-        assert document == {"start": "log", **rest}
+        assert document == {"start": "log", "log": False, "grace": 60, **rest}
         assert json.loads(json.dumps(document)) == document
 
     def test_settings_are_frozen(self) -> None:
