@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -44,6 +45,8 @@ _PARENT_OF: Final = {"instance": "series", "series": "study", "study": "patient"
 _ABOVE_INSTANCES: Final = ("series", "study", "patient")
 _CREATIONS: Final = {"NewPatient": 0, "NewStudy": 1, "NewSeries": 2, "NewInstance": 3}
 _KNOWN: Final = 10_000
+#: How many of what was deleted last are remembered: PostgreSQL tells a study's deletion before its instances'.
+_GRAVES: Final = 1_000
 
 LookUp = Callable[[str, str], dict[str, str] | None]
 
@@ -60,6 +63,7 @@ class Resources:
         self._known: set[str] = set()
         #: And those that are marked as growing.
         self._growing: set[str] = set()
+        self._graves: OrderedDict[bytes, tuple[str, bytes | None, str | None]] = OrderedDict()
         self.count: int = db.execute("SELECT count(*) FROM resources").fetchone()[0]
 
     def forget_cache(self, count: int) -> None:
@@ -221,7 +225,13 @@ class Resources:
             self._growing.clear()
 
     def _drop(self, resource: str) -> None:
-        self.count -= self._db.execute("DELETE FROM resources WHERE id = ?", (packed(resource),)).rowcount
+        key = packed(resource)
+        entry = self._entry(key)
+        if entry is not None and entry[0] != "instance":
+            self._graves[key] = entry
+            if len(self._graves) > _GRAVES:
+                self._graves.popitem(last=False)
+        self.count -= self._db.execute("DELETE FROM resources WHERE id = ?", (key,)).rowcount
         self._known.discard(resource)
         self._growing.discard(resource)
 
@@ -234,7 +244,7 @@ class Resources:
         level, parent, uids = found
         while parent is not None and (level := _PARENT_OF.get(level, "")):
             parents[level] = unpacked(parent)
-            above = self._entry(parent)
+            above = self._entry(parent) or self._graves.get(parent)
             parent = above[1] if above else None
         return parents, json.loads(uids) if uids else {}
 

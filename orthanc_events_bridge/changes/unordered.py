@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Final, NamedTuple
 
 from orthanc_events_bridge.changes.log import PAGE, ChangeLog, Row
@@ -37,6 +38,8 @@ _WINDOW: Final = 3000
 REREAD: Final = 3000
 #: How long a new instance may wait for the callbacks that name its parents, in seconds.
 _RUN_WAIT: Final = 0.050
+#: How long a deletion waits for the next one of the same transaction, in seconds.
+_DELETION_WAIT: Final = 0.003
 #: Past that they don't come any more.
 _RUN_LOST: Final = 1.0
 
@@ -152,24 +155,31 @@ class Unordered:
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
     def take(self) -> list[Callback]:
-        """Drain a batch; its last new instance may wait a moment for the callbacks that name its parents."""
+        """Drain a batch. It may wait a moment for the rest of what one transaction tells, so that no run is cut in two:
+        the parents of its last new instance, and what goes with a deletion.
+        """
         self._before = self._state()
         batch: list[Callback] = []
         runs = self._runs
-        until = self._clock.now() + _RUN_WAIT
+        started = last = self._clock.now()
         while len(batch) < _BATCH:
             if self._queue:
                 callback = self._queue.popleft()
                 batch.append(callback)
                 runs = _running(runs, callback)
+                last = self._clock.now()
                 if len(batch) >= PAGE and not runs:
                     break
-            elif not runs or self._clock.now() >= until or self._clock.wait(0.001):
+                continue
+            until = last + _DELETION_WAIT if batch and batch[-1].kind == ChangeKind.DELETED else last
+            if runs:
+                until = max(until, started + _RUN_WAIT)
+            if self._clock.now() >= until or self._clock.wait(0.001):
                 break
         self._taken = self._clock.now()
         if not self._queue:
             self._heard = self._taken
-        return batch
+        return _children_first(batch)
 
     def put_back(self, batch: Sequence[Callback]) -> None:
         """Undo `take`, `due` or `tail`, and what `facts` has made of a batch."""
@@ -342,6 +352,17 @@ def _key(row: Row) -> _Key:
 
 def _key_of(callback: Callback) -> _Key:
     return NAMES.get(callback.kind, ""), callback.level_name, callback.resource
+
+
+def _children_first(batch: Sequence[Callback]) -> list[Callback]:
+    """Put deletions that follow each other into the order in which SQLite tells them: instances, series, studies,
+    patients. PostgreSQL tells the study first.
+    """
+    ordered: list[Callback] = []
+    for deleted, group in groupby(batch, lambda callback: callback.kind == ChangeKind.DELETED):
+        run = list(group)
+        ordered += sorted(run, key=lambda callback: -callback.level) if deleted else run
+    return ordered
 
 
 _CHILD_LEVELS: Final = {
