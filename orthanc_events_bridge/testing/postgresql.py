@@ -47,19 +47,21 @@ class PostgresServer(Server):
             raise ServerError(f"{self.title} in {self.folder} has never been started")
         return self._own / "data"
 
-    def orthanc(self, connections: int = 8, *, port: int | None = None) -> dict[str, Any]:
+    def orthanc(self, *, connections: int = 8, read_committed: bool = False) -> dict[str, Any]:
         """Options of the configuration of an Orthanc that keeps its index here.
 
         :param connections: of one Orthanc.
-        :param port: of a proxy in between.
+        :param read_committed: let its transactions be READ COMMITTED, as the plugin does by default from version 7.0
+            on. Debian 12's version 4.0 knows SERIALIZABLE alone: it gets a copy in which that one word is another.
         """
+        plugin = self._read_committed() if read_committed else find_postgresql_plugin()
         return {
-            "Plugins": [str(find_python_plugin()), str(find_postgresql_plugin())],
+            "Plugins": [str(find_python_plugin()), str(plugin)],
             "PostgreSQL": {
                 "EnableIndex": True,
                 "EnableStorage": False,
                 "Host": "127.0.0.1",
-                "Port": port or self.port,
+                "Port": self.port,
                 "Database": _DATABASE,
                 "Username": _DATABASE,
                 "Password": "",
@@ -67,6 +69,18 @@ class PostgresServer(Server):
                 "IndexConnectionsCount": connections,
             },
         }
+
+    def _read_committed(self) -> Path:
+        content = find_postgresql_plugin().read_bytes()
+        for mode in (b"READ WRITE", b"READ ONLY"):
+            serializable = b"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE " + mode
+            if content.count(serializable) != 1:
+                raise ServerError(f"{find_postgresql_plugin()} is not the version that can be made READ COMMITTED")
+            committed = b"SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
+            content = content.replace(serializable, committed.ljust(len(serializable)))
+        path = self.folder / "libOrthancPostgreSQLIndex.so"
+        path.write_bytes(content)
+        return path
 
     def query(self, statement: str) -> str:
         """Run SQL and return what it answers: a line for each row, columns parted by ``|``."""
