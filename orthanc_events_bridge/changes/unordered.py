@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from orthanc_events_bridge.changes.log import PAGE, ChangeLog, Row
 from orthanc_events_bridge.changes.merge import Anchor, Clock, MisalignedError, from_callback, from_row
@@ -45,6 +45,7 @@ _RUN_LOST: Final = 1.0
 
 #: What a row and its callback have in common: kind (empty: one of the future), level and id.
 _Key = tuple[str, str, str]
+_T = TypeVar("_T")
 
 
 class _State(NamedTuple):
@@ -206,8 +207,6 @@ class Unordered:
                 facts.append(from_callback(callback, None))
                 if callback.logged:
                     self._minted[_key_of(callback)] = until
-            if callback.kind == ChangeKind.DELETED:
-                self._forget(callback.resource)
         for fact in facts:
             if fact.change != "Deleted" and fact.resource in parents:
                 fact.parents = dict(parents[fact.resource])
@@ -216,9 +215,8 @@ class Unordered:
 
     def _claim(self, batch: Sequence[Callback]) -> list[Row | bool | None]:
         """For each callback its row; none where there is none (any more); true where it is told already."""
-        if not any(callback.logged or callback.kind not in NAMES for callback in batch):
-            return [None] * len(batch)
-        self._read_on()
+        if any(callback.logged or callback.kind not in NAMES for callback in batch):
+            self._read_on()
         rows = self._match(batch)
         if self._numbers.gaps and any(row is None and one.logged for one, row in zip(batch, rows, strict=True)):
             self._numbers.read_gaps(self._log, self._clock.now())
@@ -228,6 +226,8 @@ class Unordered:
             if row is True:
                 times = self._told[_key_of(callback)]
                 times[:] = [until for until in times if until >= now][1:]
+            elif callback.kind == ChangeKind.DELETED:
+                self._told = _without(callback.resource, self._told)
         return rows
 
     def _match(self, batch: Sequence[Callback]) -> list[Row | bool | None]:
@@ -241,6 +241,8 @@ class Unordered:
         for callback in batch:
             key = _key_of(callback)
             if not callback.logged and callback.kind in NAMES:
+                if callback.kind == ChangeKind.DELETED:  # what comes behind it is about another life
+                    told = _without(callback.resource, told)
                 rows.append(None)
             elif told.get(key):
                 told[key] -= 1
@@ -248,11 +250,6 @@ class Unordered:
             else:
                 rows.append(free[key].popleft() if free.get(key) else None)
         return rows
-
-    def _forget(self, resource: str) -> None:
-        """It was deleted: a later callback about it is about another life."""
-        for key in [key for key in self._told if key[2] == resource]:
-            del self._told[key]
 
     # -- what no callback tells ----------------------------------------------------------------------------------------
 
@@ -352,6 +349,10 @@ def _key(row: Row) -> _Key:
 
 def _key_of(callback: Callback) -> _Key:
     return NAMES.get(callback.kind, ""), callback.level_name, callback.resource
+
+
+def _without(resource: str, told: dict[_Key, _T]) -> dict[_Key, _T]:
+    return {key: value for key, value in told.items() if key[2] != resource}
 
 
 def _children_first(batch: Sequence[Callback]) -> list[Callback]:

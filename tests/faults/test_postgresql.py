@@ -163,7 +163,8 @@ def test_nothing_is_lost_with_six_writers(
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_lost_when_orthanc_is_killed(make_postgres_line: MakeLine, mode: str, kills: int) -> None:
     line = make_postgres_line(mode)
-    with Clients(line, adders=4, loopers=2) as clients:
+    # Version 4.0, made to read what is committed, tells a deletion twice if two delete at once.
+    with Clients(line, adders=4, loopers=2 if mode == "serializable" else 1) as clients:
         for _ in range(kills):
             time.sleep(random.uniform(0.5, 2.0))
             line.orthanc.kill()
