@@ -24,7 +24,7 @@ SCHEMA: Final = (
     """
 CREATE TABLE IF NOT EXISTS resources (
     id BLOB PRIMARY KEY, level TEXT NOT NULL, parent BLOB, uids TEXT,
-    born INTEGER,     -- Seq of its creation; NULL: it was there before we were
+    born INTEGER,     -- Seq of its creation; NULL: it was there before we were; 0: another Orthanc watches over it
     growing INTEGER   -- 1: an instance came since it was last told to be stable
 ) STRICT, WITHOUT ROWID;
 """
@@ -95,9 +95,9 @@ class Resources:
                 known = look_up(fact.level, fact.resource) or known
         uids = {name: value for name, value in fact.extra.get("tags", {}).items() if name.endswith("InstanceUID")}
         # What was inferred has no Seq. It gets a number that no Seq is, of the second that it was inferred from.
-        born = fact.seq if fact.seq is not None else -fact.at // 1000
+        born = 0 if fact.foreign else fact.seq if fact.seq is not None else -fact.at // 1000
         self._keep(fact.level, fact.resource, known, uids, born if fact.change in _CREATIONS else None)
-        if fact.change == "NewInstance":
+        if fact.change == "NewInstance" and not fact.foreign:
             for level in _ABOVE_INSTANCES:
                 if level in known:
                     self._grow(known[level])
@@ -114,7 +114,7 @@ class Resources:
         An instance's creation stands before those of the parents that came with it: what they prove is said first.
         """
         fact = facts[index]
-        if fact.change not in _CREATIONS or fact.resource is None:
+        if fact.change not in _CREATIONS or fact.resource is None or fact.foreign:
             return []
         run = [fact]
         if fact.change == "NewInstance":
@@ -125,7 +125,7 @@ class Resources:
         for one in sorted(run, key=lambda one: _CREATIONS[one.change]):
             assert one.resource is not None
             known = self.find(one.resource)
-            if known is not None and known.born is not None and known.born != one.seq:
+            if known is not None and known.born and known.born != one.seq:
                 gone = [*self.below(known), known]
                 if one is not fact and (own := self.find(fact.resource)) is not None and own not in gone:
                     gone.insert(0, own)
@@ -141,10 +141,11 @@ class Resources:
         return _resource(row) if row else None
 
     def below(self, resource: Resource) -> list[Resource]:
-        """The series and studies below it that are known, children first."""
+        """The series and studies below it that are known and ours to watch over, children first."""
         found: list[Resource] = []
         for row in self._db.execute(
-            "SELECT level, id, parent, born FROM resources WHERE parent = ? AND level <> 'instance' ORDER BY id",
+            "SELECT level, id, parent, born FROM resources"
+            " WHERE parent = ? AND level <> 'instance' AND born IS NOT 0 ORDER BY id",
             (packed(resource.id),),
         ).fetchall():
             child = _resource(row)
@@ -152,10 +153,10 @@ class Resources:
         return found
 
     def page(self, level: str, after: str, limit: int) -> list[Resource]:
-        """Patients, studies or series behind an id, in the order of their ids."""
+        """Patients, studies or series behind an id that are ours to watch over, in the order of their ids."""
         rows = self._db.execute(
             "SELECT level, id, parent, born FROM resources"
-            " WHERE level <> 'instance' AND level = ? AND id > ? ORDER BY id LIMIT ?",
+            " WHERE level <> 'instance' AND level = ? AND id > ? AND born IS NOT 0 ORDER BY id LIMIT ?",
             (level, packed(after), limit),
         )
         return [_resource(row) for row in rows]
@@ -165,7 +166,8 @@ class Resources:
         rows = self._db.execute(
             "SELECT level, id, parent, born FROM resources WHERE id > ? ORDER BY id LIMIT ?", (packed(after), limit)
         ).fetchall()
-        return [_resource(row) for row in rows if row[0] == "instance"], unpacked(rows[-1][1]) if rows else ""
+        found = [_resource(row) for row in rows if row[0] == "instance" and row[3] != 0]
+        return found, unpacked(rows[-1][1]) if rows else ""
 
     def growing(self) -> list[Resource]:
         """Those that got an instance since they were last told to be stable: series, then studies, then patients."""

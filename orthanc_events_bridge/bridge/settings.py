@@ -147,7 +147,7 @@ class CaptureSettings(Options):
         "their own callbacks show (deletions, added instances, jobs, the server's own), and no event comes twice. "
         "While that one is down, nobody records what is logged; it reads it when it is back.",
     )
-    grace: Annotated[float, Duration()] = Field(
+    grace: Annotated[float, Duration(minimum=1)] = Field(
         default=10.0,
         description="Where Orthanc keeps its index in PostgreSQL, or another database than its own SQLite: how long "
         "a number missing in its change log is waited for, because a transaction under way may still fill it; and "

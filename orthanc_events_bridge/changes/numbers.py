@@ -90,6 +90,12 @@ class Numbers:
             self.high = row.seq
         return len(page) == PAGE
 
+    def given(self, counter: int, now: float) -> None:
+        """So many numbers were given before the last page was read: those without a row are a gap at the end."""
+        if counter > self.high:
+            self.gaps.append(Gap(self.high + 1, counter, now))
+            self.high = counter
+
     def read_gaps(self, log: ChangeLog, now: float) -> None:
         """Look whether rows have come that were missing.
 

@@ -40,6 +40,8 @@ REREAD: Final = 3000
 _RUN_WAIT: Final = 0.050
 #: How long a deletion waits for the next one of the same transaction, in seconds.
 _DELETION_WAIT: Final = 0.003
+#: What is read so long after the start, and is claimed by no callback, is another Orthanc's for certain, in seconds.
+_FOREIGN: Final = 3.0
 #: Past that they don't come any more.
 _RUN_LOST: Final = 1.0
 
@@ -101,6 +103,7 @@ class Unordered:
         self._counts = counts if counts is not None else {"passed": 0, "late": 0}
         self._uncounted = 0
         self._next_look = 0.0
+        self._started = clock.now()
         #: When the queue was last seen empty: what came before has been heard.
         self._heard = clock.now()
         #: Rows that were recorded from the log alone, whose callbacks may still come: key → until when, of each.
@@ -269,14 +272,14 @@ class Unordered:
         if now < self._next_look:
             return []
         self._next_look = now + min(_LOOK, self.grace / 2)
-        self._read_on()
-        self._pass(now)
-        rows = [held.row for held in self._numbers.held.values() if held.since <= self._heard - self.grace]
-        until = now + self.grace
-        for row in rows:
-            self._told.setdefault(_key(row), []).append(until)
-        facts = self._from_log(rows)
-        facts += self._late(now)
+        self._look(now)
+        ripe = [held for held in self._numbers.held.values() if held.since <= self._heard - self.grace]
+        foreign = {held.row.seq for held in ripe if held.since > self._started + _FOREIGN}
+        for held in ripe:
+            self._told.setdefault(_key(held.row), []).append(now + self.grace)
+        facts = [*self._from_log([held.row for held in ripe]), *self._late(now)]
+        for fact in facts:
+            fact.foreign = fact.seq in foreign
         self._told = {key: times for key, times in self._told.items() if times and times[-1] >= now}
         return facts
 
@@ -286,13 +289,15 @@ class Unordered:
         :raises LogUnavailableError: the log can't be read now; call again.
         """
         self._before = self._state()
-        self._read_on()
-        self._pass(self._clock.now())
+        self._look(self._clock.now())
         return self._from_log([held.row for held in self._numbers.held.values()])
 
-    def _pass(self, now: float) -> None:
-        """Give up the gaps of which nothing will come: they are older than the grace period, and still there."""
+    def _look(self, now: float) -> None:
+        """Read the log to its end, and give up the gaps that are older than the grace period, and still there."""
+        counter = self._log.tip()
+        self._read_on()
         numbers = self._numbers
+        numbers.given(counter, now)
         if not numbers.gaps or numbers.gaps[0].since > now - self.grace:
             return
         numbers.read_gaps(self._log, now)

@@ -127,6 +127,15 @@ def test_a_number_that_is_not_filled_costs_the_grace_period_and_is_counted() -> 
     assert s.counts["passed"] == 2
 
 
+def test_numbers_at_the_end_without_any_row_are_given_up_too() -> None:
+    s = Scene()
+    s.counter = 3
+    s.heard(callback("gone"))
+    s.later(GRACE + 1)
+    assert s.merge.cursor == 3
+    assert s.counts["passed"] == 3
+
+
 def test_before_a_number_is_given_up_it_is_looked_for_once_more() -> None:
     s = Scene(row(2))
     s.heard(callback("i2"))
@@ -226,6 +235,13 @@ def test_without_callbacks_all_that_is_there_is_told_at_once() -> None:
     s.time += GRACE
     assert told(s.merge.tail()) == [("i2", 2)]
     assert s.merge.cursor == 4
+
+
+def test_what_is_read_well_after_the_start_and_claimed_by_nobody_is_another_orthancs() -> None:
+    s = Scene(row(1))
+    assert s.later(5) == []
+    s.add(row(2))
+    assert [(fact.seq, fact.foreign) for fact in s.later(2 * GRACE)] == [(1, False), (2, True)]
 
 
 def test_a_hole_of_a_million_numbers_is_one_gap() -> None:
