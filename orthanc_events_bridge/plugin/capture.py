@@ -104,7 +104,7 @@ class Capture:
         self._began = time.time()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
-        self._merge: AnyMerge | None = None
+        self._late_said = 0
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
@@ -235,7 +235,7 @@ class Capture:
             return
         self._log.unordered = self._look_up.database() is not None
         cursor = self._recognise(outbox)
-        merge = self._merge = self._join(outbox, cursor)
+        merge = self._join(outbox, cursor)
         self._state = "anchoring"
         anchor = merge.anchor()
         if anchor is None:
@@ -442,6 +442,11 @@ class Capture:
             self._well()
         self._upkeep.retain(outbox)
         self._watch_log(outbox, merge)
+        late, self._late_said = self._counts["late"] - self._late_said, self._counts["late"]
+        if late:
+            self._host.warning(
+                f"{late} changes came into Orthanc's log later than capture.grace, and were told late; make it longer"
+            )
 
     def _write_notes(self, outbox: OutboxWriter) -> None:
         for key, current in {"capture": self.status, **self.notes}.items():
