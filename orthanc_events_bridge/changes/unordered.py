@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Final, NamedTuple, TypeVar
 
 from orthanc_events_bridge.changes.log import PAGE, ChangeLog, Row
 from orthanc_events_bridge.changes.merge import Anchor, Clock, MisalignedError, from_callback, from_row
-from orthanc_events_bridge.changes.model import KNOWN_NAMES, NAMES, Callback, ChangeKind, Fact, ResourceLevel
+from orthanc_events_bridge.changes.model import KNOWN_NAMES, NAMES, Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.numbers import Gap, Numbers, rows_within
+from orthanc_events_bridge.changes.runs import children_first, parents_of, running
 
 #: Seconds that a number may stay without a row, and a row without its callback.
 GRACE: Final = 10.0
@@ -136,8 +136,7 @@ class Unordered:
         """
         self._numbers = Numbers(max(0, through - _WINDOW), "", self._clock.now())
         self._uncounted = through
-        while self._numbers.read_on(self._log, self._clock.now()):
-            pass
+        self._read_on()
         self._settle(seq for seq, held in list(self._numbers.held.items()) if held.row.at <= self._old)
         self._move()
 
@@ -170,7 +169,7 @@ class Unordered:
             if self._queue:
                 callback = self._queue.popleft()
                 batch.append(callback)
-                runs = _running(runs, callback)
+                runs = running(runs, callback)
                 last = self._clock.now()
                 if len(batch) >= PAGE and not runs:
                     break
@@ -183,7 +182,7 @@ class Unordered:
         self._taken = self._clock.now()
         if not self._queue:
             self._heard = self._taken
-        return _children_first(batch)
+        return children_first(batch)
 
     def put_back(self, batch: Sequence[Callback]) -> None:
         """Undo `take`, `due` or `tail`, and what `facts` has made of a batch."""
@@ -199,7 +198,7 @@ class Unordered:
         """
         rows = self._claim(batch)
         waiting = deque(sorted(row.seq for row in rows if isinstance(row, Row)))
-        parents, self._runs = _parents(batch, self._runs)
+        parents, self._runs = parents_of(batch, self._runs)
         until = self._clock.now() + self.grace * _SECOND_LOOK * 2
         facts: list[Fact] = []
         for callback, row in zip(batch, rows, strict=True):
@@ -281,6 +280,7 @@ class Unordered:
         for fact in facts:
             fact.foreign = fact.seq in foreign
         self._told = {key: times for key, times in self._told.items() if times and times[-1] >= now}
+        self._minted = {key: until for key, until in self._minted.items() if until >= now}
         return facts
 
     def tail(self) -> list[Fact]:
@@ -313,9 +313,7 @@ class Unordered:
         found = [row for row in rows_within(self._log, due) if any(gap.first <= row.seq <= gap.last for gap in due)]
         self._given_up = [gap for gap in self._given_up if gap.since > now]
         self._counts["late"] += len(found)
-        untold = [row for row in found if self._minted.get(_key(row), 0.0) < now]
-        self._minted = {key: until for key, until in self._minted.items() if until >= now}
-        return [from_row(row) for row in untold]
+        return [from_row(row) for row in found if self._minted.get(_key(row), 0.0) < now]
 
     # -- inner works ---------------------------------------------------------------------------------------------------
 
@@ -358,58 +356,3 @@ def _key_of(callback: Callback) -> _Key:
 
 def _without(resource: str, told: dict[_Key, _T]) -> dict[_Key, _T]:
     return {key: value for key, value in told.items() if key[2] != resource}
-
-
-def _children_first(batch: Sequence[Callback]) -> list[Callback]:
-    """Put deletions that follow each other into the order in which SQLite tells them: instances, series, studies,
-    patients. PostgreSQL tells the study first.
-    """
-    ordered: list[Callback] = []
-    for deleted, group in groupby(batch, lambda callback: callback.kind == ChangeKind.DELETED):
-        run = list(group)
-        ordered += sorted(run, key=lambda callback: -callback.level) if deleted else run
-    return ordered
-
-
-_CHILD_LEVELS: Final = {
-    ResourceLevel.SERIES: "series",
-    ResourceLevel.STUDY: "study",
-    ResourceLevel.PATIENT: "patient",
-}
-
-
-def _running(runs: int, callback: Callback) -> int:
-    """How many new instances wait for the last of their NewChildInstance, behind one more callback."""
-    if callback.kind == ChangeKind.NEW_INSTANCE:
-        return runs + 1
-    if callback.kind == ChangeKind.NEW_CHILD_INSTANCE and callback.level == ResourceLevel.PATIENT:
-        return max(0, runs - 1)
-    return runs
-
-
-def _parents(batch: Sequence[Callback], runs: int) -> tuple[dict[str, dict[str, str]], int]:
-    """Id → parents, as far as the runs of callbacks that new instances begin name them.
-
-    A transaction calls back in one go, but several do at once: a run counts only where no other one cuts into it.
-
-    :param runs: how many were not complete when the batch began.
-    :return: and how many are not when it ends.
-    """
-    found: dict[str, dict[str, str]] = {}
-    instance = ""
-    above: dict[str, str] | None = None
-    for callback in batch:
-        before, runs = runs, _running(runs, callback)
-        if callback.kind == ChangeKind.NEW_INSTANCE:
-            instance, above = callback.resource, {} if before == 0 else None
-        elif callback.kind == ChangeKind.NEW_CHILD_INSTANCE and above is not None:
-            level = _CHILD_LEVELS.get(callback.level)  # type: ignore[call-overload]
-            if level is not None:
-                above[level] = callback.resource
-            if level == "patient":
-                if len(above) == 3:
-                    found[instance] = above
-                    found[above["series"]] = {"study": above["study"], "patient": above["patient"]}
-                    found[above["study"]] = {"patient": above["patient"]}
-                above = None
-    return found, runs
