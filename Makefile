@@ -27,7 +27,7 @@ demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; 
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
 
 test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker faketime
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime
 	$(BESIDE)
 	$(CONTAINED)
 
@@ -43,19 +43,19 @@ test-containers: ## contract and faults with brokers in containers (a container 
 	$(CONTAINED)
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql
 	$(BESIDE) $(wildcard tests/integration tests/e2e)
 
 test-faults: ## kills, freezes, full disks, on real servers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka faketime
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql faketime
 	$(BESIDE) tests/faults
 
 test-slow: ## only what `make test` leaves out: the long forms
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka faketime
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql faketime
 	$(PYTEST) --durations=10 -m slow
 
 test-mutants: ## each protection switched off: the ledger must report the harm
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql
 	$(PYTEST) --durations=10 -m mutant
 
 test-bare: ## `make demo` and `make test` in a freshly debootstrapped Debian 12 (root; result in tests/bare/)

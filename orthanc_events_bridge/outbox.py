@@ -98,6 +98,7 @@ class OutboxWriter:
     :param now: seconds since the epoch.
     :ivar recorder: the outbox's own UUID, made with it.
     :ivar cursor: the last Seq of Orthanc's log that is recorded; none before the first.
+    :ivar ahead: what is recorded above the cursor, in the words of `orthanc_events_bridge.changes.unordered`.
     :ivar position: of the last row.
     :raises OutboxError: the file can't be opened, or a newer version of this package made it.
     """
@@ -134,6 +135,7 @@ class OutboxWriter:
         self.resources = resources.Resources(self._db, meta.get("resources"))
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
         self.cursor: int | None = meta.get("cursor")
+        self.ahead: str = meta.get("ahead") or ""
         #: When recording began, milliseconds since the epoch.
         self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
@@ -181,12 +183,14 @@ class OutboxWriter:
         settings: int,
         look_up: Callable[[str, str], dict[str, str] | None],
         *,
+        ahead: str = "",
         emptied: bool = False,
         another_log: bool = False,
         note: tuple[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Record facts and the log cursor, in one transaction: all or nothing.
 
+        :param ahead: what is recorded above the cursor.
         :param settings: the number of the settings that shape their events.
         :param look_up: (level, id) → the parents by Orthanc's word, asked where neither the callbacks nor the
             outbox know them; none when the resource is gone.
@@ -232,17 +236,18 @@ class OutboxWriter:
             self._write_tail(facts)
             if note is not None:
                 self._set(**{f"note.{note[0]}": json.dumps(note[1])})
-            self._set(cursor=cursor, position=position, resources=self.resources.count, other_logs=logs)
-        self.cursor, self.position, self._other_logs = cursor, position, logs
+            self._set(cursor=cursor, ahead=ahead, position=position, resources=self.resources.count, other_logs=logs)
+        self.cursor, self.ahead, self.position, self._other_logs = cursor, ahead, position, logs
 
-    def move_cursor(self, cursor: int) -> None:
+    def move_cursor(self, cursor: int, ahead: str = "") -> None:
         """Pass over a part of the log without recording it.
 
+        :param ahead: what is passed over, or recorded, above the cursor.
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
-            self._set(cursor=cursor)
-        self.cursor = cursor
+            self._set(cursor=cursor, ahead=ahead)
+        self.cursor, self.ahead = cursor, ahead
 
     def _allowed_tags(self, settings: int) -> frozenset[str]:
         row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()

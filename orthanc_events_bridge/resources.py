@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ SCHEMA: Final = (
     """
 CREATE TABLE IF NOT EXISTS resources (
     id BLOB PRIMARY KEY, level TEXT NOT NULL, parent BLOB, uids TEXT,
-    born INTEGER,     -- Seq of its creation; NULL: it was there before we were
+    born INTEGER,     -- Seq of its creation; NULL: it was there before we were; 0: another Orthanc watches over it
     growing INTEGER   -- 1: an instance came since it was last told to be stable
 ) STRICT, WITHOUT ROWID;
 """
@@ -46,6 +47,8 @@ _PARENT_OF: Final = {"instance": "series", "series": "study", "study": "patient"
 _ABOVE_INSTANCES: Final = ("series", "study", "patient")
 _CREATIONS: Final = {"NewPatient": 0, "NewStudy": 1, "NewSeries": 2, "NewInstance": 3}
 _KNOWN: Final = 10_000
+#: How many of what was deleted last are remembered: PostgreSQL tells a study's deletion before its instances'.
+_GRAVES: Final = 1_000
 
 LookUp = Callable[[str, str], dict[str, str] | None]
 
@@ -65,6 +68,7 @@ class Resources:
         #: And those that are marked as growing.
         self._growing: set[str] = set()
         self.count: int = db.execute("SELECT count(*) FROM resources").fetchone()[0] if count is None else count
+        self._graves: OrderedDict[bytes, tuple[str, bytes | None, str | None]] = OrderedDict()
 
     def forget_cache(self, count: int) -> None:
         """A transaction was rolled back: what it wrote is not there."""
@@ -95,9 +99,9 @@ class Resources:
                 known = look_up(fact.level, fact.resource) or known
         uids = {name: value for name, value in fact.extra.get("tags", {}).items() if name.endswith("InstanceUID")}
         # What was inferred has no Seq. It gets a number that no Seq is, of the second that it was inferred from.
-        born = fact.seq if fact.seq is not None else -fact.at // 1000
+        born = 0 if fact.foreign else fact.seq if fact.seq is not None else -fact.at // 1000
         self._keep(fact.level, fact.resource, known, uids, born if fact.change in _CREATIONS else None)
-        if fact.change == "NewInstance" and not fact.extra.get("inferred"):
+        if fact.change == "NewInstance" and not fact.foreign and not fact.extra.get("inferred"):
             for level in _ABOVE_INSTANCES:
                 if level in known:
                     self._grow(known[level])
@@ -114,7 +118,7 @@ class Resources:
         An instance's creation stands before those of the parents that came with it: what they prove is said first.
         """
         fact = facts[index]
-        if fact.change not in _CREATIONS or fact.resource is None:
+        if fact.change not in _CREATIONS or fact.resource is None or fact.foreign:
             return []
         run = [fact]
         if fact.change == "NewInstance":
@@ -125,7 +129,7 @@ class Resources:
         for one in sorted(run, key=lambda one: _CREATIONS[one.change]):
             assert one.resource is not None
             known = self.find(one.resource)
-            if known is None or known.born == one.seq:
+            if known is None or known.born in (one.seq, 0):
                 continue
             # An instance's creation makes entries for those above it, whose own creations follow. In front of such a
             # run, if it is whole, an entry of before our time is proof as well.
@@ -147,12 +151,13 @@ class Resources:
         return _resource(row) if row else None
 
     def below(self, resource: Resource) -> list[Resource]:
-        """The series and studies below it that are known, children first."""
+        """The series and studies below it that are known and ours to watch over, children first."""
         if resource.level not in ("patient", "study"):
             return []
         found: list[Resource] = []
         for row in self._db.execute(
-            "SELECT level, id, parent, born FROM resources WHERE parent = ? AND level <> 'instance' ORDER BY id",
+            "SELECT level, id, parent, born FROM resources"
+            " WHERE parent = ? AND level <> 'instance' AND born IS NOT 0 ORDER BY id",
             (packed(resource.id),),
         ).fetchall():
             child = _resource(row)
@@ -185,10 +190,10 @@ class Resources:
         return [_resource(row) for row in rows]
 
     def page(self, level: str, after: str, limit: int) -> list[Resource]:
-        """Patients, studies or series behind an id, in the order of their ids."""
+        """Patients, studies or series behind an id that are ours to watch over, in the order of their ids."""
         rows = self._db.execute(
             "SELECT level, id, parent, born FROM resources"
-            " WHERE level <> 'instance' AND level = ? AND id > ? ORDER BY id LIMIT ?",
+            " WHERE level <> 'instance' AND level = ? AND id > ? AND born IS NOT 0 ORDER BY id LIMIT ?",
             (level, packed(after), limit),
         )
         return [_resource(row) for row in rows]
@@ -246,7 +251,13 @@ class Resources:
             self._growing.clear()
 
     def _drop(self, resource: str) -> None:
-        self.count -= self._db.execute("DELETE FROM resources WHERE id = ?", (packed(resource),)).rowcount
+        key = packed(resource)
+        entry = self._entry(key)
+        if entry is not None and entry[0] != "instance":
+            self._graves[key] = entry
+            if len(self._graves) > _GRAVES:
+                self._graves.popitem(last=False)
+        self.count -= self._db.execute("DELETE FROM resources WHERE id = ?", (key,)).rowcount
         self._known.discard(resource)
         self._growing.discard(resource)
 
@@ -259,7 +270,7 @@ class Resources:
         level, parent, uids = found
         while parent is not None and (level := _PARENT_OF.get(level, "")):
             parents[level] = unpacked(parent)
-            above = self._entry(parent)
+            above = self._entry(parent) or self._graves.get(parent)
             parent = above[1] if above else None
         return parents, json.loads(uids) if uids else {}
 

@@ -2,17 +2,19 @@
 # `make setup`: what demo and tests need. On Debian, as root, it installs the missing system packages; everywhere
 # it makes .venv from the hashed lock, with this tree installed in it. Where nothing is missing it is silent.
 #
-#   scripts/bootstrap.sh [rabbitmq] [kafka] [docker] [faketime]
+#   scripts/bootstrap.sh [rabbitmq] [kafka] [postgresql] [docker] [faketime]
 #
 # Orthanc, its Python plugin, DCMTK and NATS always; these only where they are named:
 #
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
+# postgresql        PostgreSQL and Orthanc's plugin for it, from Debian
 # docker            a container engine, from Debian
 # faketime          a library that gives a process another clock, from Debian
 #
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
-# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS, FAKETIME_LIBRARY
+# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, ORTHANC_POSTGRESQL_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS,
+# POSTGRES_BINARY, FAKETIME_LIBRARY
 #                   where these are, if not in the usual places
 # PIP_*, proxies, certificates: pip and apt find them in the environment as ever.
 set -euo pipefail
@@ -46,17 +48,26 @@ has_orthanc() {
     [ -f /usr/sbin/Orthanc ] || [ -f /usr/local/sbin/Orthanc ] || command -v Orthanc >/dev/null
 }
 
-has_python_plugin() {
-    if [ -n "${ORTHANC_PYTHON_PLUGIN:-}" ]; then
-        [ -f "$ORTHANC_PYTHON_PLUGIN" ]
+has_plugin() { # its name, and where it is if not in the usual places
+    if [ -n "$2" ]; then
+        [ -f "$2" ]
         return
     fi
     local folder
     for folder in /usr/share/orthanc/plugins /usr/local/share/orthanc/plugins \
         /usr/share/orthanc/plugins-available /usr/lib/orthanc /usr/local/lib/orthanc /opt/orthanc/plugins; do
-        if [ -f "$folder/libOrthancPython.so" ] || [ -f "$folder/libOrthancPython.dylib" ]; then return; fi
+        if [ -f "$folder/$1.so" ] || [ -f "$folder/$1.dylib" ]; then return; fi
     done
     return 1
+}
+
+has_python_plugin() { has_plugin libOrthancPython "${ORTHANC_PYTHON_PLUGIN:-}"; }
+
+has_postgresql_plugin() { has_plugin libOrthancPostgreSQLIndex "${ORTHANC_POSTGRESQL_PLUGIN:-}"; }
+
+has_postgresql() {
+    [ -n "${POSTGRES_BINARY:-}" ] || compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null \
+        || command -v postgres >/dev/null
 }
 
 has_dcmtk() {
@@ -99,6 +110,10 @@ missing_packages() {
     if wanted kafka; then
         command -v java >/dev/null || echo default-jre-headless
         has_kafka || command -v mvn >/dev/null || echo maven
+    fi
+    if wanted postgresql; then
+        has_postgresql || echo postgresql
+        has_postgresql_plugin || echo orthanc-postgresql
     fi
     if wanted docker; then
         command -v dockerd >/dev/null || echo docker.io
@@ -244,8 +259,8 @@ environment() {
 components=$*
 for component in $components; do
     case $component in
-        rabbitmq | kafka | docker | faketime) ;;
-        *) die "there is no component $component: rabbitmq, kafka, docker, faketime" ;;
+        rabbitmq | kafka | postgresql | docker | faketime) ;;
+        *) die "there is no component $component: rabbitmq, kafka, postgresql, docker, faketime" ;;
     esac
 done
 

@@ -148,6 +148,21 @@ class CaptureSettings(Options):
         "its time each with Orthanc 1.10 and 1.4 ms with 1.13, and 50 bytes on the disk for each instance. A change "
         "takes effect when Orthanc starts.",
     )
+    log: bool = Field(
+        default=True,
+        description="Whether what Orthanc logs is recorded here. `false` is for all but one of several Orthancs on "
+        "one database, each with a bridge: that one then records what all of them log, the others only what "
+        "their own callbacks show (deletions, added instances, jobs, the server's own), and no event comes twice. "
+        "While that one is down, nobody records what is logged; it reads it when it is back.",
+    )
+    grace: Annotated[float, Duration(minimum=1)] = Field(
+        default=10.0,
+        description="Where Orthanc keeps its index in PostgreSQL, or another database than its own SQLite: how long "
+        "a number missing in its change log is waited for, because a transaction under way may still fill it; and "
+        "how long a logged change waits for its callback, before it is recorded as another Orthanc's. Longer than "
+        "the longest transaction. Changes of this Orthanc's own are recorded at once all the same.",
+        examples=["10s"],
+    )
 
 
 class OutboxSettings(Options):
@@ -297,6 +312,8 @@ class Settings(Options):
         return {
             "start": self.capture.start,
             "infer_instances": self.capture.infer_instances,
+            "log": self.capture.log,
+            "grace": self.capture.grace,
             "max_bytes": self.outbox.max_bytes,
             "on_full": self.outbox.on_full,
             "keep": self.outbox.keep,

@@ -70,10 +70,12 @@ class OrthancLog:
     """The change log of a running Orthanc.
 
     :param get: fetches a path of Orthanc's REST API, or raises whatever it likes when it can't.
+    :ivar unordered: whether Seq is given before the commit; then the counter may fall behind rows that are there.
     """
 
     def __init__(self, get: Callable[[str], bytes | str]) -> None:
         self._get = get
+        self.unordered = False
 
     def page(self, since: int, limit: int) -> Sequence[Row]:
         return [
@@ -82,11 +84,15 @@ class OrthancLog:
         ]
 
     def tip(self) -> int:
-        return int(self._changes(_BEYOND, 1)["Last"])
+        counter = int(self._changes(_BEYOND, 1)["Last"])
+        return max(counter, int(self._ask("/changes?last")["Last"])) if self.unordered else counter
 
     def _changes(self, since: int, limit: int) -> dict[str, Any]:
+        return self._ask(f"/changes?since={since}&limit={limit}")
+
+    def _ask(self, path: str) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = json.loads(self._get(f"/changes?since={since}&limit={limit}"))
+            answer: dict[str, Any] = json.loads(self._get(path))
             if not isinstance(answer["Changes"], list) or "Last" not in answer:
                 raise ValueError("no list of changes")
             return answer

@@ -69,6 +69,8 @@ class Merge:
     :ivar vanished: how many logged changes vanished before anyone saw them.
     """
 
+    #: What of the log is recorded above the cursor: here nothing ever is.
+    ahead: Final = ""
     #: A seam for `make test-mutants`: rules of the anchor that are left out.
     without_rules: frozenset[str] = frozenset()
 
@@ -78,6 +80,7 @@ class Merge:
         self._clock = clock
         self.cursor = cursor
         self.vanished = 0
+        self._before = cursor
 
     # -- the anchor ------------------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class Merge:
                 count -= 1
             else:
                 kept.append(callback)
-        self.put_back(kept)
+        self._queue.extendleft(reversed(kept))
 
     def _by_content(self, waiting: Sequence[Callback], highest: int, rows: dict[int, Row]) -> tuple[list[int], bool]:
         """The anchors that no live row contradicts, ascending; and whether one spoke for the last of them."""
@@ -168,6 +171,10 @@ class Merge:
 
     # -- facts -----------------------------------------------------------------------------------------------
 
+    def skip(self, through: int) -> None:
+        """On a first start, pass over what is in the log already."""
+        self.cursor = through
+
     def backlog(self, through: int) -> Iterator[list[Fact]]:
         """The rows behind the cursor up to ``through``, from the log alone, page by page.
 
@@ -179,18 +186,25 @@ class Merge:
             self.vanished += last - self.cursor - len(page)
             self.cursor = last
             if page:
-                yield [_from_row(row) for row in page]
+                yield [from_row(row) for row in page]
 
     def tail(self) -> list[Fact]:
         """What the log has gained behind the cursor, for the time after ORTHANC_STOPPED without callbacks."""
+        self._before = self.cursor
         page = self._log.page(self.cursor, PAGE)
         if page:
             self.vanished += page[-1].seq - self.cursor - len(page)
             self.cursor = page[-1].seq
-        return [_from_row(row) for row in page]
+        return [from_row(row) for row in page]
+
+    def due(self) -> list[Fact]:
+        """What is to be recorded although no callback has told it: here nothing, each change has its callback."""
+        self._before = self.cursor
+        return []
 
     def take(self) -> list[Callback]:
         """Drain a batch: hardly more logged callbacks than a page has rows, and no run cut in two."""
+        self._before = self.cursor
         batch: list[Callback] = []
         logged = 0
         while self._queue and logged < PAGE and len(batch) < _BATCH:
@@ -201,8 +215,9 @@ class Merge:
         return batch
 
     def put_back(self, batch: Sequence[Callback]) -> None:
-        """Undo `take`."""
+        """Undo `take`, `due` or `tail`, and what `facts` has made of a batch."""
         self._queue.extendleft(reversed(batch))
+        self.cursor = self._before
 
     def _complete_run(self, batch: list[Callback]) -> None:
         """Wait a moment for the parents of a new instance at the end; past that they are looked up."""
@@ -238,10 +253,10 @@ class Merge:
                         f" of {callback.resource}"
                     )
                 cursor += 1
-                facts.append(_from_row(row) if row is not None else from_callback(callback, cursor))
+                facts.append(from_row(row) if row is not None else from_callback(callback, cursor))
             elif callback.kind not in NAMES and row is not None and _may_be(row, callback):
                 cursor += 1  # a kind of the future, and a logged one
-                facts.append(_from_row(row))
+                facts.append(from_row(row))
             else:
                 facts.append(from_callback(callback, None))
         _fill_parents(batch, facts)
@@ -261,7 +276,8 @@ def _may_be(row: Row, callback: Callback) -> bool:
     return row.change not in KNOWN_NAMES and row.resource == callback.resource
 
 
-def _from_row(row: Row) -> Fact:
+def from_row(row: Row) -> Fact:
+    """A fact as the log tells it."""
     return Fact(row.change, row.level, row.resource, row.at, row.seq, row.date)
 
 

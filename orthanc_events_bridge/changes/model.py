@@ -117,6 +117,8 @@ class Fact:
         is minted.
     :param parents: level → Orthanc id of the parents; none until they have been looked up.
     :param extra: what else was captured: ``job``, ``tags``, ``metadata``, ``inferred``.
+    :param foreign: whether it is for certain the work of another Orthanc on the same database, which tells what becomes
+        of the resource.
     """
 
     change: str
@@ -127,6 +129,7 @@ class Fact:
     date: str | None = None
     parents: dict[str, str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    foreign: bool = False
 
 
 class Resource(NamedTuple):

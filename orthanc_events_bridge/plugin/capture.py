@@ -16,6 +16,8 @@ from orthanc_events_bridge.changes.log import OrthancLog
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
+from orthanc_events_bridge.changes.unlogged import Unlogged
+from orthanc_events_bridge.changes.unordered import REREAD, Unordered
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -40,6 +42,9 @@ _REST: Final = 0.020
 _REST_FACTOR: Final = 9
 #: And behind a question that Orthanc could not answer.
 _REST_AFTER_REFUSAL: Final = 1.0
+
+#: What turns callbacks and log into facts: Orthanc's own database, any other, or no log at all.
+AnyMerge = Merge | Unordered | Unlogged
 
 
 class Waiting:
@@ -100,9 +105,11 @@ class Capture:
         self._continuity = Continuity(self._log, self._look_up.resource)
         self._next_repair = 0.0
         self._heard = time.monotonic()
+        self._began = time.time()
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
         self._held: int | None = None
+        self._late_said = 0
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._backfilling = Backfilling(self._upkeep.backfill, self._look_up, self._log.tip)
         self._next_fill = 0.0
@@ -112,7 +119,15 @@ class Capture:
         self._anchored = False
         self._next_tick = 0.0
         self._flusher = Flusher(host)
-        self._counts = {"vanished": 0, "dropped": 0, "reanchored": 0, "discontinuities": 0, "jobs_missed": 0}
+        self._counts = {
+            "vanished": 0,
+            "passed": 0,
+            "late": 0,
+            "dropped": 0,
+            "reanchored": 0,
+            "discontinuities": 0,
+            "jobs_missed": 0,
+        }
         self._state = "starting"
         self._problem: dict[str, str] | None = None
         self._noted: dict[str, Any] = {}
@@ -203,6 +218,7 @@ class Capture:
         if len(self._queue) > MAX_WAITING:
             dropped = len(self._queue)
             self._queue.clear()
+            self._began = time.time()
             self._anchored = False
             self._counts["dropped"] += dropped
             if self._repair is not None:
@@ -221,7 +237,7 @@ class Capture:
         outbox = self._outbox
         self._await_settings(outbox)
         self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
-        reason = self._blocked() or self._other_database()
+        reason = self._blocked()
         if reason:
             self._state, self._problem = "off", {"message": reason, "at": iso(time.time() * 1000)}
             self._host.error(reason)
@@ -229,9 +245,10 @@ class Capture:
             while not self._stop.wait(_TICK):
                 self._queue.clear()
             return
+        self._log.unordered = self._look_up.database() is not None
         cursor, found = self._recognise(outbox)
-        repair = self._repair = self._repair or self._make_repair(outbox)
-        merge = Merge(self._log, self._queue, cursor or 0, Waiting(self._stop))
+        merge = self._join(outbox, cursor, found)
+        repair = self._repair = None if isinstance(merge, Unlogged) else self._repair or self._make_repair(outbox)
         self._state = "anchoring"
         anchor = merge.anchor()
         if anchor is None:
@@ -241,15 +258,16 @@ class Capture:
                 f"Orthanc was too busy to tell exactly where its callbacks join its log; taken: Seq {anchor.seq}"
             )
         if cursor is None and (found is not None or self._upkeep.options["start"] == "now"):
-            merge.cursor = anchor.seq
+            merge.skip(anchor.seq)
         if found is not None:
             since = outbox.last_recorded()  # until then nothing can have gone unseen
-            self._discontinuity(outbox, found, merge.cursor)
-            repair.announce(since)
-        elif cursor is None and merge.cursor:
-            outbox.move_cursor(merge.cursor)
+            self._discontinuity(outbox, found, merge)
+            if repair is not None:
+                repair.announce(since)
+        elif cursor is None and (merge.cursor or merge.ahead):
+            outbox.move_cursor(merge.cursor, merge.ahead)
         self._catch_up(outbox, merge, anchor.seq, known=cursor is not None)
-        if not self._begun:
+        if repair is not None and not self._begun:
             repair.begin()
             self._begun = True
         self._anchored = True
@@ -261,18 +279,17 @@ class Capture:
                 self._upkeep.take_settings(outbox)  # outbox.max_bytes may have been raised
                 self._stop.wait(0.1)
 
-    def _catch_up(self, outbox: OutboxWriter, merge: Merge, through: int, *, known: bool) -> None:
+    def _catch_up(self, outbox: OutboxWriter, merge: AnyMerge, through: int, *, known: bool) -> None:
         """Record what the log holds behind the cursor, and see what it doesn't hold any more.
 
         :param known: whether what is missing there was ours to see: not on a first start.
         """
         repair = self._repair
-        assert repair is not None
         cursor, seen = merge.cursor, 0
         backlog = merge.backlog(through)
         while not self._stop.is_set():
             facts = next(backlog, None)
-            if known and merge.vanished and not seen:
+            if known and merge.vanished and not seen and repair is not None:
                 oldest = self._log.page(0, 1)
                 if not oldest or oldest[0].seq > cursor:  # nothing of before is left to show that it was not emptied
                     repair.announce()
@@ -301,7 +318,8 @@ class Capture:
             self._look_up.received,
             time.monotonic,
             time.time,
-            stable_age=self._stable_age,
+            # Other Orthancs' rows are recorded that much later.
+            stable_age=self._stable_age + (self._upkeep.options["grace"] if self._log.unordered else 0.0),
             began=outbox.began,
             instances=instances,
             place=outbox.noted("repair"),
@@ -309,45 +327,56 @@ class Capture:
         self.notes["repair"] = lambda: repair.place
         return repair
 
-    def _other_database(self) -> str:
-        """Why this Orthanc's log can't be followed: with several writers, Seq is not the order of commits there."""
-        backend = self._look_up.database()
-        if backend is None:
-            return ""
-        return (
-            f"changes are NOT recorded: Orthanc keeps its index in another database than SQLite ({backend}), which this"
-            " version does not support yet"
+    def _join(self, outbox: OutboxWriter, cursor: int | None, found: Break | None) -> AnyMerge:
+        """What turns Orthanc's log and its callbacks into facts, from a cursor on.
+
+        Where several transactions write the index at once, Seq is not the order of the commits.
+
+        :param found: why the log is not the one that was read before.
+        """
+        options, clock = self._upkeep.options, Waiting(self._stop)
+        if not options["log"]:
+            return Unlogged(self._log, self._queue, cursor, clock)
+        if not self._log.unordered:
+            return Merge(self._log, self._queue, cursor or 0, clock)
+        return Unordered(
+            self._log,
+            self._queue,
+            cursor or 0,
+            clock,
+            ahead=outbox.ahead if found is None or found.reason == "emptied" else "",
+            grace=options["grace"],
+            began=self._began,
+            counts=self._counts,
         )
 
-    def _follow(self, merge: Merge) -> None:
+    def _follow(self, merge: AnyMerge) -> None:
         """One batch, or one wait."""
         self._bell.clear()
         if not self._queue:
             if self._state != "paused":
                 self._well()
             if self._leaving.is_set():
-                facts = merge.tail()  # no callback comes any more
-                if facts:
-                    self._append(facts, merge)
+                self._record(merge.tail(), merge)  # no callback comes any more
                 self._all_taken.set()
                 self._stop.wait()
                 return
+            self._record(merge.due(), merge)
             self._tick(merge)
             self._bell.wait(min(self._mend(merge), self._fill(merge)))
             return
         self._heard = time.monotonic()
         batch = merge.take()
-        cursor = merge.cursor
         try:
             self._snapshot_jobs(batch)
             facts = merge.facts(batch)
-            for callback, fact in zip(batch, facts, strict=True):
+            jobs = (callback for callback in batch if callback.level_name == "job")
+            for callback, fact in zip(jobs, (fact for fact in facts if fact.level == "job"), strict=True):
                 job = self._look_up.job_taken(callback)
                 if job is not None:
                     fact.extra["job"] = job
             self._append(self._repair.news(facts) if self._repair else facts, merge)
         except BaseException as error:
-            merge.cursor = cursor
             merge.put_back(batch)
             if isinstance(error, MisalignedError):
                 self._counts["reanchored"] += 1
@@ -358,11 +387,12 @@ class Capture:
         self._look_up.forget_jobs()
         if sum(callback.kind == ChangeKind.NEW_INSTANCE for callback in batch) > 1:
             self._stop.wait(_LINGER)
+        self._record(merge.due(), merge)
         self._mend(merge)
         self._fill(merge)
         self._tick(merge)
 
-    def _mend(self, merge: Merge) -> float:
+    def _mend(self, merge: AnyMerge) -> float:
         """Take a step of repair, if there is anything to repair and it is time to; how long to wait for the next."""
         repair = self._repair
         if repair is None or not repair.active or self._leaving.is_set():
@@ -383,7 +413,7 @@ class Capture:
             self._next_repair = time.monotonic() + rest
         return max(0.0, self._next_repair - time.monotonic())
 
-    def _fill(self, merge: Merge) -> float:
+    def _fill(self, merge: AnyMerge) -> float:
         """Take a step of a backfill, as `_mend` does of repair."""
         outbox = self._outbox
         if outbox is None or not self._backfilling.active or self._leaving.is_set():
@@ -409,12 +439,23 @@ class Capture:
             if callback.level_name == "job" and not self._look_up.take_job(callback):
                 self._counts["jobs_missed"] += 1
 
-    def _append(self, facts: list[Fact], merge: Merge) -> None:
+    def _record(self, facts: list[Fact], merge: AnyMerge) -> None:
+        """Record what no callback has told, or that the cursor has moved without it."""
+        assert self._outbox is not None
+        if not facts and merge.cursor == self._outbox.cursor:
+            return
+        try:
+            self._append(facts, merge)
+        except BaseException:
+            merge.put_back(())
+            raise
+
+    def _append(self, facts: list[Fact], merge: AnyMerge) -> None:
         outbox = self._outbox
         assert outbox is not None
         self._look_up.describe(facts)
         self._upkeep.make_room(outbox)
-        outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents)
+        outbox.append(facts, merge.cursor, self._upkeep.settings, self._look_up.parents, ahead=merge.ahead)
         if self._repair is not None:
             self._repair.recorded(facts)
         self._flusher.soil(outbox.sync_path)
@@ -430,14 +471,23 @@ class Capture:
         batch = [callback for callback in self._queue if not callback.logged]
         if batch and outbox.cursor is not None:
             facts = [from_callback(callback, None) for callback in batch]
-            outbox.append(facts, outbox.cursor, self._upkeep.settings, lambda _level, _resource: None)
+            outbox.append(
+                facts, outbox.cursor, self._upkeep.settings, lambda _level, _resource: None, ahead=outbox.ahead
+            )
         self._state = "stopped"
         self._write_notes(outbox)
         outbox.close()
 
+    def _is_joined(self, merge: AnyMerge) -> bool:
+        """Whether the merge is still the one that the settings ask for."""
+        options = self._upkeep.options
+        if isinstance(merge, Unordered) and merge.grace != options["grace"]:
+            return False
+        return isinstance(merge, Unlogged) is not options["log"]
+
     # -- now and then -------------------------------------------------------------------------------------------------
 
-    def _tick(self, merge: Merge) -> None:
+    def _tick(self, merge: AnyMerge) -> None:
         outbox = self._outbox
         now = time.monotonic()
         if outbox is None or now < self._next_tick:
@@ -446,10 +496,18 @@ class Capture:
         self._upkeep.take_settings(outbox)
         self._look_for_backfill(outbox)
         self._write_notes(outbox)
+        if not self._is_joined(merge):
+            self._anchored = False  # the settings are other ones
+            return
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
         self._watch_log(outbox, merge)
+        late, self._late_said = self._counts["late"] - self._late_said, self._counts["late"]
+        if late:
+            self._host.warning(
+                f"{late} changes came into Orthanc's log later than capture.grace, and were told late; make it longer"
+            )
 
     def _look_for_backfill(self, outbox: OutboxWriter) -> None:
         self._backfilling.look(outbox)
@@ -477,21 +535,25 @@ class Capture:
         The cursor is none on a first start, and where the two logs have nothing in common.
         """
         published = self._upkeep.acknowledged_seq()
-        cursor = outbox.cursor if outbox.cursor is not None else published
-        if cursor is None:
-            return None, None
+        cursor = outbox.cursor
+        if cursor is None and published is not None:
+            # Where Seq is not the order of the commits, it says nothing of what is below it.
+            cursor = max(0, published - REREAD) if self._log.unordered else published
+        if cursor is None or not self._upkeep.options["log"]:
+            return cursor, None
         found = self._continuity.recognise(outbox.tail(), cursor)
         outbox.published = published or 0 if found is None else 0
         return (cursor, None) if found is None else (found.going_on, found)
 
-    def _watch_log(self, outbox: OutboxWriter, merge: Merge) -> None:
-        if self._continuity.is_emptied(outbox, merge.cursor):
-            self._discontinuity(outbox, Break("emptied", EMPTIED, merge.cursor, merge.cursor), merge.cursor)
+    def _watch_log(self, outbox: OutboxWriter, merge: AnyMerge) -> None:
+        if not isinstance(merge, Unlogged) and self._continuity.is_emptied(outbox, merge.cursor):
+            self._discontinuity(outbox, Break("emptied", EMPTIED, merge.cursor, merge.cursor), merge)
             if self._repair is not None:
                 self._repair.announce()
 
-    def _discontinuity(self, outbox: OutboxWriter, found: Break, going_on: int) -> None:
+    def _discontinuity(self, outbox: OutboxWriter, found: Break, merge: AnyMerge) -> None:
         """The log doesn't go on where it ended: say so, in an event too, and remember to look at what there is."""
+        going_on = merge.cursor
         self._counts["discontinuities"] += 1
         self._host.error(
             f"Orthanc's change log {found.what}. Going on behind Seq {going_on}; what exists is compared with"
@@ -508,4 +570,5 @@ class Capture:
             emptied=emptied,
             another_log=not emptied,
             note=("repair", {"place": "", "listed": 0}),
+            ahead=merge.ahead,
         )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from orthanc_events_bridge.changes.unordered import GRACE
 from orthanc_events_bridge.errors import OutboxError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -21,6 +22,8 @@ _RETAIN: Final = 5000
 _DEFAULTS: Final[dict[str, Any]] = {
     "start": "now",
     "infer_instances": False,
+    "log": True,
+    "grace": GRACE,
     "max_bytes": None,
     "on_full": "pause",
     "keep": 7 * 86400.0,

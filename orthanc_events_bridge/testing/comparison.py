@@ -287,7 +287,7 @@ def _name(event: Event) -> str:
 
 
 def _same(one: Event, other: Event, *, moved: bool = False) -> bool:
-    """Whether two are the same event; of one that was moved, the sequence is another."""
+    """Whether one event came twice; the sequence of one that was moved, or that two outboxes recorded, is another."""
     return (one.kind, one.resource, one.key, one.time) == (other.kind, other.resource, other.key, other.time) and (
-        moved or one.sequence == other.sequence
+        moved or one.recorder != other.recorder or one.sequence == other.sequence
     )

@@ -161,7 +161,7 @@ class Line:
                 document["capture"]["state"] == "following"
                 and not document["capture"]["waiting"]
                 and not document["capture"]["repairing"]
-                and document["log"]["cursor"] == tip
+                and document["log"]["cursor"] >= tip  # the counter of PostgreSQL may fall behind its rows
                 and transport["position"] == document["outbox"]["last_position"]
                 and transport["state"] == "connected"
             )

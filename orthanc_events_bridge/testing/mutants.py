@@ -124,6 +124,12 @@ IN_ORTHANC: Final[dict[str, str]] = {
     "def append(self, facts, cursor, settings, look_up, **more):\n"
     "    original(self, facts, self.cursor or 0, settings, look_up, **more)\n    self.cursor = cursor\n"
     "OutboxWriter.append = append\n",
+    # A number without a row is passed at once.
+    "grace": "from orthanc_events_bridge.plugin.upkeep import Upkeep\n"
+    "original = Upkeep.take_settings\n"
+    "def take_settings(self, outbox):\n"
+    "    found = original(self, outbox)\n    self.options = {**self.options, 'grace': 0.0}\n    return found\n"
+    "Upkeep.take_settings = take_settings\n",
     # What Orthanc forgot while nobody listened is not looked for.
     "repair": "from orthanc_events_bridge.changes.repair import Repair\nRepair.begin = lambda self: None\n",
     # What was growing when Orthanc ended is not looked at.

@@ -69,6 +69,16 @@ def find_orthanc() -> Path:
 
 def find_python_plugin() -> Path:
     """Find Orthanc's Python plugin: ``ORTHANC_PYTHON_PLUGIN``, or the usual places."""
+    return _find_plugin("libOrthancPython", "ORTHANC_PYTHON_PLUGIN", "Orthanc's Python plugin", "orthanc-python")
+
+
+def find_postgresql_plugin() -> Path:
+    """Find Orthanc's plugin for an index in PostgreSQL: ``ORTHANC_POSTGRESQL_PLUGIN``, or the usual places."""
+    title = "Orthanc's PostgreSQL plugin"
+    return _find_plugin("libOrthancPostgreSQLIndex", "ORTHANC_POSTGRESQL_PLUGIN", title, "orthanc-postgresql")
+
+
+def _find_plugin(name: str, variable: str, title: str, package: str) -> Path:
     folders = (
         "/usr/share/orthanc/plugins",
         "/usr/local/share/orthanc/plugins",
@@ -77,12 +87,22 @@ def find_python_plugin() -> Path:
         "/usr/local/lib/orthanc",
         "/opt/orthanc/plugins",
     )
-    names = ("libOrthancPython.so", "libOrthancPython.dylib")
     return find_program(
-        "libOrthancPython.so",
-        variable="ORTHANC_PYTHON_PLUGIN",
-        candidates=[Path(folder) / name for folder in folders for name in names],
-        remedy="install Orthanc's Python plugin (Debian: apt-get install orthanc-python)",
+        f"{name}.so",
+        variable=variable,
+        candidates=[Path(folder) / f"{name}{ending}" for folder in folders for ending in (".so", ".dylib")],
+        remedy=f"install {title} (Debian: apt-get install {package})",
+    )
+
+
+def find_postgres() -> Path:
+    """Find PostgreSQL's server, its other programs beside it: ``POSTGRES_BINARY``, Debian's places, ``PATH``."""
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]))
+    return find_program(
+        "postgres",
+        variable="POSTGRES_BINARY",
+        candidates=versions[::-1],
+        remedy="install PostgreSQL (Debian: apt-get install postgresql)",
     )
 
 
@@ -147,7 +167,9 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "kafka": find_kafka,
     "nats-server": find_nats,
     "orthanc": find_orthanc,
+    "orthanc-postgresql": find_postgresql_plugin,
     "orthanc-python": find_python_plugin,
+    "postgres": find_postgres,
     "rabbitmq-server": find_rabbitmq,
     "storescu": find_storescu,
 }
@@ -156,8 +178,8 @@ _FINDERS: dict[str, Callable[[], Path]] = {
 def require(*components: str) -> None:
     """End the running test where a component can't be had: skipped with the reason, or failed in CI.
 
-    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-python``, ``rabbitmq-server``,
-        ``storescu``.
+    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-postgresql``,
+        ``orthanc-python``, ``postgres``, ``rabbitmq-server``, ``storescu``.
     """
     for component in components:
         try:

@@ -109,11 +109,14 @@ class TestSmallest:
     def test_what_capture_needs(self) -> None:
         document = settings(SMALLEST).capture_document()
         rest = {"max_bytes": None, "on_full": "pause", "keep": 604800, "transports": ["nats"]}
-        assert document == {"start": "now", "infer_instances": False, **rest}
-        text = "capture: {start: log, infer_instances: true}\noutbox: {max_bytes: 1.5GiB, on_full: detach, keep: 12h}\n"
+        assert document == {"start": "now", "infer_instances": False, "log": True, "grace": 10, **rest}
+        text = (
+            "capture: {start: log, infer_instances: true, log: false, grace: 1m}\n"
+            "outbox: {max_bytes: 1.5GiB, on_full: detach, keep: 12h}\n"
+        )
         document = settings(SMALLEST + text).capture_document()
         rest = {"max_bytes": 3 * 2**29, "on_full": "detach", "keep": 43200, "transports": ["nats"]}
-        assert document == {"start": "log", "infer_instances": True, **rest}
+        assert document == {"start": "log", "infer_instances": True, "log": False, "grace": 60, **rest}
         assert json.loads(json.dumps(document)) == document
 
     def test_settings_are_frozen(self) -> None:
