@@ -11,6 +11,7 @@ from orthanc_events_bridge import folder
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.bridge.settings import Settings
+    from orthanc_events_bridge.orthanc_api import OrthancOptions
 
 #: What argparse's ``add_subparsers`` returns; its type has no public name.
 Commands = Any
@@ -89,3 +90,43 @@ def settings_of(path: Path | None) -> Settings:
     from orthanc_events_bridge.bridge.config import find_config, load
 
     return load(path or find_config(None))
+
+
+#: Option → what it takes, and its help. Each is also found in the environment, behind ORTHANC_EVENTS_ORTHANC_.
+_ORTHANC: Final[dict[str, tuple[type, str, str]]] = {
+    "user": (str, "NAME", "log in with a password, which is given by the file or the environment"),
+    "password-file": (Path, "FILE", "the file with the password"),
+    "token-file": (Path, "FILE", "log in with the token in the file (bearer)"),
+    "ca-file": (Path, "FILE", "trust the authorities in the file (PEM) in place of the system's"),
+    "cert-file": (Path, "FILE", "our own certificate (PEM), for servers that verify their clients"),
+    "key-file": (Path, "FILE", "its key, not encrypted"),
+    "timeout": (float, "SECONDS", "to wait for an answer; default: 30"),
+}
+
+#: For the help of commands that have `orthanc_options`.
+ORTHANC_ENVIRONMENT: Final = """\
+Where Orthanc is and how to log in can also be said in the environment, and a secret
+itself only there: ORTHANC_EVENTS_ORTHANC_URL, _USER, _PASSWORD, _PASSWORD_FILE, _TOKEN,
+_TOKEN_FILE, _CA_FILE, _CERT_FILE, _KEY_FILE, _TIMEOUT. What is given as an option wins."""
+
+
+def orthanc_options(parser: argparse.ArgumentParser, text: str = "the address of Orthanc's REST API") -> None:
+    """The options that name an Orthanc, and how to log in there.
+
+    :param text: the help of the first.
+    """
+    group = parser.add_argument_group("Orthanc over HTTP")
+    group.add_argument("--orthanc", metavar="URL", help=f"{text}; default: $ORTHANC_EVENTS_ORTHANC_URL")
+    for name, (kind, metavar, says) in _ORTHANC.items():
+        group.add_argument(f"--orthanc-{name}", type=kind, metavar=metavar, help=says)
+
+
+def orthanc_of(options: argparse.Namespace) -> OrthancOptions:
+    """What they say, or else the environment.
+
+    :raises OrthancError: something is wrong or missing.
+    """
+    from orthanc_events_bridge.orthanc_api import OrthancOptions
+
+    given = {name.replace("-", "_"): getattr(options, f"orthanc_{name.replace('-', '_')}") for name in _ORTHANC}
+    return OrthancOptions.find({"url": options.orthanc, **given}, os.environ)

@@ -38,6 +38,14 @@ class LogUnavailableError(BridgeError):
     """Orthanc can't answer ``/changes`` at the moment: it is starting, or it is stopping."""
 
 
+class GoneError(BridgeError):
+    """Orthanc knows no such resource (any more)."""
+
+
+class OrthancError(BridgeError):
+    """Orthanc can't be asked over HTTP until a person changes something: address, credentials, certificate, rights."""
+
+
 class TransportError(BridgeError):
     """Base of what a transport raises. A broker's own exceptions never pass its transport."""
 
