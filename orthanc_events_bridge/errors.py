@@ -34,6 +34,10 @@ class OutboxFullError(OutboxError):
     """The outbox has reached ``outbox.max_bytes``, or its disk is full or read-only."""
 
 
+class DamagedError(OutboxError):
+    """A database is damaged. It heals by itself: the file is set aside, and a new one is made by whoever writes it."""
+
+
 class LogUnavailableError(BridgeError):
     """Orthanc can't answer ``/changes`` at the moment: it is starting, or it is stopping."""
 

@@ -49,6 +49,7 @@ class Registry(Protocol):
     def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
     def instances(self, after: str, limit: int) -> tuple[list[Resource], str]: ...
     def growing(self) -> list[Resource]: ...
+    def meet(self, resources: Iterable[Resource]) -> None: ...
 
 
 def deletion(resource: Resource, at: int) -> Fact:
@@ -73,6 +74,8 @@ class Repair:
     :param began: when recording began, milliseconds since the epoch.
     :param instances: whether deletions of instances are inferred as well: a question for each that Orthanc has.
     :param place: where an earlier walk ended, as `place` gave it.
+    :param remembered: entries were lost, and so many of Orthanc's studies are remembered again; none: nothing was lost.
+    :ivar remembered: the same, now.
     :ivar inferred: how many facts were inferred so far, by their change.
     """
 
@@ -89,6 +92,7 @@ class Repair:
         began: int = 0,
         instances: bool = False,
         place: str = "",
+        remembered: int | None = None,
     ) -> None:
         self._registry = registry
         self._ask = ask
@@ -104,13 +108,14 @@ class Repair:
         self._walk = _Walk(place) if place else None
         self._suspects: dict[str, tuple[Resource, int, float]] = {}
         self._listed: int | None = None
+        self.remembered = remembered
         self._strangers: dict[str, tuple[str, int, float]] = {}
         self.inferred: dict[str, int] = {}
 
     @property
     def active(self) -> bool:
         """Whether there is something left to do."""
-        looking = self._walk or self._listed is not None
+        looking = self._walk or self._listed is not None or self.remembered is not None
         return bool(looking or self._growing or self._suspects or self._strangers)
 
     @property
@@ -122,6 +127,11 @@ class Repair:
         """Orthanc has started, and everything that it had logged by then is recorded."""
         self._due = self._now() + self._stable_age
         self._growing = {one.id: one for one in self._registry.growing()}
+        self.compare()
+
+    def go_on(self, registry: Registry, remembered: int | None) -> None:
+        """What was announced is kept elsewhere now, and perhaps not all of it."""
+        self._registry, self.remembered = registry, remembered
         self.compare()
 
     def compare(self) -> None:
@@ -155,6 +165,8 @@ class Repair:
         facts = self._confirmed(cursor, calm) or self._creations(cursor, calm) or self._stable()
         if not facts and self._listed is not None:
             self._list()
+        elif not facts and self.remembered is not None:
+            self._remember()
         elif not facts and self._walk:
             self._look()
         return facts
@@ -273,6 +285,20 @@ class Repair:
             for level, one in strangers:
                 self._strangers.setdefault(one, (level, tip, now))
         self._listed = self._listed + len(page) if page else None
+
+    def _remember(self) -> None:
+        """A page of the studies that Orthanc has, without a word: they may well have been announced."""
+        assert self.remembered is not None
+        page = self._studies(self.remembered, _QUESTIONS)
+        met: list[Resource] = []
+        for study in page:
+            answer = self._ask("study", study)
+            if answer is not None:
+                patient = str(answer["ParentPatient"])
+                met += [Resource("patient", patient, None, None), Resource("study", study, patient, None)]
+                met += [Resource("series", str(one), study, None) for one in answer.get("Series", ())]
+        self._registry.meet(met)
+        self.remembered = self.remembered + len(page) if page else None
 
     def _is_new(self, resource: str) -> bool:
         """Whether nobody has said that it was created."""

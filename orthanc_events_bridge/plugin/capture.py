@@ -16,13 +16,15 @@ from orthanc_events_bridge.changes.log import PAGE, TAIL, OrthancLog, Row, commo
 from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
-from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
+from orthanc_events_bridge.errors import BridgeError, DamagedError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.lookup import Lookup
+from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.plugin.upkeep import Upkeep
+from orthanc_events_bridge.salvage import StoppedError
 from orthanc_events_bridge.status import iso
 
 #: Callbacks that may wait in memory while the outbox can't be written.
@@ -102,6 +104,7 @@ class Capture:
         self._stop = threading.Event()
         self._outbox: OutboxWriter | None = None
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
+        self._rescue = Rescue(folder, host, self._upkeep, self._stop.is_set)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
         self._all_taken = threading.Event()
@@ -168,6 +171,8 @@ class Capture:
         while not self._stop.is_set():
             try:
                 self._capture()
+            except DamagedError as error:
+                self._exchange(error)
             except Exception as error:
                 self._failed(error)
                 self._stop.wait(0.01 if isinstance(error, LogUnavailableError) else 0.1)
@@ -205,10 +210,25 @@ class Capture:
                 " logs will be read from its log; deletions and jobs among them are lost"
             )
 
+    def _exchange(self, error: DamagedError) -> None:
+        """The outbox can't be used any more: go on with a new one. What is not recorded yet is in the queue still."""
+        outbox = self._outbox
+        try:
+            found = self._rescue.save(outbox, error)
+            self._outbox, self._anchored, self._noted = None, False, {}
+            self.notes.pop("repair", None)
+            self._rescue.exchange(outbox, found, error)
+        except StoppedError:
+            return
+        except Exception as failure:
+            self._failed(failure)
+            self._stop.wait(_TICK)
+
     def _capture(self) -> None:
         """Anchor, catch up, and follow, until told to stop."""
         if self._outbox is None:
-            self._outbox = OutboxWriter(self._folder.outbox, time.time)
+            self._outbox = self._rescue.open()
+            self._go_on_repairing(self._outbox)
         outbox = self._outbox
         self._await_settings(outbox)
         self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
@@ -260,10 +280,18 @@ class Capture:
                 self._upkeep.take_settings(outbox)  # outbox.max_bytes may have been raised
                 self._stop.wait(0.1)
 
+    def _go_on_repairing(self, outbox: OutboxWriter) -> None:
+        """The outbox was exchanged while Orthanc ran on, and its timers with it."""
+        if self._repair is not None:
+            self._repair.go_on(outbox.resources, outbox.noted("repair").get("remembered"))
+            self._note_repair(self._repair)
+
+    def _note_repair(self, repair: Repair) -> None:
+        self.notes["repair"] = lambda: {"place": repair.place, "remembered": repair.remembered}
+
     def _begin_repair(self, outbox: OutboxWriter, *, begin: bool) -> Repair:
         """Once for each of Orthanc's starts, when its backlog is recorded."""
-        self.notes["repair"] = lambda: {"place": repair.place}
-        place = str(outbox.noted("repair").get("place", ""))
+        kept = outbox.noted("repair")
         repair = Repair(
             outbox.resources,
             self._look_up.resource,
@@ -273,8 +301,10 @@ class Capture:
             time.time,
             stable_age=self._stable_age,
             began=outbox.began,
-            place=place,
+            place=str(kept.get("place", "")),
+            remembered=kept.get("remembered"),
         )
+        self._note_repair(repair)
         if begin:
             repair.begin()
         return repair
@@ -394,6 +424,7 @@ class Capture:
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
+        self._rescue.look(outbox)
         self._watch_log(outbox, merge)
 
     def _write_notes(self, outbox: OutboxWriter) -> None:

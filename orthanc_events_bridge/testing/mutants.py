@@ -126,6 +126,13 @@ IN_ORTHANC: Final[dict[str, str]] = {
     "OutboxWriter.append = append\n",
     # What Orthanc forgot while nobody listened is not looked for.
     "repair": "from orthanc_events_bridge.changes.repair import Repair\nRepair.begin = lambda self: None\n",
+    # Nobody looks whether the outbox is still there.
+    "look": "from orthanc_events_bridge.plugin.rescue import Rescue\nRescue.look = lambda self, outbox: None\n",
+    # Nothing of an outbox that is exchanged is taken over.
+    "salvage": "from orthanc_events_bridge import salvage\n"
+    "salvage._Source.rows = lambda self, delivered: iter(())\n",
+    # An older copy of the outbox goes on as if it were the newest.
+    "renew": "from orthanc_events_bridge.outbox import OutboxWriter\nOutboxWriter._renew = lambda self: None\n",
     # A creation of what is there proves nothing.
     "rebirth": "from orthanc_events_bridge.resources import Resources\n"
     "Resources.lost_deletions = lambda self, facts, index: []\n",
