@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from orthanc_events_bridge import folder
 
@@ -44,6 +47,39 @@ def _wrapped(text: str) -> str:
     import textwrap
 
     return textwrap.fill(text, 78)
+
+
+class Meter:
+    """How far long work is, on standard error, while that is a terminal. Used as a context manager.
+
+    :param what: is done.
+    :param shown: how a number is shown.
+    """
+
+    def __init__(self, what: str, shown: Callable[[int], str] = str) -> None:
+        self._what = what
+        self._shown = shown
+        self._on = sys.stderr.isatty()
+        self._next = 0.0
+
+    def show(self, done: int, of: int = 0) -> None:
+        """Show it, a few times a second at most.
+
+        :param of: how much there is; 0 where that is not known.
+        """
+        now = time.monotonic()
+        if not self._on or now < self._next:
+            return
+        self._next = now + 0.2
+        whole = f" of {self._shown(of)}" if of else ""
+        print(f"\r{self._what}: {self._shown(done)}{whole}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def outbox_options(parser: argparse.ArgumentParser, *, again: bool = False) -> None:

@@ -148,3 +148,30 @@ def test_a_bridge_db_that_is_removed_underneath_is_made_again(make_line: Callabl
     report = line.report()
     print(report)
     report.assert_clean()
+
+
+def put_an_older_copy_back(line: Line) -> Report:
+    """A plain copy of an outbox that was closed cleanly: nothing in it says that it is one."""
+    _work(line, adders=1)
+    line.settle()
+    line.orthanc.stop()
+    shutil.copy(line.folder.outbox, line.root / "copy.db")
+    line.orthanc.start()
+    _work(line, adders=1)
+    line.settle()
+    line.orthanc.stop()
+    shutil.copy(line.root / "copy.db", line.folder.outbox)
+    line.orthanc.start()
+    line.wait(lambda document: document["capture"]["state"] == "following")
+    _work(line, adders=1)
+    line.settle()
+    time.sleep(1)
+    return line.report(kills=1)
+
+
+def test_an_older_copy_that_is_put_back_gives_no_number_twice(make_line: Callable[..., Line]) -> None:
+    line = make_line()
+    report = put_an_older_copy_back(line)
+    print(report)
+    report.assert_clean()
+    assert "a copy was put back" in line.orthanc.log_text()

@@ -16,7 +16,7 @@ from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
-from tests.faults.test_damage import remove_the_outbox
+from tests.faults.test_damage import put_an_older_copy_back, remove_the_outbox
 from tests.faults.test_repair import without_bridge
 
 pytestmark = pytest.mark.mutant
@@ -153,6 +153,7 @@ CASES: list[Any] = [
     pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
     pytest.param("nats", ["look"], remove_the_outbox, "lost", id="look", marks=pytest.mark.slow),
     pytest.param("nats", ["salvage"], remove_the_outbox, "lost", id="salvage"),
+    pytest.param("nats", ["renew"], put_an_older_copy_back, "unexpected lost", id="renew", marks=pytest.mark.slow),
     pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
     pytest.param(
