@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from orthanc_events_bridge import folder
+from orthanc_events_bridge.errors import BridgeError, OrthancError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.bridge.settings import Settings
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 #: What argparse's ``add_subparsers`` returns; its type has no public name.
 Commands = Any
+
+
+class UsageError(BridgeError):
+    """The arguments can't be meant like this: exit code 2."""
+
 
 EXIT_CODES: Final = "exit codes: 0 done, 1 failed, 2 wrong configuration or arguments"
 
@@ -61,6 +67,14 @@ class Meter:
         self._shown = shown
         self._on = sys.stderr.isatty()
         self._next = 0.0
+
+    def step(self, what: str, done: int, of: int) -> None:
+        """The same as `show`, of one part of the work.
+
+        :param what: is done now.
+        """
+        self._what = what
+        self.show(done, of)
 
     def show(self, done: int, of: int = 0) -> None:
         """Show it, a few times a second at most.
@@ -157,12 +171,18 @@ def orthanc_options(parser: argparse.ArgumentParser, text: str = "the address of
         group.add_argument(f"--orthanc-{name}", type=kind, metavar=metavar, help=says)
 
 
-def orthanc_of(options: argparse.Namespace) -> OrthancOptions:
+def orthanc_of(options: argparse.Namespace, *, optional: bool = False) -> OrthancOptions | None:
     """What they say, or else the environment.
 
-    :raises OrthancError: something is wrong or missing.
+    :param optional: none is returned where no Orthanc is named.
+    :raises UsageError: something is wrong or missing.
     """
-    from orthanc_events_bridge.orthanc_api import OrthancOptions
+    from orthanc_events_bridge.orthanc_api import ENVIRONMENT, OrthancOptions
 
+    if optional and not options.orthanc and not os.environ.get(f"{ENVIRONMENT}URL"):
+        return None
     given = {name.replace("-", "_"): getattr(options, f"orthanc_{name.replace('-', '_')}") for name in _ORTHANC}
-    return OrthancOptions.find({"url": options.orthanc, **given}, os.environ)
+    try:
+        return OrthancOptions.find({"url": options.orthanc, **given}, os.environ)
+    except OrthancError as error:
+        raise UsageError(error.message, error.remedy) from error

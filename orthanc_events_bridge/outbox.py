@@ -450,6 +450,26 @@ class OutboxReader:
             ).fetchall()
         return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
 
+    def numbers(self, after: int, limit: int) -> list[tuple[int, int | None]]:
+        """The positions of rows behind a position, in order, each with its number in Orthanc's log."""
+        with translated(self._path):
+            return self._db.execute(
+                "SELECT position, seq FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
+            ).fetchall()
+
+    def resources(self) -> resources.Resources:
+        """What is announced and not deleted since, to be read.
+
+        :raises OutboxError: an older version has made the outbox, and this one has not opened it for writing yet.
+        """
+        with translated(self._path):
+            if self._db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                raise OutboxError(
+                    f"{self._path} was made by an older version",
+                    "start Orthanc with this one, which brings it up to date",
+                )
+            return resources.Resources(self._db)
+
     def settings(self) -> dict[int, dict[str, Any]]:
         """All that rows may name."""
         with translated(self._path):
