@@ -267,6 +267,7 @@ class Bridge:
                 for command in [] if self._configuration.restless else state.commands():
                     await obey(command, fleet, state)
                 self._note(state)
+                state.shrink()
                 self._repeats.over("state")
             except OutboxError as error:  # a full disk must not end us
                 if line := self._repeats.line("state", str(error)):

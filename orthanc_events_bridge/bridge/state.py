@@ -21,7 +21,10 @@ from orthanc_events_bridge.folder import identity, set_aside
 from orthanc_events_bridge.outbox import translated as translated_errors
 
 VERSION: Final = 1
+#: Pages that are given back to the disk at once.
+_VACUUM: Final = 500
 _SCHEMA: Final = """
+PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS settings (  -- those that shape events; rows of the outbox name the number
@@ -120,6 +123,16 @@ class State:
         except DamagedError as error:
             self.damage = error
             raise
+
+    def shrink(self) -> None:
+        """Give free pages back to the disk, a few at a time."""
+        with self._translated():
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > _VACUUM // 10:
+                if not self._db.execute("PRAGMA auto_vacuum").fetchone()[0]:  # of an earlier version
+                    self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    self._db.execute("VACUUM")
+                self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM})")  # see outbox.py
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def put_back(self) -> bool:
         """Make the file again if somebody has removed it, or put another in its place, while we have it open.
