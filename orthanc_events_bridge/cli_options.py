@@ -171,16 +171,13 @@ def orthanc_options(parser: argparse.ArgumentParser, text: str = "the address of
         group.add_argument(f"--orthanc-{name}", type=kind, metavar=metavar, help=says)
 
 
-def orthanc_of(options: argparse.Namespace, *, optional: bool = False) -> OrthancOptions | None:
+def orthanc_of(options: argparse.Namespace) -> OrthancOptions:
     """What they say, or else the environment.
 
-    :param optional: none is returned where no Orthanc is named.
     :raises UsageError: something is wrong or missing.
     """
-    from orthanc_events_bridge.orthanc_api import ENVIRONMENT, OrthancOptions
+    from orthanc_events_bridge.orthanc_api import OrthancOptions
 
-    if optional and not options.orthanc and not os.environ.get(f"{ENVIRONMENT}URL"):
-        return None
     given = {name.replace("-", "_"): getattr(options, f"orthanc_{name.replace('-', '_')}") for name in _ORTHANC}
     try:
         return OrthancOptions.find({"url": options.orthanc, **given}, os.environ)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -75,13 +76,15 @@ def define(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from orthanc_events_bridge.orthanc_api import ENVIRONMENT
     from orthanc_events_bridge.verify import Findings
 
     if options.wait < 0 or options.limit < 0:
         raise UsageError("--wait and --limit can't be below 0")
     chosen = _transport(options) if options.transport else None
     place = outbox_folder(options)
-    orthanc = orthanc_of(options, optional=chosen is not None)
+    named = options.orthanc or os.environ.get(f"{ENVIRONMENT}URL")
+    orthanc = orthanc_of(options) if named or chosen is None else None
     with closing(OutboxReader(place.outbox)) as outbox, Findings() as findings:
         with Meter("comparing") as meter:
             if orthanc is not None:

@@ -236,7 +236,7 @@ class OrthancCheck:
         if entry is not None or answer is None:
             return None, ""
         changed = str(answer.get("LastUpdate", ""))
-        if date_to_ms(changed) < self._began:
+        if date_to_ms(changed) <= self._began:
             return None, "resources of Orthanc from before recording began"
         return changed, ""
 

@@ -195,7 +195,7 @@ class TransportCheck:
     def _check_order(self, key: str, identifier: str, position: int, subject: str) -> None:
         row = self._db.execute("SELECT position FROM keys WHERE key = ?", (key,)).fetchone()
         if row and position < row[0]:
-            why = f"it came behind number {row[0]} of the same partition key"
+            why = "it came behind a younger one of the same partition key"
             self._findings.add(Difference(OUT_OF_ORDER, self._name, subject, why, identifier, position))
             return
         self._db.execute("REPLACE INTO keys VALUES (?,?)", (key, position))
@@ -206,7 +206,7 @@ class TransportCheck:
         notes, (oldest, _, _) = self._findings.notes, self._outbox.extent()
         for identifier, at, subject in self._db.execute(
             "SELECT id, position, subject FROM expected WHERE id NOT IN (SELECT id FROM seen) ORDER BY position"
-        ).fetchall():
+        ):
             if at < oldest:
                 continue  # retention took it meanwhile
             if self._oldest_seen is not None and at < self._oldest_seen:

@@ -135,7 +135,7 @@ def restore(line: Line, copy: Path, *names: str) -> None:
 @pytest.mark.parametrize("what", ["both", "outbox.db"])
 def test_a_restored_one_skips_nothing_and_gives_no_number_twice(tmp_path: Path, what: str) -> None:
     require("nats-server", "orthanc", "orthanc-python")
-    with Line(tmp_path / "line", stable_age=60) as line:
+    with Line(tmp_path / "line") as line:
         line.ledger.allow("*.stable", "server.*")
         with Clients(line, adders=1, loopers=1):
             line.wait(lambda document: document["outbox"]["last_position"] > 200)

@@ -8,17 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.cli import main
+from orthanc_events_bridge.errors import GoneError
+from orthanc_events_bridge.orthanc_api import OrthancApi
+from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.nats import NatsBroker
 from orthanc_events_bridge.testing.line import Clients, Line
 from orthanc_events_bridge.testing.processes import free_port
 from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
+from orthanc_events_bridge.verify import Findings
+from orthanc_events_bridge.verify.orthanc import OrthancCheck
 from tests.faults.test_repair import without_bridge
 
 pytestmark = pytest.mark.integration
@@ -225,3 +231,130 @@ def test_the_table_and_what_can_not_be_compared(
     assert main(["verify"]) == 2
     assert "which Orthanc is not said" in capsys.readouterr().err
     assert main(["verify", "--transport", "nats"]) == 0, "without Orthanc, what was sent can be compared"
+
+
+# -- what is on its way ----------------------------------------------------------------------------------------
+
+
+class Changing:
+    """An Orthanc that changes while it is looked at: `sleep` is when time goes by.
+
+    :param steps: done one after the other, at each sleep.
+    """
+
+    def __init__(self, writer: OutboxWriter, *steps: Callable[[], object]) -> None:
+        self.studies: dict[str, str] = {}  # id → LastUpdate
+        self.log: list[dict[str, Any]] = []
+        self.writer = writer
+        self._steps = list(steps)
+
+    def sleep(self, _seconds: float) -> None:
+        if self._steps:
+            self._steps.pop(0)()
+
+    def get(self, path: str) -> bytes:
+        return json.dumps(self.json(path)).encode()
+
+    def json(self, path: str) -> Any:
+        name, _, query = path.partition("?")
+        since = int(query.partition("=")[2].partition("&")[0] or 0)
+        if name == "/changes":
+            rows = [row for row in self.log if row["Seq"] > since]
+            return {"Changes": rows, "Last": max([0, *(row["Seq"] for row in self.log)])}
+        if name == "/statistics":
+            return {"CountStudies": len(self.studies)}
+        if name == "/studies":
+            page = list(self.studies)[since:]
+            return [{"ID": one, "ParentPatient": "patient", "Series": []} for one in page]
+        if name.startswith("/studies/"):
+            if (one := name.removeprefix("/studies/")) not in self.studies:
+                raise GoneError(name)
+            return {"LastUpdate": self.studies[one]}
+        return {"LastUpdate": "20260101T000000"}  # the patient was there before recording began
+
+    def store(self, study: str, second: int) -> None:
+        self.studies[study] = f"20261123T2006{second:02d}"
+        self.log.append({**ROW, "Seq": len(self.log) + 1, "Date": self.studies[study], "ID": study})
+
+    def record(self) -> None:
+        """Capture has caught up with the log."""
+        rows = [row for row in self.log if row["Seq"] > (self.writer.cursor or 0)]
+        facts = [Fact("NewStudy", "study", r["ID"], 0, r["Seq"], r["Date"], {"patient": "patient"}) for r in rows]
+        self.writer.append(facts, len(self.log), 1, lambda *_: None)
+
+
+ROW = {"ChangeType": "NewStudy", "ResourceType": "Study"}
+BEGAN = 1_795_464_000.0  # 23 November 2026, 20:00
+
+
+@pytest.fixture
+def changing(tmp_path: Path) -> Iterator[Changing]:
+    writer = OutboxWriter(tmp_path / "outbox.db", lambda: BEGAN)
+    writer.move_cursor(0)
+    yield Changing(writer)
+    writer.abandon()
+
+
+def compared(changing: Changing, tmp_path: Path, *steps: Callable[[], object]) -> dict[str, int]:
+    """The differences that are found while steps are done."""
+    changing._steps = list(steps)
+    clock = iter(range(1000))
+    with closing(OutboxReader(tmp_path / "outbox.db")) as outbox, Findings() as findings:
+        check = OrthancCheck(
+            cast(OrthancApi, changing),
+            outbox,
+            findings,
+            lambda *_: None,
+            wait=3,
+            sleep=changing.sleep,
+            now=lambda: float(next(clock)),
+        )
+        check.run()
+        print(list(findings.first(20)), findings.notes)
+        return {what: count for what, count in findings.counts().items() if count}
+
+
+def test_what_is_recorded_a_moment_later_is_no_difference(changing: Changing, tmp_path: Path) -> None:
+    changing.store("one", 1)
+    assert compared(changing, tmp_path, changing.record) == {}
+
+
+def test_what_is_never_recorded_is_missing_once_with_its_row(changing: Changing, tmp_path: Path) -> None:
+    changing.store("one", 1)
+    assert compared(changing, tmp_path) == {"missing": 2}
+
+
+def test_what_comes_and_goes_is_no_difference(changing: Changing, tmp_path: Path) -> None:
+    """At every look it is there and not recorded, each time as another one."""
+
+    def again(second: int) -> Callable[[], None]:
+        def step() -> None:
+            changing.record()
+            changing.writer.append([Fact("Deleted", "study", "one", 1)], len(changing.log), 1, lambda *_: None)
+            changing.log.clear()
+            changing.store("one", second)
+            changing.writer.move_cursor(1)
+
+        return step
+
+    changing.store("one", 1)
+    changing.record()
+    again(2)()
+    # Its row of the log is the same to the eye each time: only its date is another.
+    changing.writer.move_cursor(0)
+    assert compared(changing, tmp_path, again(3), again(4), again(5), again(6)) == {}
+
+
+def test_a_deletion_that_is_recorded_a_moment_later_is_no_difference(changing: Changing, tmp_path: Path) -> None:
+    changing.store("one", 1)
+    changing.record()
+    changing.studies.clear()
+    deletion = Fact("Deleted", "study", "one", 1)
+    assert compared(changing, tmp_path, lambda: changing.writer.append([deletion], 1, 1, lambda *_: None)) == {}
+
+
+def test_a_deletion_that_is_never_recorded_is_found(changing: Changing, tmp_path: Path) -> None:
+    changing.store("one", 1)
+    changing.record()
+    changing.studies.clear()
+    assert compared(changing, tmp_path) == {"extra": 1}
