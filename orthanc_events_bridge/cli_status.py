@@ -74,6 +74,8 @@ def status_text(document: dict[str, Any]) -> str:
     ]
     if capture.get("problem"):
         lines.append(f"            {capture['problem']['message']}")
+    if rescued := outbox.get("rescued"):
+        lines.append(f"            exchanged {rescued['at']}: {rescued['reason']}: {rescued['result']}")
     running = f"running since {bridge.get('since')}" if bridge["running"] else "NOT running"
     lines.append(f"bridge      {running}, restarts {bridge.get('restarts', 0)}")
     if last_exit:

@@ -132,7 +132,7 @@ def restore(line: Line, copy: Path, *names: str) -> None:
     line.orthanc.start()
 
 
-@pytest.mark.parametrize("what", ["both", "outbox.db"])
+@pytest.mark.parametrize("what", ["both", pytest.param("outbox.db", marks=pytest.mark.slow)])
 def test_a_restored_one_skips_nothing_and_gives_no_number_twice(tmp_path: Path, what: str) -> None:
     require("nats-server", "orthanc", "orthanc-python")
     with Line(tmp_path / "line") as line:
