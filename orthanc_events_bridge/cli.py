@@ -15,8 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from orthanc_events_bridge import __version__, cli_backfill, cli_replay, cli_status, cli_tail, cli_transports
-from orthanc_events_bridge.cli_options import add_command, outbox_folder, outbox_options, settings_of
+from orthanc_events_bridge import (
+    __version__,
+    cli_backfill,
+    cli_backup,
+    cli_replay,
+    cli_status,
+    cli_tail,
+    cli_transports,
+    cli_verify,
+)
+from orthanc_events_bridge.cli_options import UsageError, add_command, outbox_folder, outbox_options, settings_of
 from orthanc_events_bridge.errors import BridgeError
 
 _EPILOG: Final = "documentation: README.md and docs/ in the project's repository"
@@ -63,7 +72,7 @@ def _fail(error: BridgeError, *, supervised: bool) -> int:
 
     for line in str(error).splitlines():
         print(f"E {line}" if supervised else f"orthanc-events: {line}", file=sys.stderr)
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | UsageError):
         return EXIT_CONFIGURATION
     return EXIT_BUSY if isinstance(error, BusyError) else EXIT_FAILED
 
@@ -97,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     run.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
 
-    for module in (cli_status, cli_transports, cli_tail, cli_replay, cli_backfill):
+    for module in (cli_status, cli_transports, cli_tail, cli_replay, cli_backfill, cli_verify, cli_backup):
         module.define(commands)
     add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
     return parser

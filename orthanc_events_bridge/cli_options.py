@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from orthanc_events_bridge import folder
+from orthanc_events_bridge.errors import BridgeError, OrthancError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.bridge.settings import Settings
+    from orthanc_events_bridge.orthanc_api import OrthancOptions
 
 #: What argparse's ``add_subparsers`` returns; its type has no public name.
 Commands = Any
+
+
+class UsageError(BridgeError):
+    """The arguments can't be meant like this: exit code 2."""
+
 
 EXIT_CODES: Final = "exit codes: 0 done, 1 failed, 2 wrong configuration or arguments"
 
@@ -46,6 +55,47 @@ def _wrapped(text: str) -> str:
     import textwrap
 
     return textwrap.fill(text, 78)
+
+
+class Meter:
+    """How far long work is, on standard error, while that is a terminal. Used as a context manager.
+
+    :param what: is done.
+    :param shown: how a number is shown.
+    """
+
+    def __init__(self, what: str, shown: Callable[[int], str] = str) -> None:
+        self._what = what
+        self._shown = shown
+        self._on = sys.stderr.isatty()
+        self._next = 0.0
+
+    def step(self, what: str, done: int, of: int) -> None:
+        """The same as `show`, of one part of the work.
+
+        :param what: is done now.
+        """
+        self._what = what
+        self.show(done, of)
+
+    def show(self, done: int, of: int = 0) -> None:
+        """Show it, a few times a second at most.
+
+        :param of: how much there is; 0 where that is not known.
+        """
+        now = time.monotonic()
+        if not self._on or now < self._next:
+            return
+        self._next = now + 0.2
+        whole = f" of {self._shown(of)}" if of else ""
+        print(f"\r{self._what}: {self._shown(done)}{whole}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def outbox_options(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
@@ -120,3 +170,46 @@ def moment(text: str) -> int:
     if found > now:
         raise argparse.ArgumentTypeError(f"{text!r} is yet to come")
     return int(found * 1000)
+
+
+#: Option → what it takes, and its help. Each is also found in the environment, behind ORTHANC_EVENTS_ORTHANC_.
+_ORTHANC: Final[dict[str, tuple[type, str, str]]] = {
+    "user": (str, "NAME", "log in with a password, which is given by the file or the environment"),
+    "password-file": (Path, "FILE", "the file with the password"),
+    "token-file": (Path, "FILE", "log in with the token in the file (bearer)"),
+    "ca-file": (Path, "FILE", "trust the authorities in the file (PEM) in place of the system's"),
+    "cert-file": (Path, "FILE", "our own certificate (PEM), for servers that verify their clients"),
+    "key-file": (Path, "FILE", "its key, not encrypted"),
+    "timeout": (float, "SECONDS", "to wait for an answer; default: 30"),
+}
+
+#: For the help of commands that have `orthanc_options`.
+ORTHANC_ENVIRONMENT: Final = """\
+Where Orthanc is and how to log in can also be said in the environment, and a secret
+itself only there: ORTHANC_EVENTS_ORTHANC_URL, _USER, _PASSWORD, _PASSWORD_FILE, _TOKEN,
+_TOKEN_FILE, _CA_FILE, _CERT_FILE, _KEY_FILE, _TIMEOUT. What is given as an option wins."""
+
+
+def orthanc_options(parser: argparse.ArgumentParser, text: str = "the address of Orthanc's REST API") -> None:
+    """The options that name an Orthanc, and how to log in there.
+
+    :param text: the help of the first.
+    """
+    group = parser.add_argument_group("Orthanc over HTTP")
+    group.add_argument("--orthanc", metavar="URL", help=f"{text}; default: $ORTHANC_EVENTS_ORTHANC_URL")
+    for name, (kind, metavar, says) in _ORTHANC.items():
+        group.add_argument(f"--orthanc-{name}", type=kind, metavar=metavar, help=says)
+
+
+def orthanc_of(options: argparse.Namespace) -> OrthancOptions:
+    """What they say, or else the environment.
+
+    :raises UsageError: something is wrong or missing.
+    """
+    from orthanc_events_bridge.orthanc_api import OrthancOptions
+
+    given = {name.replace("-", "_"): getattr(options, f"orthanc_{name.replace('-', '_')}") for name in _ORTHANC}
+    try:
+        return OrthancOptions.find({"url": options.orthanc, **given}, os.environ)
+    except OrthancError as error:
+        raise UsageError(error.message, error.remedy) from error

@@ -80,6 +80,8 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(
             f"            backfill: looked at {backfill['looked']} of {backfill['studies']} studies, {events} events"
         )
+    if rescued := outbox.get("rescued"):
+        lines.append(f"            exchanged {rescued['at']}: {rescued['reason']}: {rescued['result']}")
     running = f"running since {bridge.get('since')}" if bridge["running"] else "NOT running"
     lines.append(f"bridge      {running}, restarts {bridge.get('restarts', 0)}")
     if last_exit:

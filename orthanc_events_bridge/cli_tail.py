@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import sys
-from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +20,7 @@ from orthanc_events_bridge.cli_options import (
     settings_of,
 )
 from orthanc_events_bridge.errors import BridgeError, FolderError
+from orthanc_events_bridge.events.reading import event_of
 from orthanc_events_bridge.folder import Folder
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming, Transport
     from orthanc_events_bridge.transports.options import TransportOptions
 
-#: Prefixes of the headers that carry attributes in binary mode: of Kafka's binding, and of the others.
-_PREFIXES: Final = ("ce-", "ce_")
 #: Seconds between two looks into the outbox, and rows of one.
 _LOOK: Final = 0.2
 _ROWS: Final = 500
@@ -145,30 +143,6 @@ async def _recorded(
 
 
 # -- what is shown -------------------------------------------------------------------------------------------
-
-
-def event_of(message: Incoming) -> dict[str, Any] | None:
-    """A message as an event in CloudEvents' JSON format, whichever mode it came in; none where it isn't one."""
-    attributes = {
-        name[len(prefix) :]: value
-        for prefix in _PREFIXES
-        for name, value in message.headers.items()
-        if name.startswith(prefix)
-    }
-    if "specversion" not in attributes:
-        try:
-            event = json.loads(message.body)
-        except ValueError:
-            return None
-        return event if isinstance(event, dict) and "specversion" in event else None
-    content_type = message.headers.get("content-type", "")
-    event = {**attributes, **({"datacontenttype": content_type} if content_type else {})}
-    if not message.body:
-        return event
-    try:
-        return {**event, "data": json.loads(message.body)}
-    except ValueError:
-        return {**event, "data_base64": b64encode(message.body).decode()}
 
 
 def event_line(message: Incoming) -> str:

@@ -34,8 +34,20 @@ class OutboxFullError(OutboxError):
     """The outbox has reached ``outbox.max_bytes``, or its disk is full or read-only."""
 
 
+class DamagedError(OutboxError):
+    """A database is damaged. It heals by itself: the file is set aside, and a new one is made by whoever writes it."""
+
+
 class LogUnavailableError(BridgeError):
     """Orthanc can't answer ``/changes`` at the moment: it is starting, or it is stopping."""
+
+
+class GoneError(BridgeError):
+    """Orthanc knows no such resource (any more)."""
+
+
+class OrthancError(BridgeError):
+    """Orthanc can't be asked over HTTP until a person changes something: address, credentials, certificate, rights."""
 
 
 class TransportError(BridgeError):

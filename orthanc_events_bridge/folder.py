@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,10 @@ _NETWORK: Final = frozenset(
     | {"beegfs", "gpfs", "ocfs2", "gfs2", "davfs"}
     | {f"fuse.{kind}" for kind in ("sshfs", "glusterfs", "ceph", "davfs2", "s3fs", "rclone")}
 )
+
+
+#: What belongs to a database besides the file itself: its write-ahead log, and the index of that.
+_BESIDE: Final = ("", "-wal", "-shm")
 
 
 class Folder:
@@ -99,6 +104,39 @@ class Folder:
                 "stop it, or give each Orthanc an outbox of its own",
             ) from error
         return descriptor
+
+
+def identity(path: Path) -> tuple[tuple[int, int] | None, ...]:
+    """Which files a database consists of just now: device and inode of each, none for one that isn't there."""
+    found: list[tuple[int, int] | None] = []
+    for suffix in _BESIDE:
+        try:
+            stat = os.stat(f"{path}{suffix}")  # noqa: PTH116 -- a name, not a path of parts
+            found.append((stat.st_dev, stat.st_ino))
+        except FileNotFoundError:
+            found.append(None)
+    return tuple(found)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give a database's files another name, under which they belong together still.
+
+    :return: that name; none where nothing was there.
+    :raises OSError: they can't be renamed.
+    """
+    stem = f"{path}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    aside, number = stem, 1
+    while any(Path(f"{aside}{suffix}").exists() for suffix in _BESIDE):
+        number += 1
+        aside = f"{stem}-{number}"
+    moved = False
+    for suffix in _BESIDE:
+        try:
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")  # noqa: PTH104 -- as above
+            moved = True
+        except FileNotFoundError:
+            pass
+    return Path(aside) if moved else None
 
 
 def find(configuration: Mapping[str, Any] | None, base: Path, environment: Mapping[str, str]) -> Folder:

@@ -21,17 +21,15 @@ from typing import Any, Final, NamedTuple
 from orthanc_events_bridge import resources
 from orthanc_events_bridge.changes.log import TAIL, Row
 from orthanc_events_bridge.changes.model import Fact
-from orthanc_events_bridge.errors import OutboxError, OutboxFullError
+from orthanc_events_bridge.errors import DamagedError, OutboxError, OutboxFullError
+from orthanc_events_bridge.folder import identity
 
 VERSION: Final = 2
 #: After a start that no clean stop came before, positions go on this much further: a power cut may have taken
 #: rows whose positions the world has seen, and no number may ever name two facts.
 JUMP: Final = 1_000_000
 
-_SCHEMA: Final = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-BEGIN IMMEDIATE;
+_TABLES: Final = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rows (
     position INTEGER PRIMARY KEY,  -- the event's `sequence`
@@ -52,7 +50,20 @@ CREATE TABLE IF NOT EXISTS tail (  -- the last rows of Orthanc's log
 CREATE TABLE IF NOT EXISTS settings (number INTEGER PRIMARY KEY, document TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS jumps (origin INTEGER PRIMARY KEY, target INTEGER NOT NULL) STRICT;
 """
+#: Makes all tables of a new file.
+SCHEMA: Final = f"""
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+BEGIN IMMEDIATE;
+{_TABLES}
+{resources.SCHEMA}
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""
 
+#: Pages that are given back to the disk at once: 8 MiB, some milliseconds.
+_VACUUM: Final = 2000
+_DAMAGE_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _FULL_CODES: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR})
 
 
@@ -77,6 +88,7 @@ def translated(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours.
 
     :raises OutboxFullError: the disk is full, read-only or failing.
+    :raises DamagedError: what is in the file is no database, or not a whole one.
     :raises OutboxError: anything else.
     """
     try:
@@ -87,6 +99,9 @@ def translated(path: Path) -> Iterator[None]:
             raise OutboxFullError(
                 f"{path} can't be written: {error}", "free space on its disk, or make it writable again"
             ) from error
+        if code in _DAMAGE_CODES:
+            remedy = "it is set aside and made anew while Orthanc and the bridge are running; check its disk"
+            raise DamagedError(f"{path} can't be used: {error}", remedy) from error
         remedy = "check the file's owner and permissions, and that its disk is sound"
         raise OutboxError(f"{path} can't be used: {error}", remedy) from error
 
@@ -127,7 +142,7 @@ class OutboxWriter:
             )
         self._db.execute("PRAGMA synchronous = FULL")
         if version == 0:
-            self._db.executescript(_SCHEMA + resources.SCHEMA + f"PRAGMA user_version = {VERSION}; COMMIT;")
+            self._db.executescript(SCHEMA)
         elif version == 1:
             self._db.executescript(f"BEGIN IMMEDIATE; {resources.FROM_1} PRAGMA user_version = {VERSION}; COMMIT;")
         self._db.execute("PRAGMA journal_size_limit = 33554432")
@@ -145,7 +160,10 @@ class OutboxWriter:
         #: How often the log was not the one of before: part of the ids of what is inferred behind that.
         self._other_logs: int = meta.get("other_logs", 0)
         with self._transaction():
-            if meta.get("open"):  # nobody closed it
+            if "backup" in meta:
+                self._renew()
+                self._db.execute("DELETE FROM meta WHERE key = 'backup'")
+            elif meta.get("open"):  # nobody closed it
                 self._db.execute("INSERT INTO jumps VALUES (?, ?)", (self.position, self.position + JUMP))
                 self.position += JUMP
             if "began" not in meta:
@@ -156,6 +174,7 @@ class OutboxWriter:
         #: The file that holds what isn't in the database proper yet. Fsyncing it makes everything durable;
         #: SQLite takes no POSIX lock on it, so that another descriptor of it may be closed freely.
         self.sync_path = Path(f"{self._path}-wal")
+        self._files = identity(self._path)
 
     def _meta(self) -> dict[str, Any]:
         return dict(self._db.execute("SELECT key, value FROM meta"))
@@ -252,6 +271,35 @@ class OutboxWriter:
     def _allowed_tags(self, settings: int) -> frozenset[str]:
         row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()
         return frozenset(json.loads(row[0]).get("tags", ())) if row else frozenset()
+
+    # -- an older file, another file -------------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """The file is an older one than the world has seen: go on under another `recorder`.
+
+        Its positions were given to other rows since, and no number may ever name two facts. What transports have had
+        of it counts on (`former`).
+        """
+        with translated(self._path), self._transaction():
+            self._renew()
+
+    def _renew(self) -> None:
+        former, self.recorder = self.recorder, str(uuid.uuid4())
+        self._set(recorder=self.recorder, former=former, former_position=self.position)
+
+    def unchanged(self) -> bool:
+        """Whether the files under our name are still those that we have open."""
+        return identity(self._path) == self._files
+
+    @property
+    def file(self) -> list[int] | None:
+        """Device and inode of the file, by which another process means this one."""
+        return list(self._files[0]) if self._files[0] else None
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For what reads a file that has lost its name: nobody else can open it."""
+        return self._db
 
     # -- the log's last rows, to recognise a restored database -----------------------------------------------
 
@@ -351,8 +399,11 @@ class OutboxWriter:
 
     def _shrink(self) -> None:
         with translated(self._path):
-            for _ in self._db.execute("PRAGMA incremental_vacuum(2000)"):
-                pass
+            # A script: SQLite gives back a page per step, and `execute` takes one step of what has no columns.
+            self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM})")
+            if not self._db.execute("PRAGMA freelist_count").fetchone()[0]:
+                # Only now the file itself gets shorter. Readers are not waited for.
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """A clean stop: everything is on the disk, and the next start's positions go on where these end."""
@@ -382,7 +433,10 @@ class OutboxReader:
         except OSError as error:
             raise OutboxError(f"{path} can't be opened: {error.strerror}", "be the user that owns it") from error
         with translated(path):
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._file = identity(path)[0]
+            # Never made: between two looks the file may have been set aside.
+            uri = f"{path.absolute().as_uri()}?mode=rw"
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             try:
                 self._db.execute("PRAGMA query_only = 1")
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -395,7 +449,14 @@ class OutboxReader:
 
     @property
     def recorder(self) -> str:
-        return str(self.meta().get("recorder", ""))
+        with translated(self._path):
+            row = self._db.execute("SELECT value FROM meta WHERE key = 'recorder'").fetchone()
+        return str(row[0]) if row else ""
+
+    def exchanged(self) -> bool:
+        """Whether another file has our name now; not while there is none."""
+        now = identity(self._path)[0]
+        return now is not None and now != self._file
 
     def meta(self) -> dict[str, Any]:
         """Cursor, position, recorder, what was detached, and the notes."""
@@ -435,6 +496,26 @@ class OutboxReader:
                 (after, through, recorded, about, limit),
             ).fetchall()
         return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
+
+    def numbers(self, after: int, limit: int) -> list[tuple[int, int | None]]:
+        """The positions of rows behind a position, in order, each with its number in Orthanc's log."""
+        with translated(self._path):
+            return self._db.execute(
+                "SELECT position, seq FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
+            ).fetchall()
+
+    def resources(self) -> resources.Resources:
+        """What is announced and not deleted since, to be read.
+
+        :raises OutboxError: an older version has made the outbox, and this one has not opened it for writing yet.
+        """
+        with translated(self._path):
+            if self._db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                raise OutboxError(
+                    f"{self._path} was made by an older version",
+                    "start Orthanc with this one, which brings it up to date",
+                )
+            return resources.Resources(self._db)
 
     def settings(self) -> dict[int, dict[str, Any]]:
         """All that rows may name."""

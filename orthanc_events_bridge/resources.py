@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.model import Fact, Resource
@@ -203,6 +203,13 @@ class Resources:
         rows = self._db.execute("SELECT level, id, parent, born FROM resources WHERE growing").fetchall()
         order = {level: place for place, level in enumerate(_ABOVE_INSTANCES)}
         return sorted(map(_resource, rows), key=lambda one: (order.get(one.level, 3), one.id))
+
+    def meet(self, resources: Iterable[Resource]) -> None:
+        """Make entries of what is there, where there are none. Outside of the writer's transactions."""
+        rows = [(packed(one.id), one.level, packed(one.parent) if one.parent else None) for one in resources]
+        self.count += self._db.executemany(
+            "INSERT OR IGNORE INTO resources (id, level, parent) VALUES (?,?,?)", rows
+        ).rowcount
 
     # -- the table ---------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,16 @@ class BridgeView:
         )
         return rows[0][0] or 0 if rows else 0
 
+    def recorder(self) -> str | None:
+        """The outbox that all transports are in; none where they are in several, or there is none."""
+        rows = self._read("SELECT min(recorder) FROM transports HAVING min(recorder) = max(recorder)")
+        return rows[0][0] if rows else None
+
+    def highest(self, recorder: str) -> int:
+        """The last position that any transport has had of an outbox; 0 where there is none."""
+        rows = self._read("SELECT max(position) FROM transports WHERE recorder = :recorder", {"recorder": recorder})
+        return rows[0][0] or 0 if rows else 0
+
     def behind(self, recorder: str) -> str | None:
         """The name of the transport that is furthest behind in an outbox; none where none is known."""
         rows = self._read(
@@ -198,6 +208,7 @@ def read(folder: Folder) -> dict[str, Any]:
                 "bytes": outbox.bytes_used(),
                 "oldest": iso(oldest_at) if oldest else None,
                 "last_position": last,
+                "rescued": json.loads(meta.get("note.rescue", "null")),
             },
             "log": {"cursor": meta.get("cursor")},
             "transports": transports,

@@ -23,8 +23,8 @@ from orthanc_events_bridge.bridge.commands import obey
 from orthanc_events_bridge.bridge.configuration import Configuration
 from orthanc_events_bridge.bridge.fleet import Fleet, Source
 from orthanc_events_bridge.bridge.state import State
-from orthanc_events_bridge.errors import BridgeError, OutboxError
-from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.errors import BridgeError, DamagedError, OutboxError
+from orthanc_events_bridge.folder import Folder, identity, set_aside
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.status import iso
@@ -77,14 +77,38 @@ class Bridge:
         self._listen()
         lock = await self._lock()
         try:
-            state = State(self._folder.bridge)
-            try:
-                await self._run(state)
-            finally:
-                state.close()
+            while not await self._run_until_damaged():
+                await self._pause(_TICK)
         finally:
             os.close(lock)
         return 0
+
+    async def _run_until_damaged(self) -> bool:
+        """Run; a ``bridge.db`` that is damaged is set aside, to begin with a new one.
+
+        :return: whether we were told to stop.
+        """
+        state: State | None = None
+        try:
+            state = State(self._folder.bridge)
+            await self._run(state)
+        except DamagedError as error:
+            if state is not None and state.damage is None:
+                raise
+            damage = error
+        else:
+            return True
+        finally:
+            if state is not None:
+                state.close()
+        aside = set_aside(self._folder.bridge)
+        log.error(
+            "%s. It is kept as %s, and a new one is made: every transport gets everything again that the outbox keeps;"
+            " pauses, events set aside and transports that are not configured any more are forgotten",
+            damage.message,
+            aside.name if aside else "nothing",
+        )
+        return self._stop.is_set()
 
     async def _lock(self) -> int:
         """Hold the outbox for ourselves as long as we live, even if we are killed."""
@@ -134,11 +158,22 @@ class Bridge:
     async def _run(self, state: State) -> None:
         self._tell_capture(state)
         self._note(state)
-        reader = await self._outbox()
-        if reader is None:
-            return
+        while (reader := await self._outbox(state)) is not None:
+            try:
+                if await self._follow(reader, state):
+                    return
+            finally:
+                reader.close()
+
+    async def _follow(self, reader: OutboxReader, state: State) -> bool:
+        """Work on one outbox.
+
+        :return: whether we were told to stop; if not, there is another outbox now.
+        """
+        source = Source(reader, state.settings)
+        state.succeed(source.recorder, *source.former())
+        fleet = self._fleet = Fleet(source, state, self._configuration.settings)
         try:
-            fleet = self._fleet = Fleet(Source(reader, state.settings), state, self._configuration.settings)
             for command in state.commands():
                 if command.command != "resend":  # every pause must be there before anything is sent
                     await obey(command, fleet, state, running=False)
@@ -147,16 +182,22 @@ class Bridge:
             gc.freeze()
             gc.set_threshold(50_000, 20, 100)
             log.info("bridge %s is running: %s", __version__, ", ".join(fleet.status()))
-            tending = asyncio.create_task(self._tend(state, fleet))
-            tending.add_done_callback(lambda _: self._stop.set())
-            await self._work(fleet)
-            tending.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await tending
+            tasks = [asyncio.create_task(self._tend(state, fleet)), asyncio.create_task(self._work(fleet))]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for task in done:
+                task.result()
+            if not self._stop.is_set():
+                log.warning("the outbox was exchanged: the new one is opened")
+                return False
             await self._drain(fleet)
             self._note(state)
+            return True
         finally:
-            reader.close()
+            self._fleet = None
+            await fleet.end()
 
     def _tell_capture(self, state: State) -> None:
         """Say which settings are to shape what is recorded from now on, and what capture must know besides."""
@@ -164,7 +205,11 @@ class Bridge:
         number = state.number_settings(settings.shape())
         state.note("capture", {**settings.capture_document(), "settings": number})
 
-    async def _outbox(self) -> OutboxReader | None:
+    def _report(self, state: State, error: DamagedError) -> None:
+        """Tell capture that the outbox is damaged: who writes it makes a new one."""
+        state.note("damage", {"file": identity(self._folder.outbox)[0], "message": error.message})
+
+    async def _outbox(self, state: State) -> OutboxReader | None:
         """Capture makes the outbox, once it has read our settings; none when told to stop before."""
         patient_until = time.monotonic() + 5.0  # it may be in the making
         while not self._stop.is_set():
@@ -174,6 +219,8 @@ class Bridge:
                     return reader
                 reader.close()
             except OutboxError as error:
+                if isinstance(error, DamagedError):
+                    self._report(state, error)
                 late = self._folder.outbox.exists() and time.monotonic() > patient_until
                 if late and (line := self._repeats.line("outbox", str(error))):
                     log.error(line)
@@ -197,9 +244,20 @@ class Bridge:
             await self._pause(_POLL)
 
     async def _tend(self, state: State, fleet: Fleet) -> None:
-        """Once a second: look at the configuration, obey commands, keep the status fresh."""
-        while True:
+        """Once a second: look at the files and the configuration, obey commands, keep the status fresh.
+
+        It ends when there is another outbox.
+
+        :raises DamagedError: ``bridge.db`` is damaged.
+        """
+        while not fleet.source.exchanged():
+            if state.damage is not None:
+                raise state.damage
             try:
+                if state.put_back():
+                    log.error("%s was removed or replaced while it was in use, and is made again", self._folder.bridge)
+                if fleet.source.damage is not None:
+                    self._report(state, fleet.source.damage)
                 asked, self._hung_up = self._hung_up, False
                 self._configuration.look(asked=asked)
                 if fleet.settings is not self._configuration.settings:
@@ -209,6 +267,7 @@ class Bridge:
                 if not self._configuration.restless:
                     await self._obey(state, fleet)
                 self._note(state)
+                state.shrink()
                 self._repeats.over("state")
             except OutboxError as error:  # a full disk must not end us
                 if line := self._repeats.line("state", str(error)):

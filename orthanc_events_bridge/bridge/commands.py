@@ -88,6 +88,8 @@ async def _resend(name: str, position: int, fleet: Fleet, state: State) -> str:
         raise CannotError(f"the event at {position} is no longer kept")
     row = rows[0]
     event = to_outgoing(row, fleet.source.shape(row.settings), fleet.source.recorder, binary=options.mode == "binary")
+    if state.aside(name, position) not in (None, event.id):  # of an outbox that was here before
+        raise CannotError(f"the event that was set aside at {position} is no longer kept")
     try:
         transport = create(options)
         try:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from orthanc_events_bridge.bridge.relay import Relay
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.bridge.state import State
+from orthanc_events_bridge.errors import DamagedError
 from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
 from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
@@ -31,11 +32,34 @@ class Source:
     def __init__(self, reader: OutboxReader, settings: Callable[[], Mapping[int, Mapping[str, Any]]]) -> None:
         self.reader = reader
         self.recorder = reader.recorder
+        #: What shows that the outbox is damaged, once something was read that is.
+        self.damage: DamagedError | None = None
         self._settings = settings
         self._shapes: dict[int, Mapping[str, Any]] = {}
 
     def rows(self, after: int, limit: int) -> list[OutboxRow]:
-        return self.reader.rows(after, limit)
+        try:
+            rows = self.reader.rows(after, limit)
+        except DamagedError as error:
+            self.damage = error
+            raise
+        # Under another recorder these numbers may be other facts'. Asked behind the rows: then these are still ours.
+        return rows if self.reader.recorder == self.recorder else []
+
+    def exchanged(self) -> bool:
+        """Whether it has to be opened anew: capture has made another one, or goes on under another recorder."""
+        if self.reader.exchanged():
+            return True
+        try:
+            return self.reader.recorder != self.recorder
+        except DamagedError as error:
+            self.damage = error
+            return False
+
+    def former(self) -> tuple[str, int]:
+        """The recorder that the outbox had before it was renewed, and the last position under it."""
+        meta = self.reader.meta()
+        return str(meta.get("former", "")), int(meta.get("former_position", 0))
 
     def detached(self) -> int:
         return self.reader.detached()
@@ -47,7 +71,8 @@ class Source:
         """The settings of a number; 0 stands for the first that came, without tags."""
         if number not in self._shapes:
             known = {**self._settings(), **self.reader.settings()}
-            self._shapes[number] = known[number or min(known)]
+            # Where both files were damaged, a number may be known to nobody: the newest stand for it.
+            self._shapes[number] = known.get(number or min(known)) or known[max(known)]
         return self._shapes[number]
 
 
@@ -164,6 +189,10 @@ class Fleet:
                 name,
             )
         self._told = removed
+
+    async def end(self) -> None:
+        """End all, behind the batches that are under way."""
+        await asyncio.gather(*map(self._end, list(self._running)))
 
     async def drain(self, seconds: float) -> None:
         """Send what is there, within the deadline, and end."""

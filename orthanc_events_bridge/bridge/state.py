@@ -11,16 +11,20 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from orthanc_events_bridge.errors import OutboxError
-from orthanc_events_bridge.outbox import translated
+from orthanc_events_bridge.errors import DamagedError, OutboxError
+from orthanc_events_bridge.folder import identity, set_aside
+from orthanc_events_bridge.outbox import translated as translated_errors
 
 VERSION: Final = 1
+#: Pages that are given back to the disk at once.
+_VACUUM: Final = 500
 _SCHEMA: Final = """
+PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS settings (  -- those that shape events; rows of the outbox name the number
@@ -83,7 +87,13 @@ class State:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with translated(path):
+        #: What shows that the file is damaged, once a statement has met it.
+        self.damage: DamagedError | None = None
+        self._open()
+
+    def _open(self) -> None:
+        path = self._path
+        with self._translated():
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             except OSError as error:
@@ -98,9 +108,51 @@ class State:
                     raise OutboxError(wrong, "use the same version")
                 self._db.executescript(_LATER)
                 self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute("PRAGMA journal_size_limit = 1048576")
             except BaseException:
                 self._db.close()
                 raise
+        self._files = identity(path)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """As `translated_errors`; damage is remembered."""
+        try:
+            with translated_errors(self._path):
+                yield
+        except DamagedError as error:
+            self.damage = error
+            raise
+
+    def shrink(self) -> None:
+        """Give free pages back to the disk, a few at a time."""
+        with self._translated():
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > _VACUUM // 10:
+                if not self._db.execute("PRAGMA auto_vacuum").fetchone()[0]:  # of an earlier version
+                    self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    self._db.execute("VACUUM")
+                self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM})")  # see outbox.py
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def put_back(self) -> bool:
+        """Make the file again if somebody has removed it, or put another in its place, while we have it open.
+
+        :return: whether that was so.
+        :raises OutboxError: it can't be made.
+        """
+        if identity(self._path) == self._files:
+            return False
+        new = Path(f"{self._path}.new")
+        new.unlink(missing_ok=True)
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._translated():
+            with closing(sqlite3.connect(new, isolation_level=None)) as copy:
+                self._db.backup(copy)
+            self._db.close()  # before another file has its name: see plugin/rescue.py
+        set_aside(self._path)
+        os.replace(new, self._path)  # noqa: PTH105 -- no SQLite has it open
+        self._open()
+        return True
 
     def number_settings(self, shape: Mapping[str, Any]) -> int:
         """The number of the settings that shape events; the same settings keep theirs.
@@ -109,7 +161,7 @@ class State:
         is given twice, and rows of the outbox that name an old one keep their meaning.
         """
         document = json.dumps(shape, sort_keys=True)
-        with translated(self._path):
+        with self._translated():
             self._db.execute(
                 "INSERT OR IGNORE INTO settings SELECT max(coalesce((SELECT max(number) FROM settings), 0) + 1, ?), ?",
                 (int(time.time()), document),
@@ -118,12 +170,12 @@ class State:
 
     def settings(self) -> dict[int, dict[str, Any]]:
         """All settings that were ever numbered."""
-        with translated(self._path):
+        with self._translated():
             return {n: json.loads(document) for n, document in self._db.execute("SELECT * FROM settings")}
 
     def note(self, key: str, document: Mapping[str, Any]) -> None:
         """Keep a document for the others to read."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(document)))
 
     # -- transports ------------------------------------------------------------------------------------------
@@ -131,11 +183,11 @@ class State:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is written in here is kept as a whole, or not at all."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
-            with translated(self._path):
+            with self._translated():
                 self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -144,37 +196,49 @@ class State:
 
     def known(self) -> dict[str, int]:
         """The position of each transport that was ever started and not forgotten."""
-        with translated(self._path):
+        with self._translated():
             return dict(self._db.execute("SELECT name, position FROM transports ORDER BY name").fetchall())
 
     def paused(self) -> dict[str, int]:
         """The transports that are paused, and since when, in milliseconds since the epoch."""
-        with translated(self._path):
+        with self._translated():
             return dict(self._db.execute("SELECT name, since FROM paused").fetchall())
 
     def pause(self, name: str) -> None:
         """Keep that a transport is paused; one that is already keeps its time."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute("INSERT OR IGNORE INTO paused VALUES (?, ?)", (name, int(time.time() * 1000)))
 
     def resume(self, name: str) -> None:
         """Keep that it is paused no longer."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute("DELETE FROM paused WHERE name = ?", (name,))
 
     def forget(self, name: str) -> None:
         """Drop everything that belongs to a transport: its place, its gap, what was set aside, a pause."""
-        with self.together(), translated(self._path):
+        with self.together(), self._translated():
             self._db.execute("DELETE FROM transports WHERE name = ?", (name,))
             self._db.execute("DELETE FROM set_aside WHERE transport = ?", (name,))
             self._db.execute("DELETE FROM paused WHERE name = ?", (name,))
+
+    def succeed(self, recorder: str, former: str, position: int) -> None:
+        """An outbox goes on under another recorder: what transports have had of it counts on.
+
+        :param former: its recorder before.
+        :param position: how far it went under that.
+        """
+        with self._translated():
+            self._db.execute(
+                "UPDATE transports SET recorder = ?, position = min(position, ?) WHERE recorder = ?",
+                (recorder, position, former),
+            )
 
     def progress(self, name: str, recorder: str, position: int = 0) -> Progress:
         """How far a transport is with this outbox.
 
         :param position: where it begins if it is new; with another outbox, every one begins with the oldest row.
         """
-        with translated(self._path):
+        with self._translated():
             self._db.execute(
                 "INSERT INTO transports (name, recorder, position) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
                 " recorder = excluded.recorder, position = 0, gap_from = NULL, gap_through = NULL"
@@ -188,7 +252,7 @@ class State:
 
     def save(self, name: str, progress: Progress) -> None:
         """Keep how far a transport is."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute(
                 "UPDATE transports SET position = ?, seq = ?, identity = ?, published = ? WHERE name = ?",
                 (progress.position, progress.seq, progress.identity, progress.published, name),
@@ -196,7 +260,7 @@ class State:
 
     def gap(self, name: str, first: int, last: int) -> None:
         """Mark what a transport has lost because the outbox had to give it up."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute(
                 "UPDATE transports SET gap_from = coalesce(gap_from, ?), gap_through = ? WHERE name = ?",
                 (first, last, name),
@@ -204,15 +268,23 @@ class State:
 
     def set_aside(self, transport: str, position: int, event: str, type_name: str, reason: str) -> None:
         """Keep an event that the broker can never take where the operator sees it."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute(
                 "REPLACE INTO set_aside VALUES (?,?,?,?,?,?)",
                 (transport, position, event, type_name, reason, int(time.time() * 1000)),
             )
 
+    def aside(self, transport: str, position: int) -> str | None:
+        """The id of the event that is set aside there; none where none is."""
+        with self._translated():
+            row = self._db.execute(
+                "SELECT event FROM set_aside WHERE transport = ? AND position = ?", (transport, position)
+            ).fetchone()
+        return str(row[0]) if row else None
+
     def taken_back(self, transport: str, position: int) -> None:
         """An event is set aside no longer."""
-        with translated(self._path):
+        with self._translated():
             self._db.execute("DELETE FROM set_aside WHERE transport = ? AND position = ?", (transport, position))
 
     # -- commands --------------------------------------------------------------------------------------------
@@ -222,7 +294,7 @@ class State:
 
         :return: its number, by which `answer` is found.
         """
-        with translated(self._path):
+        with self._translated():
             cursor = self._db.execute(
                 "INSERT INTO commands (command, transport, argument) VALUES (?,?,?)",
                 (command, transport, json.dumps(argument)),
@@ -232,7 +304,7 @@ class State:
 
     def commands(self) -> list[Command]:
         """What was asked and isn't done yet, oldest first."""
-        with translated(self._path):
+        with self._translated():
             rows = self._db.execute("SELECT * FROM commands ORDER BY number").fetchall()
         return [Command(number, command, name, json.loads(argument)) for number, command, name, argument in rows]
 
@@ -242,14 +314,14 @@ class State:
         :param text: what became of it, for the one who asked.
         :param failed: whether it could not be done.
         """
-        with self.together(), translated(self._path):
+        with self.together(), self._translated():
             self._db.execute("DELETE FROM commands WHERE number = ?", (command.number,))
             self._db.execute("REPLACE INTO answers VALUES (?,?,?)", (command.number, not failed, text))
             self._db.execute("DELETE FROM answers WHERE number <= ?", (command.number - _ANSWERS,))
 
     def answer(self, number: int) -> tuple[bool, str] | None:
         """What became of a command: whether it is done, and what there is to say; none while it waits."""
-        with translated(self._path):
+        with self._translated():
             row = self._db.execute("SELECT done, text FROM answers WHERE number = ?", (number,)).fetchone()
         return (bool(row[0]), str(row[1])) if row else None
 

@@ -64,6 +64,7 @@ class Registry(Protocol):
     def is_childless(self, resource: Resource) -> bool: ...
     def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
     def growing(self) -> list[Resource]: ...
+    def meet(self, resources: Iterable[Resource]) -> None: ...
 
 
 def deletion(resource: Resource, at: int) -> Fact:
@@ -89,6 +90,8 @@ class Repair:
     :param began: when recording began, milliseconds since the epoch.
     :param instances: whether deletions of instances are inferred as well: a question for each series.
     :param place: where an earlier run ended, as `place` gave it.
+    :ivar remembered: entries of the registry were lost, and so many of Orthanc's studies are remembered again; none
+        where nothing was lost.
     :ivar inferred: how many facts were inferred so far, by their change.
     :ivar passed_over: how many resources Orthanc could not answer about.
     """
@@ -113,6 +116,7 @@ class Repair:
         self._tip = tip
         self._now = now
         self._wall = wall
+        self._studies = studies
         self._stable_age = stable_age
         self._instances = instances
         # With instances the series come first, so that those in them are told before them.
@@ -124,6 +128,7 @@ class Repair:
         place = place or {}
         self._walk = Walk(str(place["place"])) if place.get("place") else None
         self._missing = Doubts[Resource](now)
+        self.remembered: int | None = place.get("remembered")
         #: What is looked for behind another log: received something since then. And what was told meanwhile.
         self._since = 0
         self._calmed: set[str] = set()
@@ -138,17 +143,25 @@ class Repair:
     @property
     def active(self) -> bool:
         """Whether there is something left to do."""
-        return bool(self._walk or self._growing or self._resting or self._missing or self._strangers.active)
+        looking = self._walk or self._strangers.active or self.remembered is not None
+        return bool(looking or self._growing or self._resting or self._missing)
 
     @property
     def place(self) -> dict[str, Any]:
         """What is to be kept over restarts."""
-        return {"place": str(self._walk) if self._walk else "", "listed": self._strangers.place}
+        place = str(self._walk) if self._walk else ""
+        return {"place": place, "listed": self._strangers.place, "remembered": self.remembered}
 
     def begin(self) -> None:
         """Orthanc has started, and everything that it had logged by then is recorded."""
         self._due = self._now() + self._stable_age
         self._growing = {one.id: (one, 0) for one in self._registry.growing()} | self._growing
+        self.compare()
+
+    def go_on(self, registry: Registry, remembered: int | None) -> None:
+        """What was announced is kept elsewhere now, and perhaps not all of it."""
+        self._registry, self.remembered = registry, remembered
+        self._strangers.registry = registry
         self.compare()
 
     def compare(self) -> None:
@@ -198,6 +211,8 @@ class Repair:
                     self._calmed.add(resource)
             if fact.change == "Deleted" and fact.level == "study":
                 self._strangers.deleted()
+                if self.remembered:  # what stands behind it in Orthanc's list moves up
+                    self.remembered -= 1
 
     def _has_timer(self, resource: str) -> None:
         self._growing.pop(resource, None)
@@ -229,6 +244,8 @@ class Repair:
                 self._look_at_growing()
             elif self._strangers.looking:
                 self._look_at_listed()
+            elif self.remembered is not None:
+                self._remember(self.remembered)
             elif self._walk and len(self._missing) < _MISSING:
                 self._look(self._walk)
         return facts
@@ -367,6 +384,21 @@ class Repair:
 
     def _creations(self, cursor: int, calm: float) -> list[Fact]:
         return self._strangers.facts(cursor, calm, _QUESTIONS // 2, self._is_mute)
+
+    # -- entries that were lost ----------------------------------------------------------------------------------------
+
+    def _remember(self, index: int) -> None:
+        """A page of the studies that Orthanc has, without a word: they may well have been announced."""
+        page = self._studies(index, _QUESTIONS)
+        met: list[Resource] = []
+        for study in page:
+            answer = None if self._is_mute(study) else self._ask("study", study)
+            if answer is not None:
+                patient = str(answer["ParentPatient"])
+                met += [Resource("patient", patient, None, None), Resource("study", study, patient, None)]
+                met += [Resource("series", str(one), study, None) for one in answer.get("Series", ())]
+        self._registry.meet(met)
+        self.remembered = index + len(page) if page else None
 
 
 def _remember(where: dict[str, Any], resource: str, what: Any) -> None:

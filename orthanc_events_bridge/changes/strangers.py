@@ -36,6 +36,7 @@ class Strangers:
 
     :param began: when recording began, milliseconds since the epoch.
     :param place: where an earlier one was; none where there is nothing to look for.
+    :ivar registry: what was announced.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Strangers:
         began: int,
         place: int | None,
     ) -> None:
-        self._registry = registry
+        self.registry = registry
         self._ask = ask
         self._tip = tip
         self._studies = studies
@@ -167,5 +168,5 @@ class Strangers:
 
     def _is_new(self, resource: str) -> bool:
         """Whether nobody has said that it was created."""
-        known = self._registry.find(resource)
+        known = self.registry.find(resource)
         return known is None or known.born is None

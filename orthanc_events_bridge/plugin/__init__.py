@@ -21,12 +21,11 @@ from typing import Any, Final
 from orthanc_events_bridge import __version__
 from orthanc_events_bridge import status as statuses
 from orthanc_events_bridge.changes.model import Callback, ChangeKind
-from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.folder import Folder, find
 from orthanc_events_bridge.plugin.capture import Capture
 from orthanc_events_bridge.plugin.guest import Guest, OnChange, StorageAreas
 from orthanc_events_bridge.plugin.host import OrthancHost
-from orthanc_events_bridge.plugin.lookup import GoneError
 from orthanc_events_bridge.plugin.supervisor import Supervisor, interpreter
 
 STATUS_ROUTE: Final = "/orthanc-events/status"

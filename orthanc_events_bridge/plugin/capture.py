@@ -18,7 +18,7 @@ from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.changes.unlogged import Unlogged
 from orthanc_events_bridge.changes.unordered import REREAD, Unordered
-from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
+from orthanc_events_bridge.errors import BridgeError, DamagedError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
@@ -27,7 +27,9 @@ from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
 from orthanc_events_bridge.plugin.flush import Flusher
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.lookup import Lookup
+from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.plugin.upkeep import Upkeep
+from orthanc_events_bridge.salvage import StoppedError
 from orthanc_events_bridge.status import iso
 
 #: Callbacks that may wait in memory while the outbox can't be written.
@@ -113,6 +115,7 @@ class Capture:
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._backfilling = Backfilling(self._upkeep.backfill, self._look_up, self._log.tip)
         self._next_fill = 0.0
+        self._rescue = Rescue(folder, host, self._upkeep, self._stop.is_set)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
         self._all_taken = threading.Event()
@@ -188,6 +191,8 @@ class Capture:
         while not self._stop.is_set():
             try:
                 self._capture()
+            except DamagedError as error:
+                self._exchange(error)
             except Exception as error:
                 self._failed(error)
                 self._stop.wait(0.01 if isinstance(error, LogUnavailableError) else 0.1)
@@ -228,12 +233,27 @@ class Capture:
                 " logs will be read from its log; deletions and jobs among them are lost"
             )
 
+    def _exchange(self, error: DamagedError) -> None:
+        """The outbox can't be used any more: go on with a new one. What is not recorded yet is in the queue still."""
+        outbox = self._outbox
+        try:
+            found = self._rescue.save(outbox, error)
+            self._outbox, self._anchored, self._noted = None, False, {}
+            self.notes.pop("repair", None)
+            self._rescue.exchange(outbox, found, error)
+        except StoppedError:
+            return
+        except Exception as failure:
+            self._failed(failure)
+            self._stop.wait(_TICK)
+
     def _capture(self) -> None:
         """Anchor, catch up, and follow, until told to stop."""
         if self._held is None:
             self._held = self._folder.hold_outbox()
         if self._outbox is None:
-            self._outbox = OutboxWriter(self._folder.outbox, time.time)
+            self._outbox = self._rescue.open()
+            self._go_on_repairing(self._outbox)
         outbox = self._outbox
         self._await_settings(outbox)
         self._bell.wait(_TICK)  # Orthanc calls back as soon as it has started; asked earlier, it logs an error
@@ -305,6 +325,14 @@ class Capture:
             self._host.info(
                 f"{merge.vanished} logged changes vanished before they were read (their resources are gone)"
             )
+
+    def _go_on_repairing(self, outbox: OutboxWriter) -> None:
+        """The outbox was exchanged while Orthanc ran on, and its timers with it."""
+        repair = self._repair
+        if repair is not None:
+            outbox.resources.index_instances(bool(self._upkeep.options["infer_instances"]))
+            repair.go_on(outbox.resources, outbox.noted("repair").get("remembered"))
+            self.notes["repair"] = lambda: repair.place
 
     def _make_repair(self, outbox: OutboxWriter) -> Repair:
         """Once for each of Orthanc's starts."""
@@ -502,6 +530,7 @@ class Capture:
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
         self._upkeep.retain(outbox)
+        self._rescue.look(outbox)
         self._watch_log(outbox, merge)
         late, self._late_said = self._counts["late"] - self._late_said, self._counts["late"]
         if late:

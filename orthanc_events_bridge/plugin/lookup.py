@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.model import Callback, Fact
-from orthanc_events_bridge.errors import BridgeError, LogUnavailableError
+from orthanc_events_bridge.errors import GoneError, LogUnavailableError
 
 _ABOVE: Final = {"instance": "series", "series": "study", "study": "patient"}
 _ROUTES: Final = {"patient": "patients", "study": "studies", "series": "series", "instance": "instances"}
@@ -35,10 +35,6 @@ _JOB_CONTENT: Final = {
     "FailedInstancesCount": "failedInstances",
     "ParentResources": "parentResources",
 }
-
-
-class GoneError(BridgeError):
-    """Orthanc knows no such resource (any more)."""
 
 
 class Lookup:

@@ -90,11 +90,31 @@ class Upkeep:
         except OutboxError:
             return None
 
-    def _delivered(self, outbox: OutboxWriter) -> int:
+    def delivered(self, recorder: str | None) -> int:
+        """The position up to which every transport has delivered; 0 where that is not known.
+
+        :param recorder: of the outbox; none where it can't be read: then it is the one that all transports are in.
+        """
         try:
-            return self._bridge.delivered(outbox.recorder, self.options.get("transports"))
+            recorder = recorder or self._bridge.recorder()
+            return self._bridge.delivered(recorder, self.options.get("transports")) if recorder else 0
         except OutboxError:
             return 0
+
+    def highest(self, recorder: str) -> int:
+        """The last position that any transport has had of an outbox."""
+        try:
+            return self._bridge.highest(recorder)
+        except OutboxError:
+            return 0
+
+    def damage(self, outbox: OutboxWriter) -> str:
+        """What the bridge has found wrong with the outbox; empty where it has nothing to say."""
+        try:
+            found = self._bridge.note("damage")
+        except OutboxError:
+            return ""
+        return str(found["message"]) if found.get("file") == outbox.file else ""
 
     def _behind(self, outbox: OutboxWriter) -> str:
         """The transport that needs the oldest row, in brackets; empty where none is known."""
@@ -109,7 +129,7 @@ class Upkeep:
         now = time.monotonic()
         if now >= self._next_retain:
             before = int((time.time() - self.options["keep"]) * 1000)
-            gone = outbox.retain(self._delivered(outbox), before, _RETAIN)
+            gone = outbox.retain(self.delivered(outbox.recorder), before, _RETAIN)
             self._next_retain = now + (_RETAIN_EVERY if gone < _RETAIN else 0.0)
 
     def make_room(self, outbox: OutboxWriter) -> None:
@@ -119,7 +139,7 @@ class Upkeep:
         """
         if outbox.bytes_used() < self.limit:
             return
-        delivered = self._delivered(outbox)
+        delivered = self.delivered(outbox.recorder)
         while outbox.bytes_used() > self.limit * 0.95:
             if outbox.retain(delivered, 2**62, _RETAIN):
                 continue

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import contextlib
 import logging
-import os
 import re
 import socket
 import ssl
@@ -22,6 +21,7 @@ import httpx
 
 from orthanc_events_bridge import __version__
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.reasons import causes, reason, tls_failure
 from orthanc_events_bridge.transports.tls import client_context
 from orthanc_events_bridge.transports.webhook_options import WebhookOptions
 
@@ -160,15 +160,12 @@ class Client:
 
     def _problem(self, error: Exception, then: str) -> TransportError:
         """Which of our errors it is that there is no answer."""
-        chain = list(_chain(error))
-        for one in chain:
-            # The end of a connection is an SSLError too.
-            if isinstance(one, ssl.SSLError) and not isinstance(one, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-                text = getattr(one, "verify_message", "") or one.reason or "no reason given"
-                return TransportConfigurationError(
-                    f"{self._place}: TLS failed: {_plain(text)}",
-                    "check `url`, tls.ca_file, the names and dates in the certificates, and tls.cert_file",
-                )
+        chain = list(causes(error))
+        if why := tls_failure(chain):
+            return TransportConfigurationError(
+                f"{self._place}: TLS failed: {why}",
+                "check `url`, tls.ca_file, the names and dates in the certificates, and tls.cert_file",
+            )
         if isinstance(error, httpx.ProxyError):
             return self._proxy_problem(str(error))
         if isinstance(error, httpx.RemoteProtocolError) and "illegal" in str(error):
@@ -178,7 +175,7 @@ class Client:
         if isinstance(error, httpx.ConnectError | UnicodeError):
             by = f" by the proxy {self._options.proxy}" if self._options.proxy else ""
             return NotConnectedError(
-                f"{self._place} can't be reached{by}: {_reason(chain)}", "start the receiver, or check `url`"
+                f"{self._place} can't be reached{by}: {reason(chain)}", "start the receiver, or check `url`"
             )
         self._cut = True
         return NotConnectedError(
@@ -222,28 +219,3 @@ def _keep_alive() -> Iterator[tuple[int, int, int]]:
     for name, seconds in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):  # macOS has other names
             yield socket.IPPROTO_TCP, getattr(socket, name), seconds
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it comes from."""
-    while error is not None:
-        yield error
-        if isinstance(error, BaseExceptionGroup):
-            for one in error.exceptions:
-                yield from _chain(one)
-            return
-        error = error.__cause__ or error.__context__
-
-
-def _reason(chain: list[BaseException]) -> str:
-    """What the system says of it; asyncio's own words would name the address once more."""
-    for one in chain:
-        if isinstance(one, socket.gaierror):
-            return _plain(one.strerror or "its name is not known")
-        if isinstance(one, OSError) and one.errno:
-            return os.strerror(one.errno)
-    return type(chain[-1]).__name__
-
-
-def _plain(text: str) -> str:
-    return "".join(letter for letter in text if letter.isprintable()).strip().rstrip(".")

@@ -18,6 +18,7 @@ from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
+from tests.faults.test_damage import put_an_older_copy_back, remove_the_outbox
 from tests.faults.test_power import cut_several_times
 from tests.faults.test_repair import hold_callbacks_up, put_back, without_bridge
 from tests.faults.test_replay import backfill_while_receiving
@@ -230,6 +231,9 @@ CASES: list[Any] = [
     pytest.param("nats", ["published"], cut_the_power_often, "out_of_order", id="published", marks=pytest.mark.slow),
     pytest.param("nats", ["jump"], cut_the_power_often, "unexpected lost", id="jump", marks=pytest.mark.slow),
     pytest.param("nats", ["outbox-lock"], record_twice, "unexpected lost", id="outbox-lock", marks=pytest.mark.slow),
+    pytest.param("nats", ["look"], remove_the_outbox, "lost", id="look", marks=pytest.mark.slow),
+    pytest.param("nats", ["salvage"], remove_the_outbox, "lost", id="salvage"),
+    pytest.param("nats", ["renew"], put_an_older_copy_back, "unexpected lost", id="renew", marks=pytest.mark.slow),
     pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
     pytest.param("nats", ["announced"], backfill_while_receiving, "repeated", id="announced"),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),

@@ -534,6 +534,37 @@ def test_bytes_shrink_with_the_rows(box: Opened) -> None:
     assert box.path.stat().st_size < full / 2  # given back to the disk
 
 
+def test_a_spike_gives_its_disk_back_in_small_steps_while_it_is_open(box: Opened) -> None:
+    writer = box.writer()
+    reader = box.reader()
+    for _ in range(10):
+        writer.append([Fact("JobSuccess", "job", "j" * 500, 1) for _ in range(3000)], 1, 1, unasked)
+    wal = Path(f"{box.path}-wal")
+    full = box.path.stat().st_size
+    assert full > 15_000_000
+    free = 0
+    while writer.retain(30_000, 2**62):
+        before, free = free, writer._db.execute("PRAGMA freelist_count").fetchone()[0]
+        assert free <= before + 1000, "what a step frees is given back by it"
+    assert reader.rows(0, 1) == []
+    assert box.path.stat().st_size < full / 20
+    assert wal.stat().st_size < 20_000_000
+
+
+def test_the_write_ahead_log_shrinks_when_nobody_holds_it_any_more(box: Opened) -> None:
+    writer = box.writer()
+    frozen = sqlite3.connect(box.path, isolation_level=None)
+    frozen.execute("BEGIN")
+    frozen.execute("SELECT count(*) FROM rows").fetchone()
+    wal = Path(f"{box.path}-wal")
+    while wal.stat().st_size < 40_000_000:
+        writer.append([Fact("JobSuccess", "job", "j" * 500, 1) for _ in range(3000)], 1, 1, unasked)
+    frozen.close()
+    for _ in range(3):
+        writer.append(jobs(10), 1, 1, unasked)
+    assert wal.stat().st_size <= 33_554_432
+
+
 def test_full_disk_is_said_as_such_and_leaves_everything_as_it_was(box: Opened) -> None:
     writer = box.writer()
     writer.append(jobs(3), 3, 1, unasked)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orthanc_events_bridge.bridge import state as state_module
 from orthanc_events_bridge.bridge.state import Progress, State
 from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.status import BridgeView
@@ -299,3 +300,27 @@ def test_view_of_nothing(view: BridgeView) -> None:
     assert view.transports() == [] and view.set_aside() == [] and view.settings() is None
     assert view.acknowledged_seq() is None and view.delivered("r", None) == 0 and view.behind("r") is None
     assert view.paused() == {} and view.waiting() == [] and view.configured() is None and view.all_settings() == {}
+
+
+@pytest.mark.parametrize("made", ["now", "by an earlier version"])
+def test_a_spike_gives_its_disk_back_in_small_steps_while_it_is_open(opened: Open, path: Path, made: str) -> None:
+    if made != "now":
+        db = sqlite3.connect(path)
+        schema = state_module._SCHEMA.replace("PRAGMA auto_vacuum = INCREMENTAL;", "")
+        db.executescript(f"{schema} PRAGMA user_version = {state_module.VERSION}; COMMIT;")
+        db.close()
+    state = opened()
+    state.pause("kept")
+    with state.together():
+        for position in range(20_000):
+            state.set_aside("one", position, "event", "type", "x" * 300)
+    wal = Path(f"{path}-wal")
+    state.shrink()
+    state.forget("one")
+    for _ in range(6):
+        state.shrink()
+    assert path.stat().st_size < 500_000
+    state.pause("other")
+    state.pause("another")
+    assert wal.stat().st_size <= 1_048_576
+    assert set(state.paused()) == {"kept", "other", "another"}

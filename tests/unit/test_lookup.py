@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
-from orthanc_events_bridge.errors import LogUnavailableError
-from orthanc_events_bridge.plugin.lookup import GoneError, Lookup, job_snapshot, without_user
+from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+from orthanc_events_bridge.plugin.lookup import Lookup, job_snapshot, without_user
 
 TREE: dict[str, Any] = {
     "/instances/i": {"ParentSeries": "se", "MainDicomTags": {"SOPInstanceUID": "1.1.1"}},

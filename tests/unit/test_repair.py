@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.changes.model import Fact, Resource
 from orthanc_events_bridge.changes.repair import CALM, Repair
 from orthanc_events_bridge.errors import LogUnavailableError
 from orthanc_events_bridge.resources import SCHEMA, Resources
@@ -317,7 +317,7 @@ def test_a_walk_goes_on_where_it_was_and_goes_all_around(world: World, steps: in
     again = world.repair(place=repair.place)
     again.begin()
     assert sorted(world.run(again)) == [("Deleted", "e29.0"), ("Deleted", "e7.0")]
-    assert again.place == {"place": "", "listed": None}
+    assert again.place == {"place": "", "listed": None, "remembered": None}
 
 
 def test_instances_are_asked_for_by_option_only(world: World) -> None:
@@ -526,3 +526,44 @@ def test_a_stranger_whose_creation_is_on_its_way_is_not_announced(world: World) 
     assert world.run(repair, cursor=0, calm=0.0) == []
     world.record(facts)
     assert world.run(repair, cursor=world.seq, calm=0.0) == []
+
+
+# -- entries that were lost --------------------------------------------------------------------------------------------
+
+
+def test_lost_entries_are_remembered_without_a_word_and_their_end_is_told(world: World) -> None:
+    for number in range(25):
+        world.store("p", f"s{number}", f"e{number}", f"i{number}", told=False)
+    world.store("q", "known", "f", "j")
+    repair = world.repair(place={"remembered": 0})
+    assert world.run(repair) == []
+    assert repair.remembered is None and not repair.active
+    assert world.registry.find("s7") == Resource("study", "s7", "p", None)
+    known = world.registry.find("known")
+    assert known is not None and known.born is not None, "what is known stays as it is"
+    assert world.registry.count == 1 + 25 + 25 + 4
+    for one in ("s7", "e7"):
+        del world.there[one]
+    again = world.repair()
+    again.begin()
+    assert world.run(again) == [("Deleted", "e7"), ("Deleted", "s7")]
+
+
+def test_remembering_goes_on_where_it_was(world: World) -> None:
+    for number in range(25):
+        world.store("p", f"s{number}", f"e{number}", f"i{number}", told=False)
+    repair = world.repair(place={"remembered": 0})
+    repair.step(0, 100.0)
+    assert repair.remembered == 10 and world.asked == 10
+    world.run(world.repair(place=repair.place))
+    assert world.asked == 25
+    assert all(world.registry.find(f"e{number}") for number in range(25))
+
+
+def test_what_goes_on_elsewhere_is_compared_there(world: World) -> None:
+    world.store("p", "s", "e", "i")
+    repair = world.repair()
+    repair.go_on(world.registry, None)
+    for one in ("p", "s", "e", "i"):
+        del world.there[one]
+    assert world.run(repair) == [("Deleted", "e"), ("Deleted", "s"), ("Deleted", "p")]

@@ -1,0 +1,37 @@
+"""A message of a broker → the event in it, whichever mode it came in."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.base import Incoming
+
+#: Prefixes of the headers that carry attributes in binary mode: of Kafka's binding, and of the others.
+_PREFIXES: Final = ("ce-", "ce_")
+
+
+def event_of(message: Incoming) -> dict[str, Any] | None:
+    """A message as an event in CloudEvents' JSON format, whichever mode it came in; none where it isn't one."""
+    attributes = {
+        name[len(prefix) :]: value
+        for prefix in _PREFIXES
+        for name, value in message.headers.items()
+        if name.startswith(prefix)
+    }
+    if "specversion" not in attributes:
+        try:
+            event = json.loads(message.body)
+        except ValueError:
+            return None
+        return event if isinstance(event, dict) and "specversion" in event else None
+    content_type = message.headers.get("content-type", "")
+    event = {**attributes, **({"datacontenttype": content_type} if content_type else {})}
+    if not message.body:
+        return event
+    try:
+        return {**event, "data": json.loads(message.body)}
+    except ValueError:
+        return {**event, "data_base64": b64encode(message.body).decode()}
