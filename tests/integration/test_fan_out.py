@@ -241,6 +241,7 @@ def test_a_whole_line_to_three_brokers_of_which_two_fail_in_turn(tmp_path: Path)
         line = stack.enter_context(started(tmp_path / "line", settings=more, stable_age=1))
         line.ledger.allow("*.stable")
         line.ledger.allow("server.*")
+        line.wait(lambda document: set(states(document).values()) == {"connected"})
         second.settle()
         with Clients(line, adders=1, loopers=1):
             time.sleep(0.5)
