@@ -39,6 +39,8 @@ _LOADS: Final = errors.GroupLoadInProgressError.errno
 _MOVED: Final = frozenset({errors.GroupCoordinatorNotAvailableError.errno, errors.NotCoordinatorForGroupError.errno})
 _SHARING: Final = errors.RebalanceInProgressError.errno
 _ID_NEEDED: Final = errors.MemberIdRequired.errno
+#: To who is no member: those who are have the say.
+HAS_MEMBERS: Final = errors.UnknownMemberIdError.errno
 NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, errors.InvalidCommitOffsetSizeError.errno})
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
@@ -223,7 +225,7 @@ class Group:
     async def store(self, places: Mapping[Place, tuple[int, str]], *, outside: bool = False) -> set[int]:
         """Note where the group has got to.
 
-        :param outside: as nobody's member; refused if there are any.
+        :param outside: as nobody's member; refused with `HAS_MEMBERS` if there are any.
         :return: the codes of what was refused for a moment; it is to be tried again.
         :raises TransportError: it was refused.
         """
@@ -236,7 +238,7 @@ class Group:
         if self._joining:  # the number of the sharing out may have moved on, and we are about to hear of it
             passing.add(errors.IllegalGenerationError.errno)
         if outside:
-            passing.add(errors.UnknownMemberIdError.errno)
+            passing.add(HAS_MEMBERS)
         for code in codes - passing:
             raise self._refused(code)
         if codes & _MOVED:

@@ -31,7 +31,7 @@ from orthanc_events_bridge.transports.kafka_delays import (
     step_for,
 )
 from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
-from orthanc_events_bridge.transports.kafka_group import Group
+from orthanc_events_bridge.transports.kafka_group import HAS_MEMBERS, NOTE_TOO_LONG, Group
 from orthanc_events_bridge.transports.kafka_membership import Membership
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_partition import Partition, mark_of
@@ -44,6 +44,8 @@ from orthanc_events_bridge.transports.subscriptions import boot_time
 #: Kafka's smallest session by default, and what a member's has beyond ``ack_wait``: its last word is that old.
 _SHORTEST_SESSION: Final = 6.0
 _MARGIN: Final = 1.0
+#: Seconds between two tries to note where a name begins.
+_LOOK: Final = 0.02
 #: Seconds that each of the steps of closing may take.
 _CLOSING: Final = 0.35
 
@@ -176,9 +178,19 @@ class KafkaSubscription(Subscription):
             return
         found = await offsets(self._beside, self._options, self._topic.metadata, oldest=oldest or begun in stored)
         mark = mark_of(self._topic.metadata.id)
-        rows = {(self._topic.name, one): (offset, mark) for one, offset in found.items()}
-        # Refused where the name has subscribers: then it has begun.
-        await self._group.store({**rows, begun: stored.get(begun, (0, ""))}, outside=True)
+        end = asyncio.get_running_loop().time() + self._options.connect_timeout
+        while True:
+            rows = {(self._topic.name, one): (offset, mark) for one, offset in found.items()}
+            codes = await self._group.store({**rows, begun: stored.get(begun, (0, ""))}, outside=True)
+            if not codes - {HAS_MEMBERS}:  # where the name has subscribers, it has begun
+                return
+            if asyncio.get_running_loop().time() > end:  # without a place it would begin with the oldest event
+                raise NotConnectedError(
+                    f"Kafka does not note where {self._name} begins: {sorted(codes)}", "it is tried again by itself"
+                )
+            if codes & NOTE_TOO_LONG:
+                mark = ""
+            await asyncio.sleep(_LOOK)
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
