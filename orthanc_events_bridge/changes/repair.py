@@ -138,7 +138,7 @@ class Repair:
         if not self._growing:
             return
         for fact in facts:
-            if fact.change == "NewInstance":
+            if fact.change == "NewInstance" and not fact.extra.get("inferred"):  # else it was there long before
                 for level in _GROWN:
                     self._growing.pop((fact.parents or {}).get(level, ""), None)
             elif fact.change == "NewChildInstance" or fact.change.startswith("Stable"):
