@@ -53,7 +53,7 @@ def test_one_consumer_gets_again_what_was_told_while_new_events_go_on(line: Line
     told = by_position(everyones(line.broker))
     replay = Command(line.folder.path, line.config)
     with Clients(line, adders=1, pause=0.02) as clients:
-        process = replay.begin("replay", "--all", "--to", "archive", "--rate", "150")
+        process = replay.begin("replay", "--all", "--to", "archive", "--rate", "10")
         try:
             assert wait_until(lambda: len(inbox(line.broker, "archive")) > 20, LONG, every=0.2)
         finally:
