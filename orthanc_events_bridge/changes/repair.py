@@ -202,7 +202,7 @@ class Repair:
         """Facts that Orthanc told were recorded: what still grows has a timer again."""
         for fact in facts:
             resource = fact.resource or ""
-            if fact.change == "NewInstance":
+            if fact.change == "NewInstance" and not fact.extra.get("inferred"):  # else it was there long before
                 for level in _GROWN:
                     self._has_timer((fact.parents or {}).get(level, ""))
             elif fact.change in ("NewChildInstance", "Deleted") or fact.change.startswith("Stable"):

@@ -230,6 +230,33 @@ def test_nothing_confirmed_is_lost_in_an_inbox_when_the_broker_is_killed(harness
 
 
 @needs_inboxes
+def test_a_frozen_broker_is_given_up_and_gets_the_rest_when_it_is_thawed(harness: Harness) -> None:
+    sent = again(events(60, keys=KEYS))
+
+    async def main() -> None:
+        transport = harness.transport(impatient=True)
+        inbox, other = transport.inbox("one"), transport.inbox("one")
+        await inbox.connect()
+        await inbox.publish(sent[:30])
+        harness.freeze()
+        with failing(harness, NotConnectedError, confirmed=0):
+            await inbox.publish(sent[30:])
+        for one in (inbox, other):
+            with failing(harness, NotConnectedError):
+                await one.connect()
+            await one.close()
+        harness.thaw()
+        patient = harness.transport().inbox("one")
+        await patient.connect()
+        await patient.publish(sent[30:])
+        await patient.close()
+
+    run(main(), seconds=120)
+    stored = harness.read_inbox("one")
+    assert {one.body for one in stored} == {one.body for one in sent}
+
+
+@needs_inboxes
 def test_a_consumer_may_not_be_called_anything(harness: Harness) -> None:
     transport = harness.transport()
     for name in ("", "a.b", "a b", ">", "*", "ü", "n" * 129):

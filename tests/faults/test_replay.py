@@ -31,7 +31,7 @@ def test_a_replay_outlives_its_broker(make_line: MakeLine, broker: str) -> None:
             line.ledger.stored(line.orthanc.upload(instance.data))
     line.settle()
     command = Command(line.folder.path, line.config)
-    process = command.begin("replay", "--all", "--to", "archive", "--rate", "50", "--json")
+    process = command.begin("replay", "--all", "--to", "archive", "--rate", "30", "--json")
     try:
         assert wait_until(lambda: len(inbox(line.broker, "archive")) > 50, LONG, every=0.1)
         line.broker.settle()

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,15 +15,22 @@ from orthanc_events_bridge.testing.ledger import Event
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import require
 from tests.integration.replay_tools import Command, everyones
+from tests.integration.whole import prepare
 
 pytestmark = pytest.mark.integration
 
 
 @contextmanager
-def before(folder: Path, studies: list[dicom.Study], **options: Any) -> Iterator[Line]:
-    """A line whose Orthanc had studies before the bridge was there."""
+def before(folder: Path, studies: list[dicom.Study], *, questions: int | None = None) -> Iterator[Line]:
+    """A line whose Orthanc had studies before the bridge was there.
+
+    :param questions: in a step of a backfill, so that it takes long enough to come in between.
+    """
     require("nats-server", "orthanc", "orthanc-python")
-    line = Line(folder, **options)
+    line = Line(folder)
+    if questions is not None:
+        slow = f"from orthanc_events_bridge.changes import backfill\nbackfill._QUESTIONS = {questions}\n"
+        prepare(line.orthanc.shim_path, behind=slow)
     plugins, line.orthanc.config["Plugins"] = line.orthanc.config["Plugins"], []
     try:
         line.orthanc.start()
@@ -108,7 +114,7 @@ def check_keys(events: dict[str, Event], studies: list[dicom.Study]) -> None:
 
 def test_it_goes_on_when_orthanc_is_killed_and_what_is_new_is_not_held_up(tmp_path: Path) -> None:
     studies = [dicom.make_study(series=1, instances=1) for _ in range(120)]
-    with before(tmp_path, studies) as line:
+    with before(tmp_path, studies, questions=2) as line:
         line.settle()
         command = Command(line.folder.path, line.config)
         command.run("backfill", "--level", "instance", "--no-wait")
@@ -131,8 +137,8 @@ def test_it_goes_on_when_orthanc_is_killed_and_what_is_new_is_not_held_up(tmp_pa
 
 
 def test_it_can_be_ended(tmp_path: Path) -> None:
-    studies = [dicom.make_study(series=1, instances=1) for _ in range(100)]
-    with before(tmp_path, studies) as line:
+    studies = [dicom.make_study(series=1, instances=1) for _ in range(200)]
+    with before(tmp_path, studies, questions=1) as line:
         line.settle()
         command = Command(line.folder.path, line.config)
         command.run("backfill", "--no-wait")

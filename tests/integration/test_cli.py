@@ -536,7 +536,7 @@ def test_transports_of_an_outbox_that_no_bridge_has_seen(tmp_path: Path, run: Ru
 def test_transports_waits_for_a_bridge_that_does_not_answer_only_so_long(
     outbox: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orthanc_events_bridge.cli_transports._WAIT", 0.3)
+    monkeypatch.setattr("orthanc_events_bridge.cli_asking._WAIT", 0.3)
     lock = os.open(outbox / "bridge.lock", os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import nats as nats_client
 import pytest
 
 from orthanc_events_bridge.testing import dicom
@@ -51,7 +53,7 @@ def test_one_consumer_gets_again_what_was_told_while_new_events_go_on(line: Line
     told = by_position(everyones(line.broker))
     replay = Command(line.folder.path, line.config)
     with Clients(line, adders=1, pause=0.02) as clients:
-        process = replay.begin("replay", "--all", "--to", "archive", "--rate", "150")
+        process = replay.begin("replay", "--all", "--to", "archive", "--rate", "10")
         try:
             assert wait_until(lambda: len(inbox(line.broker, "archive")) > 20, LONG, every=0.2)
         finally:
@@ -112,6 +114,34 @@ def test_it_can_be_chosen_what_is_sent_and_only_counted(beside: tuple[Beside, Co
     replay.run("replay", "--all", "--study", "study-7", "--to", "one")
     replay.run("replay", "--since", "1h", "--type", "series.*", "--to", "one")
     assert [one.position for one in inbox(nats, "one")][20:] == [7]
+
+
+def test_a_plain_client_reads_its_inbox_and_what_it_acknowledges_goes(
+    beside: tuple[Beside, Command], nats: Broker
+) -> None:
+    """As docs/events.md says it."""
+    made, replay = beside
+    made.record(5)
+    made.wait_delivered("nats")
+    replay.run("replay", "--all", "--to", "archive")
+    replay.run("replay", "--all", "--to", "other")
+
+    async def main() -> list[bytes]:
+        client = await nats_client.connect(nats.url)
+        try:
+            subscription = await client.jetstream().pull_subscribe(
+                "orthanc.inbox.archive", durable="archive", stream=STREAM
+            )
+            messages = await subscription.fetch(10, timeout=LONG)
+            for message in messages:
+                await message.ack_sync(timeout=LONG)
+            return [message.data for message in messages]
+        finally:
+            await client.close()
+
+    told = [one.body for one in everyones(nats)]
+    assert asyncio.run(main()) == told
+    assert [one.subject for one in read_stream(nats.port, STREAM)] == ["orthanc.inbox.other"] * 5
 
 
 def test_everyone_gets_it_if_that_is_said_twice(beside: tuple[Beside, Command], nats: Broker) -> None:

@@ -158,6 +158,15 @@ def test_what_is_heard_of_again_has_a_timer_of_orthancs(world: World, change: st
     assert told == (set() if change == "NewInstance" else {"e", "p"})
 
 
+def test_an_instance_that_a_backfill_announces_starts_no_timer(world: World) -> None:
+    world.store("p", "s", "e", "i")
+    repair = world.repair(stable_age=0)
+    repair.begin()
+    parents = {"series": "e", "study": "s", "patient": "p"}
+    repair.recorded([Fact("NewInstance", "instance", "old", AT, None, DATE, parents, {"inferred": True})])
+    assert {resource for _, resource in world.run(repair)} == {"e", "s", "p"}
+
+
 def test_what_orthanc_does_not_call_stable_is_left_to_it(world: World) -> None:
     world.store("p", "s", "e", "i")
     world.stable = False
