@@ -16,6 +16,7 @@ from typing import Final
 
 from orthanc_events_bridge.errors import DamagedError, OutboxError
 from orthanc_events_bridge.folder import Folder, set_aside
+from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.upkeep import Upkeep
@@ -42,6 +43,7 @@ class Rescue:
         self._host = host
         self._upkeep = upkeep
         self._stopping = stopping
+        self._repeats = Repeats(time.monotonic)
 
     def open(self) -> OutboxWriter:
         """Open the outbox, and look whether it is the one that it should be.
@@ -53,6 +55,8 @@ class Rescue:
             os.replace(self._new, self._path)  # noqa: PTH105 -- as in `exchange`
         outbox = OutboxWriter(self._path, time.time)
         try:
+            for left in (self._new, self._making):  # by an exchange that did not come to its end
+                left.unlink(missing_ok=True)
             self._recognise(outbox)
         except BaseException:
             outbox.abandon()
@@ -93,7 +97,9 @@ class Rescue:
         :raises OutboxError: there is no room; everything is as it was.
         :raises StoppedError: Orthanc stops; everything is as it was.
         """
-        self._host.error(f"{error.message}: what can be read of it makes a new one")
+        line = self._repeats.line("damage", f"{error.message}: what can be read of it makes a new one")
+        if line:  # without room for the new one, this comes again and again
+            self._host.error(line)
         source = outbox.connection if outbox is not None else self._reading()
         acknowledged = self._upkeep.acknowledged_seq()
         try:
@@ -119,6 +125,7 @@ class Rescue:
             os.replace(self._new, self._path)  # noqa: PTH105 -- as above
         except OSError as failure:
             raise OutboxError(f"{self._path} can't be renamed: {failure.strerror}", "see to its folder") from failure
+        self._repeats.over("damage")
         said = _said(found, aside)
         self._host.error(said)
         made = OutboxWriter(self._path, time.time)

@@ -19,6 +19,7 @@ from orthanc_events_bridge.bridge.config import load
 from orthanc_events_bridge.bridge.configuration import changes
 from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.errors import OutboxFullError
+from orthanc_events_bridge.events.mapping import event_id
 from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers.nats import read_nats
@@ -468,9 +469,13 @@ def test_an_event_that_was_set_aside_is_sent_again_in_the_transports_own_mode(
     beside.start()
     beside.record(3)
     beside.wait_delivered("one")
+    reader = OutboxReader(beside.folder.outbox)
+    second = event_id(reader.rows(1, 1)[0], SOURCE)
+    reader.close()
     state = State(beside.folder.bridge)
-    for position in (2, 9):
-        state.set_aside("one", position, "an id", "study.created", "too large")
+    # At 3 stands another event than the one that was set aside: it was in an outbox that was here before.
+    for position, identifier in ((2, second), (3, "an id"), (9, "an id")):
+        state.set_aside("one", position, identifier, "study.created", "too large")
     state.close()
     beside.configure(again(one))  # an empty place, which doesn't know its id
     beside.wait_log(APPLIES)
@@ -478,14 +483,15 @@ def test_an_event_that_was_set_aside_is_sent_again_in_the_transports_own_mode(
     done = beside.command("set-aside", "--resend")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         0,
-        "2 set aside; the bridge was asked to send them again",
+        "3 set aside; the bridge was asked to send them again",
     )
-    beside.wait_log("can't be done: transport one is paused; resume it first", 2)
+    beside.wait_log("can't be done: transport one is paused; resume it first", 3)
     assert beside.command("transports", "resume", "one").returncode == 0
     beside.command("set-aside", "--resend")
     beside.wait_log("transport one: the event at 2 was sent again")
+    beside.wait_log("can't be done: the event that was set aside at 3 is no longer kept")
     beside.wait_log("can't be done: the event at 9 is no longer kept")
-    assert [entry["position"] for entry in json.loads(beside.command("set-aside", "--json").stdout)] == [9]
+    assert [entry["position"] for entry in json.loads(beside.command("set-aside", "--json").stdout)] == [3, 9]
     (message,) = messages(one["servers"][0], again(one)["stream"])
     if mode == "binary":
         assert message.headers["ce-sequence"] == f"{2:020d}"
