@@ -39,6 +39,7 @@ collect() {
         orthanc)
             # For the image's Python, which is another one than this machine's; without nkeys, which has no wheel.
             awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$2/requirements.txt"
+            awk '/^[^ #]/ { wanted = /^(aiokafka|async-timeout)==/ } wanted' requirements/dev.txt >>"$2/requirements.txt"
             "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site" --no-deps --require-hashes \
                 --only-binary :all: --implementation cp --python-version 3.13 -r "$2/requirements.txt"
             ;;

@@ -47,7 +47,8 @@ def own_image(kind: str) -> str | None:
         except MissingComponentError:
             return None
     if kind == "orthanc":
-        content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
+        for name in ("bridge.txt", "dev.txt"):
+            content.update((RECIPES.parent / "requirements" / name).read_bytes())
     return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
 
 
