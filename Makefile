@@ -34,7 +34,7 @@ test: ## every test but the slow, on real servers: as processes, and the brokers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker faketime
 	$(BESIDE)
 	$(CONTAINED)
-	$(NEWER) -k "not kafka and not tight_loop"
+	$(NEWER) -k "not kafka and not tight_loop and not late and not twice and not away"
 
 test-unit: setup ## the fast ones: seconds, no servers
 	$(PYTEST) tests/unit
