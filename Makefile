@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-unit test-contract test-containers test-integration test-faults test-slow test-mutants \
-	test-bare lint format bench docs lock clean
+.PHONY: help setup demo test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
+	test-slow test-mutants test-bare lint format bench docs lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -15,6 +15,10 @@ CODE := $(TYPED) typings
 # What is asked again of brokers in containers. What is no broker's is no other there.
 CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) -k "not webhook and not memory" \
 	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py
+
+# What is asked again of a newer Orthanc, which a container has.
+NEWER := TEST_ORTHANC=containers scripts/docker.sh $(BESIDE) tests/faults/test_capture.py tests/faults/test_repair.py \
+	tests/integration/test_changes.py
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +34,7 @@ test: ## every test but the slow, on real servers: as processes, and the brokers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime
 	$(BESIDE)
 	$(CONTAINED)
+	$(NEWER) -k "not kafka and not tight_loop and not late and not twice and not away"
 
 test-unit: setup ## the fast ones: seconds, no servers
 	$(PYTEST) tests/unit
@@ -41,6 +46,14 @@ test-contract: ## what every transport must do, against real brokers
 test-containers: ## contract and faults with brokers in containers (a container engine and images are made first)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(CONTAINED)
+
+test-newer: ## capture and repair with Orthanc 1.12.7 in a container
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	$(NEWER)
+
+test-sid: ## the same with the newest Orthanc of Debian, whatever it is today
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	scripts/docker.sh sh -c 'scripts/images.sh orthanc-sid && TEST_ORTHANC_IMAGE=orthanc-sid $(NEWER)'
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql

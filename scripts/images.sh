@@ -3,7 +3,7 @@
 # and from what setup has fetched (the nats-server of .venv, Kafka's jars in .cache). What is built already is left as
 # it is: the tags stand for the files that an image is built from. Needs a container engine that answers.
 #
-#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc…]     default: all
+#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc|orthanc-sid…]     default: all but the last
 #
 # PYTHON            the interpreter that has this project (default: .venv/bin/python)
 # DEBIAN_MIRROR     as docker/base/build.sh says
@@ -36,11 +36,16 @@ collect() {
             mkdir "$2/libs"
             cp .cache/kafka-*/*.jar "$2/libs/"
             ;;
-        orthanc)
+        orthanc | orthanc-sid)
             # For the image's Python, which is another one than this machine's; without nkeys, which has no wheel.
             awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$2/requirements.txt"
-            "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site" --no-deps --require-hashes \
-                --only-binary :all: --implementation cp --python-version 3.13 -r "$2/requirements.txt"
+            awk '/^[^ #]/ { wanted = /^(aiokafka|async-timeout)==/ } wanted' requirements/dev.txt >>"$2/requirements.txt"
+            for python_version in 3.13 3.14; do
+                if [ "$1" = orthanc ] && [ $python_version != 3.13 ]; then continue; fi
+                "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site/$python_version" \
+                    --no-deps --require-hashes --only-binary :all: --implementation cp \
+                    --python-version $python_version -r "$2/requirements.txt"
+            done
             ;;
     esac
 }

@@ -137,6 +137,7 @@ class Repair:
         self._refused: dict[str, int] = {}
         self._told_gone: dict[str, None] = {}
         self._told_there: dict[str, int] = {}
+        self._heard: tuple[set[str], set[str]] = (set(), set())
         self.inferred: dict[str, int] = {}
         self.passed_over = 0
 
@@ -181,22 +182,35 @@ class Repair:
     # -- what Orthanc says ---------------------------------------------------------------------------------------------
 
     def news(self, facts: Iterable[Fact]) -> list[Fact]:
-        """Leave out what was inferred already, because Orthanc took very long to say it."""
+        """Leave out what was inferred already, because Orthanc took very long to say it.
+
+        Once the rest is recorded, `heard` is to be called; until then nothing has changed.
+        """
         kept: list[Fact] = []
+        gone, there = self._heard = set[str](), set[str]()
         for fact in facts:
             resource = fact.resource or ""
             if fact.change == "Deleted":
-                self._told_there.pop(resource, None)
-                if resource in self._told_gone:
-                    del self._told_gone[resource]
-                    if self._registry.find(resource) is None:
-                        continue
+                there.add(resource)
+                late = resource in self._told_gone and resource not in gone
+                gone.add(resource)
+                if late and self._registry.find(resource) is None:
+                    continue
             elif fact.change.startswith("New") and fact.change != "NewChildInstance":
-                self._told_gone.pop(resource, None)
-                if fact.seq is not None and fact.seq <= self._told_there.get(resource, 0):
+                gone.add(resource)
+                if fact.seq is not None and resource not in there and fact.seq <= self._told_there.get(resource, 0):
                     continue
             kept.append(fact)
         return kept
+
+    def heard(self) -> None:
+        """What `news` was asked about last is recorded: Orthanc's word on it has come."""
+        gone, there = self._heard
+        for resource in gone:
+            self._told_gone.pop(resource, None)
+        for resource in there:
+            self._told_there.pop(resource, None)
+        self._heard = set(), set()
 
     def recorded(self, facts: Iterable[Fact]) -> None:
         """Facts that Orthanc told were recorded: what still grows has a timer again."""

@@ -59,8 +59,7 @@ class Strangers:
         self._seen = Doubts[str](now)
         self._page: deque[str] = deque()
         self._next = place
-        #: The index of the page that is being looked at: of what is in front of it, everything is told.
-        self.place = place
+        self._began_at = place or 0
         self._deleted = 0
         self._tips: dict[str, int] = {}
 
@@ -72,10 +71,15 @@ class Strangers:
     def looking(self) -> bool:
         return self._next is not None or bool(self._page)
 
+    @property
+    def place(self) -> int | None:
+        """The index of the page that is being looked at: of what is in front of it, everything is told."""
+        return self._began_at if self.active else None
+
     def begin(self) -> None:
         """Look through all of Orthanc's studies."""
         self._page.clear()
-        self._next = self.place = 0
+        self._next = self._began_at = 0
 
     def deleted(self) -> None:
         """A study was deleted: what stands behind it in Orthanc's list moves up."""
@@ -111,12 +115,9 @@ class Strangers:
         start = max(0, self._next - self._deleted - (_AGAIN if self._next else 0))
         self._deleted = 0
         page = self._studies(start, _PAGE)
-        if start + len(page) <= self._next:
-            self._next = self.place = None
-            return False
-        self.place, self._next = start, start + len(page)
+        self._began_at, self._next = start, start + _PAGE if len(page) == _PAGE else None
         self._page.extend(page)
-        return True
+        return bool(page)
 
     def facts(self, cursor: int, calm: float, limit: int, is_mute: Callable[[str], bool]) -> list[Fact]:
         """What some of them are announced with: the series, their study, its patient, in the order of Orthanc's own."""

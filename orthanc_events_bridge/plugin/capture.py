@@ -403,7 +403,10 @@ class Capture:
                 job = self._look_up.job_taken(callback)
                 if job is not None:
                     fact.extra["job"] = job
-            self._append(self._repair.news(facts) if self._repair else facts, merge)
+            repair = self._repair
+            self._append(repair.news(facts) if repair else facts, merge)
+            if repair:
+                repair.heard()
         except BaseException as error:
             merge.put_back(batch)
             if isinstance(error, MisalignedError):

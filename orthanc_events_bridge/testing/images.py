@@ -23,6 +23,7 @@ OFFICIAL: Final[dict[str, str]] = {
     "kafka": "apache/kafka:4.1.0",
     "webhook": "python:3.13-slim",
     "orthanc": "jodogne/orthanc-python:1.12.7",
+    "orthanc-sid": "jodogne/orthanc-python:latest",
 }
 
 #: What our own are built by; it is there in a checkout only.
@@ -46,8 +47,9 @@ def own_image(kind: str) -> str | None:
             content.update(find_nats().read_bytes())
         except MissingComponentError:
             return None
-    if kind == "orthanc":
-        content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
+    if kind.startswith("orthanc"):
+        for name in ("bridge.txt", "dev.txt"):
+            content.update((RECIPES.parent / "requirements" / name).read_bytes())
     return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
 
 

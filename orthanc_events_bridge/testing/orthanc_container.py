@@ -37,6 +37,8 @@ class ContainedOrthanc(BridgedOrthanc, ContainerServer):
     def __init__(self, folder: Path, **options: Any) -> None:
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        script = options.get("user_script")
+        self._scripts = {Path(script).parent: "rw"} if script else {}
         super().__init__(folder, python=str(self._interpreter(folder)), **options)
         if not shares_network():
             raise MissingComponentError("this container engine can't give a container the machine's network")
@@ -53,4 +55,4 @@ class ContainedOrthanc(BridgedOrthanc, ContainerServer):
         return path
 
     def _mounts(self) -> dict[Path, str]:
-        return {**super()._mounts(), _PACKAGE: "ro"}
+        return {**super()._mounts(), **self._scripts, _PACKAGE: "ro"}

@@ -91,6 +91,7 @@ def keeping(callback):
     def future(output, uri, **request):
         callback(*json.loads(request["body"]))
         output.AnswerBuffer("{}", "application/json")
+    keeping.future = future  # or it is freed without the interpreter's lock when Orthanc ends
     orthanc.RegisterRestCallback("/test/future", future)
     register(callback)
 orthanc.RegisterOnChangeCallback = keeping

@@ -7,6 +7,8 @@ import os
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -769,3 +771,68 @@ def test_an_outbox_of_the_first_version_goes_on(box: Opened) -> None:
     writer.close()
     again = box.writer()
     assert again.position == 5
+
+
+def test_what_is_inferred_behind_another_log_is_another_fact(box: Opened) -> None:
+    """The same resource can come back with a database, and be stable or gone once more."""
+    writer = box.writer()
+
+    def infer() -> None:
+        stable = Fact("StableStudy", "study", IDS["study"], 0, None, DATE, {"patient": IDS["patient"]})
+        stable.extra["inferred"] = True
+        writer.append([stable], 1, 0, lambda level, resource: None)
+
+    infer()
+    infer()
+    writer.append([Fact("LogDiscontinuity", "server", None, 0)], 1, 0, lambda level, resource: None, emptied=True)
+    infer()
+    writer.append([Fact("LogDiscontinuity", "server", None, 0)], 1, 0, lambda level, resource: None, another_log=True)
+    infer()
+    assert [row.date for row in box.rows() if row.level == "study"] == [DATE, DATE, DATE, f"{DATE}/1"]
+    assert all(row.minted is None for row in box.rows() if row.level == "study")
+
+
+def test_what_is_to_be_looked_for_is_kept_with_the_break_in_the_log(box: Opened) -> None:
+    fact, note = Fact("LogDiscontinuity", "server", None, 0), ("repair", {"place": "", "listed": 0})
+    box.writer().append([fact], 1, 0, lambda level, resource: None, another_log=True, note=note)
+    assert box.writer().noted("repair") == {"place": "", "listed": 0}
+
+
+@pytest.mark.parametrize("published", [0, 9])
+def test_a_creation_that_is_published_proves_no_deletion(box: Opened, published: int) -> None:
+    """A power cut took it from the outbox, with the deletion in front of it, and it is read again."""
+    writer = box.writer()
+    parents = {"patient": IDS["patient"]}
+    first, second = (Fact("NewStudy", "study", IDS["study"], 0, seq, DATE, parents) for seq in (1, 9))
+    writer.append([first], 1, 0, lambda level, resource: None)
+    writer.published = published
+    writer.append([second], 9, 0, lambda level, resource: None)
+    assert [row.change for row in box.rows()] == ["NewStudy", *([] if published else ["Deleted"]), "NewStudy"]
+
+
+def test_the_number_of_resources_is_not_counted_at_each_start(box: Opened) -> None:
+    writer = box.writer()
+    writer.append(
+        [Fact("NewStudy", "study", IDS["study"], 0, 1, DATE, {"patient": IDS["patient"]})], 1, 0, lambda *_: None
+    )
+    assert box.writer().resources.count == writer.resources.count == 2
+    writer.append([Fact("Deleted", "study", IDS["study"], 0)], 1, 0, lambda *_: None)
+    assert box.writer().resources.count == 1
+
+
+def test_one_process_at_a_time_records(tmp_path: Path) -> None:
+    """And the same process again, as behind a reset of Orthanc's, whose interpreter is made anew."""
+    folder = Folder(tmp_path)
+    held = folder.hold_outbox()
+    os.close(folder.hold_outbox())
+    held_again = folder.hold_outbox()
+    command = [sys.executable, "-c", f"from pathlib import Path\n{_HOLD}Folder(Path({str(tmp_path)!r})).hold_outbox()"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "another process records into the outbox" in run.stderr
+    os.close(held)
+    os.close(held_again)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+_HOLD = "from orthanc_events_bridge.folder import Folder\n"
