@@ -257,6 +257,7 @@ class Beside:
 
     def __init__(self, line: Line, folder: Path, *, log: bool = True) -> None:
         self.ledger = line.ledger
+        self.log = log
         yaml = line.config.read_text("utf-8")
         if not log:
             yaml = yaml.replace("capture: {", "capture: {log: false, ")
@@ -282,7 +283,7 @@ class Beside:
             status = self.orthanc.status()
             transport = status["transports"][0]
             return (
-                status["log"]["cursor"] >= tip
+                (status["log"]["cursor"] >= tip or not self.log)
                 and not status["capture"]["waiting"]
                 and transport["position"] == status["outbox"]["last_position"]
             )
@@ -410,6 +411,7 @@ def test_with_one_reader_of_the_log_there_are_no_copies(make_postgres_line: Make
         assert not ids_of(second.orthanc.outbox)
         # The other one becomes a reader too: all that was logged since it began comes once more, with the same ids.
         second.orthanc.config_path.write_text(line.config.read_text("utf-8"), "utf-8")
+        second.log = True
         logged = set(ids_of(line.folder.path))
         assert wait_until(lambda: logged <= ids_of(second.orthanc.outbox).keys(), 120, every=0.2)
         second.settle()
