@@ -259,7 +259,9 @@ class Capture:
             oldest = self._log.page(0, 1)
             # Nothing of before is left that shows that it was not emptied.
             self._discontinued = self._discontinued or not oldest or oldest[0].seq > cursor
-        if self._repair is None and not isinstance(merge, Unlogged):
+        if isinstance(merge, Unlogged):
+            self._repair = None  # the one that reads the log repairs it
+        elif self._repair is None:
             self._repair = self._begin_repair(outbox, begin=cursor is not None)
         if self._discontinued and self._repair is not None:
             self._repair.announce()
@@ -300,7 +302,7 @@ class Capture:
         """
         options, clock = self._upkeep.options, Waiting(self._stop)
         if not options["log"]:
-            return Unlogged(self._log, self._queue, cursor, clock)
+            return Unlogged(self._log, self._queue, cursor, ahead=outbox.ahead)
         if not self._log.unordered:
             return Merge(self._log, self._queue, cursor or 0, clock)
         return Unordered(

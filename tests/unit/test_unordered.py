@@ -399,7 +399,7 @@ def test_numbers_come_back_as_they_were_kept() -> None:
 
 def test_without_the_log_only_what_callbacks_alone_show_is_told() -> None:
     s = Scene(row(1), row(2))
-    merge = Unlogged(s, s.queue, None, s)
+    merge = Unlogged(s, s.queue, None)
     assert merge.anchor() == Anchor(2, "unlogged")
     merge.skip(2)
     s.queue.extend([callback("i3"), callback("i3", K.DELETED)])
@@ -408,7 +408,9 @@ def test_without_the_log_only_what_callbacks_alone_show_is_told() -> None:
     merge.put_back(batch)
     assert len(s.queue) == 2
     assert merge.cursor == 2
-    assert Unlogged(s, s.queue, 1, s).anchor() == Anchor(1, "unlogged")
+    again = Unlogged(s, s.queue, 1, ahead="[3,[[2,2]]]")
+    assert again.anchor() == Anchor(1, "unlogged")
+    assert (again.cursor, again.ahead) == (1, "[3,[[2,2]]]")
 
 
 # -- a simulated database ------------------------------------------------------------------------------------------
