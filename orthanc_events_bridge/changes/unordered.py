@@ -145,6 +145,8 @@ class Unordered:
 
         :raises LogUnavailableError: the log can't be read; the cursor tells how far it came.
         """
+        if not self.cursor and not self.ahead:  # nothing was ever read: what is missing was never ours to see
+            self._uncounted = through
         self._numbers.read_gaps(self._log, self._clock.now())
         more = True
         while True:

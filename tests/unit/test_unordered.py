@@ -270,6 +270,13 @@ def test_what_was_recorded_above_the_mark_is_not_told_again() -> None:
     assert (s.merge.cursor, s.merge.ahead) == (3, "[7,[[4,4]]]")
 
 
+def test_what_is_missing_in_a_log_that_was_never_read_is_not_counted() -> None:
+    s = Scene(row(3, date=OLD), row(5, date=OLD))
+    assert [told(facts) for facts in s.merge.backlog(5)] == [[("i3", 3), ("i5", 5)]]
+    s.later(GRACE + 1)
+    assert (s.merge.cursor, s.counts["passed"]) == (5, 0)
+
+
 def test_a_backlog_of_many_pages() -> None:
     s = Scene(*(row(seq, date=OLD) for seq in range(1, 1001)))
     pages = list(s.merge.backlog(1000))
