@@ -40,8 +40,6 @@ REREAD: Final = 3000
 _RUN_WAIT: Final = 0.050
 #: How long a deletion waits for the next one of the same transaction, in seconds.
 _DELETION_WAIT: Final = 0.003
-#: What is read so long after the start, and is claimed by no callback, is another Orthanc's for certain, in seconds.
-_FOREIGN: Final = 3.0
 #: Past that they don't come any more.
 _RUN_LOST: Final = 1.0
 
@@ -95,15 +93,15 @@ class Unordered:
         self._queue = queue
         self._clock = clock
         self.grace = grace
-        #: The log knows whole seconds.
-        self._old = (began - 1) * 1000
+        #: Rows up to this date are older than the queue (the log knows whole seconds), and those behind that one are
+        #: younger: if no callback claims one of these, another Orthanc has made it.
+        self._old, self._young = (began - 1) * 1000, (began + 1) * 1000
         self._numbers = Numbers(cursor, ahead, clock.now())
         self.cursor = cursor
         self.ahead = ahead
         self._counts = counts if counts is not None else {"passed": 0, "late": 0}
         self._uncounted = 0
         self._next_look = 0.0
-        self._started = clock.now()
         #: When the queue was last seen empty: what came before has been heard.
         self._heard = clock.now()
         #: Rows that were recorded from the log alone, whose callbacks may still come: key → until when, of each.
@@ -275,12 +273,11 @@ class Unordered:
         self._next_look = now + min(_LOOK, self.grace / 2)
         self._look(now)
         ripe = [held for held in self._numbers.held.values() if held.since <= self._heard - self.grace]
-        foreign = {held.row.seq for held in ripe if held.since > self._started + _FOREIGN}
         for held in ripe:
             self._told.setdefault(_key(held.row), []).append(now + self.grace)
         facts = [*self._from_log([held.row for held in ripe]), *self._late(now)]
         for fact in facts:
-            fact.foreign = fact.seq in foreign
+            fact.foreign = fact.at > self._young
         self._told = {key: times for key, times in self._told.items() if times and times[-1] >= now}
         self._minted = {key: until for key, until in self._minted.items() if until >= now}
         return facts

@@ -199,6 +199,8 @@ def test_the_ledger_reports_what_the_grace_period_prevents(make_postgres_line: M
 
 def test_an_emptied_log_is_announced_and_loses_nothing(make_postgres_line: MakeLine) -> None:
     line = make_postgres_line()
+    line.ledger.stored(line.orthanc.upload(dicom.make_study().instances[0].data))
+    line.settle()
     with Clients(line, adders=2, loopers=1):
         time.sleep(2)
         line.orthanc.client.delete("/changes").raise_for_status()
@@ -340,7 +342,7 @@ def test_several_orthancs_on_one_database_tell_each_change_once_on_jetstream(
         twice = told_twice(line.folder.path, second.orthanc.outbox, third.orthanc.outbox)
         print(report, f"{twice} told twice", line.status()["capture"], sep="\n")
         assert not (report.lost or report.unexpected or report.out_of_order or report.duplicated)
-        assert report.repeated == twice <= 0.02 * report.required
+        assert report.repeated == twice <= 0.05 * report.required
         ids = [ids_of(line.folder.path), ids_of(second.orthanc.outbox), ids_of(third.orthanc.outbox)]
         common = set(ids[0]) & set(ids[1]) & set(ids[2])
         assert len(common) > 100

@@ -237,11 +237,11 @@ def test_without_callbacks_all_that_is_there_is_told_at_once() -> None:
     assert s.merge.cursor == 4
 
 
-def test_what_is_read_well_after_the_start_and_claimed_by_nobody_is_another_orthancs() -> None:
-    s = Scene(row(1))
-    assert s.later(5) == []
-    s.add(row(2))
+def test_what_is_younger_than_the_process_and_claimed_by_nobody_is_another_orthancs() -> None:
+    s = Scene(row(1, date="20261123T200000"), row(2))  # the first in the second of the start
     assert [(fact.seq, fact.foreign) for fact in s.later(2 * GRACE)] == [(1, False), (2, True)]
+    s.add(row(3))
+    assert [fact.foreign for fact in s.heard(callback("i3"))] == [False]
 
 
 def test_a_hole_of_a_million_numbers_is_one_gap() -> None:
