@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from orthanc_events_bridge.changes.log import ChangeLog
-from orthanc_events_bridge.changes.merge import Anchor, Clock, from_callback
+from orthanc_events_bridge.changes.merge import Anchor, from_callback
 from orthanc_events_bridge.changes.model import Callback, Fact
 
 #: Callbacks in a batch, at most.
@@ -20,16 +20,17 @@ class Unlogged:
     The cursor stays where it is: if the log is to be read here again, it is read from there on, and nothing is missing.
 
     :param cursor: none on a first start: then it becomes what the log's counter is.
+    :param ahead: what is recorded above the cursor already.
     """
 
     vanished: Final = 0
-    ahead: Final = ""
 
-    def __init__(self, log: ChangeLog, queue: deque[Callback], cursor: int | None, clock: Clock) -> None:
+    def __init__(self, log: ChangeLog, queue: deque[Callback], cursor: int | None, *, ahead: str = "") -> None:
         self._log = log
         self._queue = queue
         self._first = cursor is None
         self.cursor = cursor or 0
+        self.ahead = ahead
 
     def anchor(self) -> Anchor | None:
         """Nothing has to be joined.

@@ -40,8 +40,6 @@ REREAD: Final = 3000
 _RUN_WAIT: Final = 0.050
 #: How long a deletion waits for the next one of the same transaction, in seconds.
 _DELETION_WAIT: Final = 0.003
-#: What is read so long after the start, and is claimed by no callback, is another Orthanc's for certain, in seconds.
-_FOREIGN: Final = 3.0
 #: Past that they don't come any more.
 _RUN_LOST: Final = 1.0
 
@@ -95,15 +93,15 @@ class Unordered:
         self._queue = queue
         self._clock = clock
         self.grace = grace
-        #: The log knows whole seconds.
-        self._old = (began - 1) * 1000
+        #: Rows up to this date are older than the queue (the log knows whole seconds), and those behind that one are
+        #: younger: if no callback claims one of these, another Orthanc has made it.
+        self._old, self._young = (began - 1) * 1000, (began + 1) * 1000
         self._numbers = Numbers(cursor, ahead, clock.now())
         self.cursor = cursor
         self.ahead = ahead
         self._counts = counts if counts is not None else {"passed": 0, "late": 0}
         self._uncounted = 0
         self._next_look = 0.0
-        self._started = clock.now()
         #: When the queue was last seen empty: what came before has been heard.
         self._heard = clock.now()
         #: Rows that were recorded from the log alone, whose callbacks may still come: key → until when, of each.
@@ -145,6 +143,8 @@ class Unordered:
 
         :raises LogUnavailableError: the log can't be read; the cursor tells how far it came.
         """
+        if not self.cursor and not self.ahead:  # nothing was ever read: what is missing was never ours to see
+            self._uncounted = through
         self._numbers.read_gaps(self._log, self._clock.now())
         more = True
         while True:
@@ -197,15 +197,24 @@ class Unordered:
         :raises LogUnavailableError: the log can't be read now: put the batch back.
         """
         rows = self._claim(batch)
-        waiting = deque(sorted(row.seq for row in rows if isinstance(row, Row)))
+        claimed = {row.seq for row in rows if isinstance(row, Row)}
+        unclaimed = self._unclaimed(claimed)
+        waiting = deque(sorted(claimed | {row.seq for row in unclaimed if row.at <= self._young}))
         parents, self._runs = parents_of(batch, self._runs)
         until = self._clock.now() + self.grace * _SECOND_LOOK * 2
         facts: list[Fact] = []
         for callback, row in zip(batch, rows, strict=True):
-            if isinstance(row, Row):
-                while waiting and waiting[0] <= row.seq:
-                    facts.append(from_row(self._numbers.held.pop(waiting.popleft()).row))
-            elif row is None:
+            if row is True:
+                continue
+            if callback.kind == ChangeKind.DELETED:
+                facts += self._alone([one for one in unclaimed if one.resource == callback.resource])
+            while waiting and (waiting[0] <= row.seq if isinstance(row, Row) else waiting[0] not in claimed):
+                seq = waiting.popleft()
+                if seq in claimed:
+                    facts.append(from_row(self._numbers.held.pop(seq).row))
+                else:
+                    facts += self._alone([one for one in unclaimed if one.seq == seq])
+            if row is None:
                 facts.append(from_callback(callback, None))
                 if callback.logged:
                     self._minted[_key_of(callback)] = until
@@ -214,6 +223,17 @@ class Unordered:
                 fact.parents = dict(parents[fact.resource])
         self._move()
         return facts
+
+    def _unclaimed(self, claimed: set[int]) -> list[Row]:
+        """The rows that were read before this batch was drained, and whose callbacks are neither in it nor behind it.
+
+        What is being deleted among them came before its deletion. And what may be an earlier process's, by its date,
+        came before all that is told now.
+        """
+        if self._heard != self._taken:  # there is more in the queue
+            return []
+        held = self._numbers.held
+        return [one.row for seq, one in held.items() if one.since < self._taken and seq not in claimed]
 
     def _claim(self, batch: Sequence[Callback]) -> list[Row | bool | None]:
         """For each callback its row; none where there is none (any more); true where it is told already."""
@@ -273,12 +293,7 @@ class Unordered:
         self._next_look = now + min(_LOOK, self.grace / 2)
         self._look(now)
         ripe = [held for held in self._numbers.held.values() if held.since <= self._heard - self.grace]
-        foreign = {held.row.seq for held in ripe if held.since > self._started + _FOREIGN}
-        for held in ripe:
-            self._told.setdefault(_key(held.row), []).append(now + self.grace)
-        facts = [*self._from_log([held.row for held in ripe]), *self._late(now)]
-        for fact in facts:
-            fact.foreign = fact.seq in foreign
+        facts = [*self._alone([held.row for held in ripe]), *self._late(now)]
         self._told = {key: times for key, times in self._told.items() if times and times[-1] >= now}
         self._minted = {key: until for key, until in self._minted.items() if until >= now}
         return facts
@@ -320,6 +335,17 @@ class Unordered:
     def _read_on(self) -> None:
         while self._numbers.read_on(self._log, self._clock.now()):
             pass
+
+    def _alone(self, rows: Sequence[Row]) -> list[Fact]:
+        """Record what no callback of this process has told; should one come all the same, it is not told again."""
+        rows = [row for row in rows if row.seq in self._numbers.held]
+        until = self._clock.now() + self.grace
+        for row in rows:
+            self._told.setdefault(_key(row), []).append(until)
+        facts = self._from_log(rows)
+        for fact in facts:
+            fact.foreign = fact.at > self._young
+        return facts
 
     def _from_log(self, rows: Sequence[Row]) -> list[Fact]:
         ordered = sorted(rows)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import OrthancLog
-from orthanc_events_bridge.changes.merge import Merge, MisalignedError, from_callback
+from orthanc_events_bridge.changes.merge import MisalignedError, from_callback
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.changes.unlogged import Unlogged
-from orthanc_events_bridge.changes.unordered import REREAD, Unordered
+from orthanc_events_bridge.changes.unordered import REREAD
 from orthanc_events_bridge.errors import BridgeError, DamagedError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
@@ -26,6 +26,7 @@ from orthanc_events_bridge.plugin.backfilling import Backfilling
 from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
 from orthanc_events_bridge.plugin.flush import Flusher
 from orthanc_events_bridge.plugin.host import Host
+from orthanc_events_bridge.plugin.joining import AnyMerge, is_joined, join
 from orthanc_events_bridge.plugin.lookup import Lookup
 from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.plugin.upkeep import Upkeep
@@ -44,9 +45,6 @@ _REST: Final = 0.020
 _REST_FACTOR: Final = 9
 #: And behind a question that Orthanc could not answer.
 _REST_AFTER_REFUSAL: Final = 1.0
-
-#: What turns callbacks and log into facts: Orthanc's own database, any other, or no log at all.
-AnyMerge = Merge | Unordered | Unlogged
 
 
 class Waiting:
@@ -358,25 +356,11 @@ class Capture:
     def _join(self, outbox: OutboxWriter, cursor: int | None, found: Break | None) -> AnyMerge:
         """What turns Orthanc's log and its callbacks into facts, from a cursor on.
 
-        Where several transactions write the index at once, Seq is not the order of the commits.
-
-        :param found: why the log is not the one that was read before.
+        :param found: why the log is not the one that was read before: then nothing of it is recorded above the cursor.
         """
-        options, clock = self._upkeep.options, Waiting(self._stop)
-        if not options["log"]:
-            return Unlogged(self._log, self._queue, cursor, clock)
-        if not self._log.unordered:
-            return Merge(self._log, self._queue, cursor or 0, clock)
-        return Unordered(
-            self._log,
-            self._queue,
-            cursor or 0,
-            clock,
-            ahead=outbox.ahead if found is None or found.reason == "emptied" else "",
-            grace=options["grace"],
-            began=self._began,
-            counts=self._counts,
-        )
+        clock, options = Waiting(self._stop), self._upkeep.options
+        ahead = outbox.ahead if found is None or found.reason == "emptied" else ""
+        return join(self._log, self._queue, cursor, ahead, clock, options, began=self._began, counts=self._counts)
 
     def _follow(self, merge: AnyMerge) -> None:
         """One batch, or one wait."""
@@ -509,13 +493,6 @@ class Capture:
         self._write_notes(outbox)
         outbox.close()
 
-    def _is_joined(self, merge: AnyMerge) -> bool:
-        """Whether the merge is still the one that the settings ask for."""
-        options = self._upkeep.options
-        if isinstance(merge, Unordered) and merge.grace != options["grace"]:
-            return False
-        return isinstance(merge, Unlogged) is not options["log"]
-
     # -- now and then -------------------------------------------------------------------------------------------------
 
     def _tick(self, merge: AnyMerge) -> None:
@@ -527,7 +504,7 @@ class Capture:
         self._upkeep.take_settings(outbox)
         self._look_for_backfill(outbox)
         self._write_notes(outbox)
-        if not self._is_joined(merge):
+        if not is_joined(merge, self._upkeep.options):
             self._anchored = False  # the settings are other ones
             return
         if self._state == "paused":  # even so, something could be written: the note that says so

@@ -93,6 +93,7 @@ class Continuity:
 
     def _is_kept(self, outbox: OutboxWriter, row: Row) -> bool:
         known = outbox.resources.find(row.resource)
-        if known is None or (known.born or 0) > row.seq:
+        # What another Orthanc on the same database watches over (0), it may have stored anew.
+        if known is None or known.born == 0 or (known.born or 0) > row.seq:
             return False
         return self._ask(row.level, row.resource) is not None

@@ -145,7 +145,7 @@ def test_nothing_is_lost_with_six_writers(
     """Where numbers are given out of order, a naive reader beside capture must be seen to lose rows."""
     require("storescu")
     line = make_postgres_line(mode)
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 600 + changes / 10
     with (
         NaiveReader(line) as naive,
         Senders(line, tmp_path / "send", 3) as senders,
@@ -199,6 +199,8 @@ def test_the_ledger_reports_what_the_grace_period_prevents(make_postgres_line: M
 
 def test_an_emptied_log_is_announced_and_loses_nothing(make_postgres_line: MakeLine) -> None:
     line = make_postgres_line()
+    line.ledger.stored(line.orthanc.upload(dicom.make_study().instances[0].data))
+    line.settle()
     with Clients(line, adders=2, loopers=1):
         time.sleep(2)
         line.orthanc.client.delete("/changes").raise_for_status()
@@ -257,6 +259,7 @@ class Beside:
 
     def __init__(self, line: Line, folder: Path, *, log: bool = True) -> None:
         self.ledger = line.ledger
+        self.log = log
         yaml = line.config.read_text("utf-8")
         if not log:
             yaml = yaml.replace("capture: {", "capture: {log: false, ")
@@ -282,7 +285,7 @@ class Beside:
             status = self.orthanc.status()
             transport = status["transports"][0]
             return (
-                status["log"]["cursor"] >= tip
+                (status["log"]["cursor"] >= tip or not self.log)
                 and not status["capture"]["waiting"]
                 and transport["position"] == status["outbox"]["last_position"]
             )
@@ -339,7 +342,7 @@ def test_several_orthancs_on_one_database_tell_each_change_once_on_jetstream(
         twice = told_twice(line.folder.path, second.orthanc.outbox, third.orthanc.outbox)
         print(report, f"{twice} told twice", line.status()["capture"], sep="\n")
         assert not (report.lost or report.unexpected or report.out_of_order or report.duplicated)
-        assert report.repeated == twice <= 0.02 * report.required
+        assert report.repeated == twice <= 0.05 * report.required
         ids = [ids_of(line.folder.path), ids_of(second.orthanc.outbox), ids_of(third.orthanc.outbox)]
         common = set(ids[0]) & set(ids[1]) & set(ids[2])
         assert len(common) > 100
@@ -410,6 +413,7 @@ def test_with_one_reader_of_the_log_there_are_no_copies(make_postgres_line: Make
         assert not ids_of(second.orthanc.outbox)
         # The other one becomes a reader too: all that was logged since it began comes once more, with the same ids.
         second.orthanc.config_path.write_text(line.config.read_text("utf-8"), "utf-8")
+        second.log = True
         logged = set(ids_of(line.folder.path))
         assert wait_until(lambda: logged <= ids_of(second.orthanc.outbox).keys(), 120, every=0.2)
         second.settle()

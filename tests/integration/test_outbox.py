@@ -179,6 +179,18 @@ def test_cursor_alone(box: Opened) -> None:
     assert box.writer().cursor == 261
 
 
+def test_what_is_recorded_above_the_cursor_is_kept_with_it(box: Opened) -> None:
+    writer = box.writer()
+    writer.append([logged(3)], 1, 1, unasked, ahead="[3,[[2,2]]]")
+    assert writer.ahead == "[3,[[2,2]]]"
+    writer.abandon()
+    writer = box.writer()
+    assert (writer.cursor, writer.ahead) == (1, "[3,[[2,2]]]")
+    writer.append([logged(2)], 3, 1, unasked)
+    writer.abandon()
+    assert box.writer().ahead == ""
+
+
 def test_nothing_to_append_still_moves_the_cursor(box: Opened) -> None:
     writer = box.writer()
     writer.append([], 9, 1, unasked)
@@ -279,6 +291,36 @@ def test_study_before_patient_too(box: Opened) -> None:
     writer.append([created("instance")], 7, 1, unasked)
     writer.append([deleted(level) for level in IDS], 7, 1, unasked)
     assert [row.extra["parents"] for row in box.rows()[1:]] == [parents_of(level) for level in IDS]
+
+
+def test_study_before_its_instances_as_postgresql_tells_it(box: Opened) -> None:
+    writer = box.writer()
+    writer.append([created("instance")], 7, 1, unasked)
+    for level in ("study", "patient", "series", "instance"):
+        writer.append([deleted(level)], 7, 1, unasked)
+    told = {row.level: row.extra["parents"] for row in box.rows()[1:]}
+    assert told == {level: parents_of(level) for level in IDS}
+
+
+def test_nothing_is_inferred_of_what_another_orthanc_watches_over(box: Opened) -> None:
+    writer = box.writer()
+
+    def stored(seq: int, *, foreign: bool) -> list[Fact]:
+        facts = [created(level) for level in IDS]
+        for offset, fact in enumerate(facts):
+            fact.seq, fact.foreign = seq + offset, foreign
+        return facts
+
+    writer.append(stored(1, foreign=True), 4, 1, unasked)
+    assert (writer.resources.growing(), writer.resources.page("study", "", 10)) == ([], [])
+    assert writer.resources.instances("", 10)[0] == []
+    writer.append(stored(5, foreign=True), 8, 1, unasked)  # it went, and the other one has told that
+    assert [row.change for row in box.rows()] == ["NewInstance", "NewSeries", "NewStudy", "NewPatient"] * 2
+    writer.append(stored(9, foreign=False), 12, 1, unasked)
+    assert [one.born for one in writer.resources.page("study", "", 10)] == [11]
+    assert len(writer.resources.growing()) == 3
+    writer.append([deleted("instance")], 12, 1, unasked)
+    assert box.rows()[-1].extra["parents"] == parents_of("instance")
 
 
 def test_what_was_deleted_is_forgotten(box: Opened) -> None:

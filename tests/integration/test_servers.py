@@ -18,6 +18,7 @@ import pytest
 from orthanc_events_bridge.testing import programs
 from orthanc_events_bridge.testing.dicom import make_study
 from orthanc_events_bridge.testing.guard import marked_processes
+from orthanc_events_bridge.testing.postgresql import PostgresServer
 from orthanc_events_bridge.testing.servers import (
     NatsServer,
     NotAcknowledgedError,
@@ -281,3 +282,31 @@ def test_dicom_is_made_fast() -> None:
     assert len(study) == 2000
     assert all(len(one.data) < 1100 for one in study)
     assert time.process_time() - began < 2  # measured: 0.04 s
+
+
+# ------------------------------------------------------------------------------------------------- PostgreSQL
+
+
+def test_postgres_keeps_its_data_over_a_kill_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    require("postgres")
+    with PostgresServer(tmp_path / "postgres") as server:
+        server.query("CREATE TABLE kept (number INTEGER); INSERT INTO kept VALUES (7)")
+        data = server.data
+        assert data.stat().st_uid != 0
+        server.kill()
+        server.start()
+        assert server.query("SELECT * FROM kept").strip() == "7"
+        server.stop()
+        assert data.exists()
+        server.start()
+    assert not data.parent.exists()
+
+
+def test_orthanc_keeps_its_index_in_postgres(tmp_path: Path) -> None:
+    require("postgres", "orthanc-postgresql", "orthanc-python", "orthanc")
+    with PostgresServer(tmp_path / "postgres") as postgres:
+        config = postgres.orthanc(connections=6)
+        with OrthancServer(tmp_path / "orthanc", config=config) as orthanc:
+            assert "PostgreSQL" in orthanc.get("/system")["DatabaseBackendPlugin"]
+            orthanc.upload(make_study().instances[0].data)
+        assert postgres.query("SELECT count(*) FROM resources").strip() == "4"

@@ -23,6 +23,7 @@ L = ResourceLevel
 BEGAN: Final = 1_795_464_000.0
 DATE: Final = "20261123T200627"
 OLD: Final = "20251123T200627"
+START: Final = "20261123T200000"
 GRACE: Final = 10.0
 
 
@@ -164,6 +165,38 @@ def test_what_only_callbacks_show_keeps_its_place() -> None:
     assert [fact.change for fact in facts] == ["Deleted", "NewInstance", "JobSubmitted"]
 
 
+def test_what_an_earlier_process_may_have_left_comes_before_what_is_told_now() -> None:
+    s = Scene(row(1, "s", "NewSeries", START), row(2), row(3, "t", "NewStudy", START), row(4, "u", "NewStudy"))
+    list(s.merge.backlog(4))
+    s.time += 1
+    assert told(s.heard(callback("i2"))) == [("s", 1), ("i2", 2)]
+    facts = s.heard(callback("gone"), callback("s", K.NEW_CHILD_INSTANCE, L.SERIES))
+    assert told(facts) == [("t", 3), ("gone", None), ("s", None)]
+
+
+def test_what_waits_in_the_queue_behind_a_batch_is_no_earlier_processs() -> None:
+    s = Scene(*(row(seq, change="UpdatedMetadata", date=START) for seq in range(1, 301)))
+    list(s.merge.backlog(300))
+    s.time += 1
+    s.queue.extend(callback(f"i{seq}", K.UPDATED_METADATA) for seq in reversed(range(1, 301)))
+    assert len(s.merge.facts(s.merge.take())) == 200
+    assert len(s.merge.facts(s.merge.take())) == 100
+    assert s.merge.cursor == 300
+
+
+def test_what_was_read_before_it_is_deleted_is_told_before_its_deletion() -> None:
+    s = Scene(row(1, "a"), row(2, "b"))
+    s.merge.due()
+    s.time += 1
+    del s.rows[1]
+    facts = s.heard(callback("a", K.DELETED))
+    assert [(fact.change, fact.seq, fact.foreign) for fact in facts] == [
+        ("NewInstance", 1, True),
+        ("Deleted", None, False),
+    ]
+    assert s.later(2 * GRACE)[0].resource == "b"
+
+
 def test_a_kind_of_the_future_is_told_once() -> None:
     s = Scene(row(1, "a", "FutureChange"))
     facts = s.heard(callback("a", 99), callback("b", 99))
@@ -237,11 +270,11 @@ def test_without_callbacks_all_that_is_there_is_told_at_once() -> None:
     assert s.merge.cursor == 4
 
 
-def test_what_is_read_well_after_the_start_and_claimed_by_nobody_is_another_orthancs() -> None:
-    s = Scene(row(1))
-    assert s.later(5) == []
-    s.add(row(2))
+def test_what_is_younger_than_the_process_and_claimed_by_nobody_is_another_orthancs() -> None:
+    s = Scene(row(1, date=START), row(2))  # the first in the second of the start
     assert [(fact.seq, fact.foreign) for fact in s.later(2 * GRACE)] == [(1, False), (2, True)]
+    s.add(row(3))
+    assert [fact.foreign for fact in s.heard(callback("i3"))] == [False]
 
 
 def test_a_hole_of_a_million_numbers_is_one_gap() -> None:
@@ -268,6 +301,13 @@ def test_what_was_recorded_above_the_mark_is_not_told_again() -> None:
     s = Scene(*(row(seq, date=OLD) for seq in range(1, 8) if seq != 4), cursor=2, ahead="[6,[[3,3],[4,4]]]")
     assert [told(facts) for facts in s.merge.backlog(7)] == [[("i3", 3)], [("i7", 7)]]
     assert (s.merge.cursor, s.merge.ahead) == (3, "[7,[[4,4]]]")
+
+
+def test_what_is_missing_in_a_log_that_was_never_read_is_not_counted() -> None:
+    s = Scene(row(3, date=OLD), row(5, date=OLD))
+    assert [told(facts) for facts in s.merge.backlog(5)] == [[("i3", 3), ("i5", 5)]]
+    s.later(GRACE + 1)
+    assert (s.merge.cursor, s.counts["passed"]) == (5, 0)
 
 
 def test_a_backlog_of_many_pages() -> None:
@@ -399,7 +439,7 @@ def test_numbers_come_back_as_they_were_kept() -> None:
 
 def test_without_the_log_only_what_callbacks_alone_show_is_told() -> None:
     s = Scene(row(1), row(2))
-    merge = Unlogged(s, s.queue, None, s)
+    merge = Unlogged(s, s.queue, None)
     assert merge.anchor() == Anchor(2, "unlogged")
     merge.skip(2)
     s.queue.extend([callback("i3"), callback("i3", K.DELETED)])
@@ -408,7 +448,9 @@ def test_without_the_log_only_what_callbacks_alone_show_is_told() -> None:
     merge.put_back(batch)
     assert len(s.queue) == 2
     assert merge.cursor == 2
-    assert Unlogged(s, s.queue, 1, s).anchor() == Anchor(1, "unlogged")
+    again = Unlogged(s, s.queue, 1, ahead="[3,[[2,2]]]")
+    assert again.anchor() == Anchor(1, "unlogged")
+    assert (again.cursor, again.ahead) == (1, "[3,[[2,2]]]")
 
 
 # -- a simulated database ------------------------------------------------------------------------------------------
