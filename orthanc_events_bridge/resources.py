@@ -184,7 +184,8 @@ class Resources:
         if not self._by_series or series.level != "series":
             return []
         rows = self._db.execute(
-            "SELECT level, id, parent, born FROM resources WHERE parent = ? AND level = 'instance' ORDER BY id",
+            "SELECT level, id, parent, born FROM resources"
+            " WHERE parent = ? AND level = 'instance' AND born IS NOT 0 ORDER BY id",
             (packed(series.id),),
         ).fetchall()
         return [_resource(row) for row in rows]

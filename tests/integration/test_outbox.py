@@ -313,7 +313,8 @@ def test_nothing_is_inferred_of_what_another_orthanc_watches_over(box: Opened) -
 
     writer.append(stored(1, foreign=True), 4, 1, unasked)
     assert (writer.resources.growing(), writer.resources.page("study", "", 10)) == ([], [])
-    assert writer.resources.instances("", 10)[0] == []
+    writer.resources.index_instances(True)
+    assert writer.resources.members(Resource("series", IDS["series"], None, None)) == []
     writer.append(stored(5, foreign=True), 8, 1, unasked)  # it went, and the other one has told that
     assert [row.change for row in box.rows()] == ["NewInstance", "NewSeries", "NewStudy", "NewPatient"] * 2
     writer.append(stored(9, foreign=False), 12, 1, unasked)
