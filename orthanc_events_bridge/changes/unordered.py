@@ -15,7 +15,7 @@ so a row may appear below rows that were read already, and a transaction that is
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from orthanc_events_bridge.changes.log import PAGE, ChangeLog, Row
@@ -198,22 +198,20 @@ class Unordered:
         """
         rows = self._claim(batch)
         claimed = {row.seq for row in rows if isinstance(row, Row)}
-        unclaimed = self._unclaimed(claimed)
-        waiting = deque(sorted(claimed | {row.seq for row in unclaimed if row.at <= self._young}))
+        left = self._left(claimed)
+        waiting = deque(sorted(claimed | {row.seq for row in left}))
         parents, self._runs = parents_of(batch, self._runs)
         until = self._clock.now() + self.grace * _SECOND_LOOK * 2
         facts: list[Fact] = []
         for callback, row in zip(batch, rows, strict=True):
             if row is True:
                 continue
-            if callback.kind == ChangeKind.DELETED:
-                facts += self._alone([one for one in unclaimed if one.resource == callback.resource])
             while waiting and (waiting[0] <= row.seq if isinstance(row, Row) else waiting[0] not in claimed):
                 seq = waiting.popleft()
                 if seq in claimed:
                     facts.append(from_row(self._numbers.held.pop(seq).row))
                 else:
-                    facts += self._alone([one for one in unclaimed if one.seq == seq])
+                    facts += self._alone([one for one in left if one.seq == seq])
             if row is None:
                 facts.append(from_callback(callback, None))
                 if callback.logged:
@@ -224,16 +222,18 @@ class Unordered:
         self._move()
         return facts
 
-    def _unclaimed(self, claimed: set[int]) -> list[Row]:
-        """The rows that were read before this batch was drained, and whose callbacks are neither in it nor behind it.
+    def _left(self, claimed: set[int]) -> list[Row]:
+        """What an earlier process has left, by its date: it came before all that is told now.
 
-        What is being deleted among them came before its deletion. And what may be an earlier process's, by its date,
-        came before all that is told now.
+        It was read before this batch was drained, and its callback is neither in the batch nor behind it.
         """
         if self._heard != self._taken:  # there is more in the queue
             return []
-        held = self._numbers.held
-        return [one.row for seq, one in held.items() if one.since < self._taken and seq not in claimed]
+        return [
+            one.row
+            for seq, one in self._numbers.held.items()
+            if one.row.at <= self._young and one.since < self._taken and seq not in claimed
+        ]
 
     def _claim(self, batch: Sequence[Callback]) -> list[Row | bool | None]:
         """For each callback its row; none where there is none (any more); true where it is told already."""
@@ -293,6 +293,7 @@ class Unordered:
         self._next_look = now + min(_LOOK, self.grace / 2)
         self._look(now)
         ripe = [held for held in self._numbers.held.values() if held.since <= self._heard - self.grace]
+        self._drop_gone([held.row for held in ripe if held.row.at > self._young])
         facts = [*self._alone([held.row for held in ripe]), *self._late(now)]
         self._told = {key: times for key, times in self._told.items() if times and times[-1] >= now}
         self._minted = {key: until for key, until in self._minted.items() if until >= now}
@@ -319,6 +320,14 @@ class Unordered:
         for gap in numbers.give_up(now - self.grace):
             self._counts["passed"] += max(0, gap.last - max(gap.first - 1, self._uncounted))
             self._given_up.append(gap._replace(since=now + self.grace * _SECOND_LOOK))
+
+    def _drop_gone(self, rows: Sequence[Row]) -> None:
+        """Leave to the Orthanc that made it what is deleted by now: nobody could say any more whose child it was."""
+        there = {row.seq for row in rows_within(self._log, [Gap(row.seq, row.seq, 0.0) for row in sorted(rows)])}
+        gone = [row.seq for row in rows if row.seq not in there]
+        self._counts["passed"] += len(gone)
+        self._settle(gone)
+        self._move()
 
     def _late(self, now: float) -> list[Fact]:
         """Rows that have appeared in gaps that were given up: found once, and told if no callback has told them."""
@@ -353,7 +362,7 @@ class Unordered:
         self._move()
         return [from_row(row) for row in ordered]
 
-    def _settle(self, seqs: Iterator[int]) -> None:
+    def _settle(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
             del self._numbers.held[seq]
 

@@ -184,17 +184,21 @@ def test_what_waits_in_the_queue_behind_a_batch_is_no_earlier_processs() -> None
     assert s.merge.cursor == 300
 
 
-def test_what_was_read_before_it_is_deleted_is_told_before_its_deletion() -> None:
-    s = Scene(row(1, "a"), row(2, "b"))
+def test_what_an_earlier_process_has_left_is_told_before_its_deletion() -> None:
+    s = Scene(row(1, "a", date=START), row(2, "b", date=START))
     s.merge.due()
     s.time += 1
     del s.rows[1]
     facts = s.heard(callback("a", K.DELETED))
-    assert [(fact.change, fact.seq, fact.foreign) for fact in facts] == [
-        ("NewInstance", 1, True),
-        ("Deleted", None, False),
-    ]
-    assert s.later(2 * GRACE)[0].resource == "b"
+    assert [(fact.change, fact.seq) for fact in facts] == [("NewInstance", 1), ("NewInstance", 2), ("Deleted", None)]
+
+
+def test_what_another_orthanc_has_created_and_is_gone_is_left_to_that_one() -> None:
+    s = Scene(row(1, "a"), row(2, "b"))
+    s.merge.due()
+    del s.rows[1]
+    assert [(fact.resource, fact.foreign) for fact in s.later(2 * GRACE)] == [("b", True)]
+    assert (s.merge.cursor, s.counts["passed"]) == (2, 1)
 
 
 def test_a_kind_of_the_future_is_told_once() -> None:
