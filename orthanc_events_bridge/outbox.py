@@ -303,6 +303,14 @@ class OutboxWriter:
 
     # -- the log's last rows, to recognise a restored database -----------------------------------------------
 
+    def index_instances(self, wanted: bool) -> None:
+        """See `Resources.index_instances`.
+
+        :raises OutboxFullError: the disk is full or read-only.
+        """
+        with translated(self._path):
+            self.resources.index_instances(wanted)
+
     def last_recorded(self) -> int:
         """When the newest row was recorded, milliseconds since the epoch; 0 where there is none."""
         with translated(self._path):

@@ -335,7 +335,7 @@ class Capture:
     def _make_repair(self, outbox: OutboxWriter) -> Repair:
         """Once for each of Orthanc's starts."""
         instances = bool(self._upkeep.options["infer_instances"])
-        outbox.resources.index_instances(instances)
+        outbox.index_instances(instances)
         repair = Repair(
             outbox.resources,
             self._look_up.resource,
