@@ -19,13 +19,21 @@ from orthanc_events_bridge import (
     __version__,
     cli_backfill,
     cli_backup,
+    cli_orthanc,
     cli_replay,
     cli_status,
     cli_tail,
     cli_transports,
     cli_verify,
 )
-from orthanc_events_bridge.cli_options import UsageError, add_command, outbox_folder, outbox_options, settings_of
+from orthanc_events_bridge.cli_options import (
+    UsageError,
+    add_command,
+    orthanc_options,
+    outbox_folder,
+    outbox_options,
+    settings_of,
+)
 from orthanc_events_bridge.errors import BridgeError
 
 _EPILOG: Final = "documentation: README.md and docs/ in the project's repository"
@@ -96,15 +104,18 @@ def _parser() -> argparse.ArgumentParser:
         "--script", type=Path, metavar="FILE", help="a Python script of yours that Orthanc shall load too"
     )
 
-    check = add_command(commands, "check", _check, "check a configuration", "One line per mistake, and exit code 2.")
+    text = "One line per mistake, and exit code 2."
+    check = add_command(commands, "check", _check, "check a configuration", text, epilog=cli_orthanc.CHECK)
     check.add_argument("file", metavar="FILE", type=Path, nargs="?", help="default: $ORTHANC_EVENTS_CONFIG")
     check.add_argument("--connect", action="store_true", help="connect to every broker too, and say what was found")
+    orthanc_options(check, "with --connect, ask this Orthanc too, as `run --orthanc` would")
 
-    summary = "run the bridge beside Orthanc"
-    run = add_command(commands, "run", _run, summary, "Orthanc's plugin does this by itself.")
+    summary = "run the bridge, beside Orthanc or far from it"
+    run = add_command(commands, "run", _run, summary, "Orthanc's plugin does this by itself.", epilog=cli_orthanc.RUN)
     outbox_options(run)
     run.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONFIG")
     run.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    cli_orthanc.run_options(run)
 
     for module in (cli_status, cli_transports, cli_tail, cli_replay, cli_backfill, cli_verify, cli_backup):
         module.define(commands)
@@ -136,10 +147,25 @@ def _python_plugin() -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
+    failed = 0
+    if options.connect and cli_orthanc.is_named(options):
+        failed = _check_orthanc(options)
+        if options.file is None and not os.environ.get("ORTHANC_EVENTS_CONFIG"):
+            return failed
     settings = settings_of(options.file)
     names = ", ".join(f"{transport.name} ({transport.type})" for transport in settings.transports)
     print(f"the configuration is right: source {settings.source}, site {settings.site}, transports {names}")
-    return asyncio.run(_check_brokers(settings)) if options.connect else 0
+    return (asyncio.run(_check_brokers(settings)) or failed) if options.connect else 0
+
+
+def _check_orthanc(options: argparse.Namespace) -> int:
+    try:
+        for line in cli_orthanc.check(options):
+            print(f"orthanc: {line}")
+    except BridgeError as error:
+        print(f"orthanc: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 async def _check_brokers(settings: Any) -> int:
@@ -177,6 +203,8 @@ def _run(options: argparse.Namespace) -> int:
 
     place = outbox_folder(options)
     place.prepare()
+    remote = not options.supervised and cli_orthanc.is_named(options)
+    recorder = cli_orthanc.recorder(options, place) if remote else None
     configuration = Configuration(options.config or find_config(None))
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -188,7 +216,7 @@ def _run(options: argparse.Namespace) -> int:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
     async def bridge() -> int:
-        return await Bridge(place, configuration, supervised=options.supervised).run()
+        return await Bridge(place, configuration, supervised=options.supervised, recorder=recorder).run()
 
     return asyncio.run(bridge())
 

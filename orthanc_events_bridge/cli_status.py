@@ -72,6 +72,8 @@ def status_text(document: dict[str, Any]) -> str:
         f"            {outbox['rows']} rows, {in_bytes(outbox['bytes'])}, oldest {outbox['oldest'] or '-'}",
         f"capture     {state}, log cursor {cursor}, dropped {dropped}, vanished {vanished}",
     ]
+    if capture.get("orthanc"):
+        lines.append(f"            of {capture['orthanc']}, followed over HTTP")
     if capture.get("problem"):
         lines.append(f"            {capture['problem']['message']}")
     backfill = capture.get("backfill") or {}

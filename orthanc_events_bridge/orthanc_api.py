@@ -29,6 +29,8 @@ from orthanc_events_bridge.transports.tls import client_context
 #: In front of each option's name, in capitals, in the environment.
 ENVIRONMENT: Final = "ORTHANC_EVENTS_ORTHANC_"
 _TIMEOUT: Final = 30.0
+#: Seconds that a connection may be idle. Orthanc ends it after 0.5 or 1, and a request that meets that has no answer.
+_IDLE: Final = 0.25
 _LOGIN: Final = ("user", "password", "password_file", "token", "token_file")
 
 
@@ -172,6 +174,7 @@ class OrthancApi:
                 auth=(options.user or "", password) if password is not None else None,
                 verify=self._context(options),
                 timeout=options.timeout,
+                limits=httpx.Limits(keepalive_expiry=_IDLE),
                 trust_env=False,
             )
         except httpx.InvalidURL:

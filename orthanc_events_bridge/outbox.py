@@ -9,6 +9,7 @@ Durability: write-ahead log with ``synchronous=NORMAL`` (a killed process loses 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -123,7 +124,12 @@ class OutboxWriter:
         self._now = now
         with translated(path):
             try:
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                # Where it is there, it isn't opened: a reader may be in this process, and closing any descriptor drops
+                # the locks of its connection, too (sqlite.org/howtocorrupt.html, section 2.2).
+                if not path.exists():
+                    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                elif not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             except OSError as error:
                 raise OutboxError(f"{path} can't be opened: {error.strerror}") from error
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -367,7 +373,7 @@ class OutboxWriter:
     def bytes_used(self) -> int:
         """About the size of the rows: without free pages, and without the tree of resources, which no limit binds."""
         with translated(self._path):
-            return max(0, used_bytes(self._db) - self.resources.count * resources.BYTES)
+            return max(0, used_bytes(self._db) - self.resources.bytes_used)
 
     def retain(self, delivered: int, recorded_before: int, limit: int = 5000) -> int:
         """Delete the oldest rows that every transport has delivered and that are old enough.

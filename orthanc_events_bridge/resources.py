@@ -40,8 +40,9 @@ ALTER TABLE resources ADD COLUMN growing INTEGER;
 """
     + _INDEXES
 )
-#: What a resource takes in the file, as measured.
+#: What a resource takes in the file, as measured; and its entry in the index of members.
 BYTES: Final = 75
+_INDEX_BYTES: Final = 60
 
 _PARENT_OF: Final = {"instance": "series", "series": "study", "study": "patient"}
 _ABOVE_INSTANCES: Final = ("series", "study", "patient")
@@ -75,6 +76,11 @@ class Resources:
         self._known.clear()
         self._growing.clear()
         self.count = count
+
+    @property
+    def bytes_used(self) -> int:
+        """What the entries take in the file, about."""
+        return self.count * (BYTES + (_INDEX_BYTES if self._by_series else 0))
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -211,6 +217,11 @@ class Resources:
         self.count += self._db.executemany(
             "INSERT OR IGNORE INTO resources (id, level, parent) VALUES (?,?,?)", rows
         ).rowcount
+
+    def forget(self, resources: Sequence[Resource]) -> None:
+        """Drop entries without a word."""
+        for resource in resources:
+            self._drop(resource.id)
 
     # -- the table ---------------------------------------------------------------------------------------------------
 

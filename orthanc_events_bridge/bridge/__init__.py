@@ -1,8 +1,8 @@
 """The process beside Orthanc: outbox → mapping → one relay per transport.
 
 Run by the plugin's supervisor (``--supervised``), whose pipe is our standard input: a byte means new rows, its end
-means that Orthanc is gone. SIGHUP: read the configuration again. Exit codes: 0 ended as told, 1 failed, 2 wrong
-configuration, 75 another bridge works here.
+means that Orthanc is gone. Where there is no plugin, capture runs in this process (`Recorder`). SIGHUP: read the
+configuration again. Exit codes: 0 ended as told, 1 failed, 2 wrong configuration, 75 another bridge works here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import signal
 import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 from orthanc_events_bridge import __version__
 from orthanc_events_bridge.bridge.commands import obey
@@ -48,18 +49,35 @@ class BusyError(BridgeError):
     """Another process does this already."""
 
 
+class Recorder(Protocol):
+    """What writes the outbox in the bridge's own process, where no plugin does."""
+
+    def begin(self, ring: Callable[[], None]) -> None:
+        """Start, on a thread of its own.
+
+        :param ring: to be called, from any thread, when there are new rows.
+        """
+
+    def end(self) -> None:
+        """Record what was read, and close the outbox. Blocks for some seconds at most."""
+
+
 class Bridge:
     """Wires outbox and transports, and runs until it is told to stop.
 
     :param folder: of the outbox; prepared.
     :param configuration: without mistakes; watched from now on.
     :param supervised: whether standard input is the supervisor's pipe.
+    :param recorder: writes the outbox, as long as it is ours; none where capture runs in Orthanc's process.
     """
 
-    def __init__(self, folder: Folder, configuration: Configuration, *, supervised: bool) -> None:
+    def __init__(
+        self, folder: Folder, configuration: Configuration, *, supervised: bool, recorder: Recorder | None = None
+    ) -> None:
         self._folder = folder
         self._configuration = configuration
         self._supervised = supervised
+        self._recorder = recorder
         self._started = time.time()
         self._fleet: Fleet | None = None
         self._noted: dict[str, Any] = {}
@@ -77,11 +95,25 @@ class Bridge:
         self._listen()
         lock = await self._lock()
         try:
+            self._begin_recording()
             while not await self._run_until_damaged():
                 await self._pause(_TICK)
         finally:
+            if self._recorder is not None:
+                self._recorder.end()
             os.close(lock)
         return 0
+
+    def _begin_recording(self) -> None:
+        if self._recorder is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def ring() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._wake)
+
+        self._recorder.begin(ring)
 
     async def _run_until_damaged(self) -> bool:
         """Run; a ``bridge.db`` that is damaged is set aside, to begin with a new one.
@@ -149,11 +181,14 @@ class Bridge:
             data = os.read(0, 65536)
         except BlockingIOError:
             return
-        if self._fleet is not None:
-            self._fleet.wake()
+        self._wake()
         if not data:
             asyncio.get_running_loop().remove_reader(0)
             self._stop.set()
+
+    def _wake(self) -> None:
+        if self._fleet is not None:
+            self._fleet.wake()
 
     async def _run(self, state: State) -> None:
         self._tell_capture(state)
@@ -192,6 +227,8 @@ class Bridge:
             if not self._stop.is_set():
                 log.warning("the outbox was exchanged: the new one is opened")
                 return False
+            if self._recorder is not None:
+                await asyncio.to_thread(self._recorder.end)
             await self._drain(fleet)
             self._note(state)
             return True
@@ -232,10 +269,10 @@ class Bridge:
             await asyncio.wait_for(self._stop.wait(), seconds)
 
     async def _work(self, fleet: Fleet) -> None:
-        """Until told to stop. Unsupervised, look for new rows: nobody rings."""
+        """Until told to stop. Where nobody rings, look for new rows."""
         seen = -1
         while not self._stop.is_set():
-            if self._supervised:
+            if self._supervised or self._recorder is not None:
                 await self._stop.wait()
                 return
             if (version := fleet.source.reader.version()) != seen:

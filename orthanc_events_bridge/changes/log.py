@@ -70,32 +70,36 @@ class OrthancLog:
     """The change log of a running Orthanc.
 
     :param get: fetches a path of Orthanc's REST API, or raises whatever it likes when it can't.
+    :ivar counter: as the last empty page told it; none before there was any.
     :ivar unordered: whether Seq is given before the commit; then the counter may fall behind rows that are there.
     """
 
     def __init__(self, get: Callable[[str], bytes | str]) -> None:
         self._get = get
+        self.counter: int | None = None
         self.unordered = False
 
     def page(self, since: int, limit: int) -> Sequence[Row]:
-        return [
-            Row(int(row["Seq"]), row["Date"], row["ChangeType"], row["ResourceType"].lower(), row["ID"])
-            for row in self._changes(since, limit)["Changes"]
-        ]
+        rows, last = self._ask(f"/changes?since={since}&limit={limit}")
+        if not rows:
+            self.counter = last
+        return rows
 
     def tip(self) -> int:
-        counter = int(self._changes(_BEYOND, 1)["Last"])
-        return max(counter, int(self._ask("/changes?last")["Last"])) if self.unordered else counter
+        counter = self._ask(f"/changes?since={_BEYOND}&limit=1")[1]
+        return max(counter, self._ask("/changes?last")[1]) if self.unordered else counter
 
-    def _changes(self, since: int, limit: int) -> dict[str, Any]:
-        return self._ask(f"/changes?since={since}&limit={limit}")
-
-    def _ask(self, path: str) -> dict[str, Any]:
+    def _ask(self, path: str) -> tuple[list[Row], int]:
+        """The rows, and `Last`: the last row's number, or the counter where there is no row."""
         try:
-            answer: dict[str, Any] = json.loads(self._get(path))
-            if not isinstance(answer["Changes"], list) or "Last" not in answer:
-                raise ValueError("no list of changes")
-            return answer
+            answer: Any = json.loads(self._get(path))
+            if not isinstance(answer, dict) or not isinstance(answer.get("Changes"), list) or "Last" not in answer:
+                raise ValueError("the answer is no list of changes")
+            rows = [
+                Row(int(row["Seq"]), row["Date"], row["ChangeType"], row["ResourceType"].lower(), row["ID"])
+                for row in answer["Changes"]
+            ]
+            return rows, int(answer["Last"])
         except Exception as error:  # whatever the SDK or the HTTP client raises: the log can't be read now
             raise LogUnavailableError(f"Orthanc's change log can't be read: {error}") from error
 

@@ -50,7 +50,8 @@ _MISSING: Final = 1000
 _REFUSALS: Final = 3
 #: So many inferred facts are remembered, in case Orthanc says them after all.
 _REMEMBERED: Final = 10_000
-_STABLE: Final = {"series": "StableSeries", "study": "StableStudy", "patient": "StablePatient"}
+#: Level → the change that says that one is stable.
+STABLE: Final = {"series": "StableSeries", "study": "StableStudy", "patient": "StablePatient"}
 _ORDER: Final = {"instance": 0, "series": 1, "study": 2, "patient": 3}
 _GROWN: Final = ("series", "study", "patient")
 
@@ -65,6 +66,7 @@ class Registry(Protocol):
     def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
     def growing(self) -> list[Resource]: ...
     def meet(self, resources: Iterable[Resource]) -> None: ...
+    def forget(self, resources: Sequence[Resource]) -> None: ...
 
 
 def deletion(resource: Resource, at: int) -> Fact:
@@ -242,6 +244,7 @@ class Repair:
         :return: facts to be recorded now, and then to be handed to `done`; those that are not, come again.
         :raises LogUnavailableError: Orthanc can't answer now; call again, a while later.
         """
+        self._last_asked = ""
         try:
             return self._step(cursor, calm)
         except LogUnavailableError:
@@ -251,8 +254,7 @@ class Repair:
             raise
 
     def _step(self, cursor: int, calm: float) -> list[Fact]:
-        self._last_asked = ""
-        facts = self._deletions(cursor, calm) or self._creations(cursor, calm) or self._stable(cursor, calm)
+        facts = self._told(cursor, calm)
         if not facts:
             if self._growing and self._now() >= self._due:
                 self._look_at_growing()
@@ -263,6 +265,10 @@ class Repair:
             elif self._walk and len(self._missing) < _MISSING:
                 self._look(self._walk)
         return facts
+
+    def _told(self, cursor: int, calm: float) -> list[Fact]:
+        """What can be told by now."""
+        return self._deletions(cursor, calm) or self._creations(cursor, calm) or self._stable(cursor, calm)
 
     def done(self, facts: Iterable[Fact]) -> None:
         """What was inferred is recorded."""
@@ -304,7 +310,7 @@ class Repair:
 
     def _stable(self, cursor: int, calm: float) -> list[Fact]:
         return [
-            Fact(_STABLE[level], level, one, date_to_ms(date), None, date, None, {"inferred": True})
+            Fact(STABLE[level], level, one, date_to_ms(date), None, date, None, {"inferred": True})
             for one, (level, date), _ in self._resting.settled(cursor, calm)[:_FACTS]
         ]
 
@@ -331,12 +337,15 @@ class Repair:
             if questions == _QUESTIONS:
                 last = one.id
                 break
+        self._doubt(missing)
+        if walk.go_on(last, self._levels):
+            self._walk = None
+
+    def _doubt(self, missing: Sequence[Resource]) -> None:
         if missing:
             tip = self._tip()
             for one in missing:
                 self._missing.add(one.id, one, tip)
-        if walk.go_on(last, self._levels):
-            self._walk = None
 
     def _of_study(self, study: Resource) -> list[Resource]:
         answer = self._ask("study", study.id)

@@ -193,7 +193,7 @@ class Capture:
                 self._exchange(error)
             except Exception as error:
                 self._failed(error)
-                self._stop.wait(0.01 if isinstance(error, LogUnavailableError) else 0.1)
+                self._stop.wait(self._patience(error))
         try:
             self._finish()
         except Exception as error:
@@ -203,6 +203,10 @@ class Capture:
         self._upkeep.close()
         if self._held is not None:
             os.close(self._held)
+
+    def _patience(self, error: Exception) -> float:
+        """Seconds until it is tried again."""
+        return 0.01 if isinstance(error, LogUnavailableError) else 0.1
 
     def _failed(self, error: Exception) -> None:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
@@ -266,7 +270,7 @@ class Capture:
         self._log.unordered = self._look_up.database() is not None
         cursor, found = self._recognise(outbox)
         merge = self._join(outbox, cursor, found)
-        repair = self._repair = None if isinstance(merge, Unlogged) else self._repair or self._make_repair(outbox)
+        repair = self._repair = None if isinstance(merge, Unlogged) else self._repair or self._begin_repair(outbox)
         self._state = "anchoring"
         anchor = merge.anchor()
         if anchor is None:
@@ -328,15 +332,24 @@ class Capture:
         """The outbox was exchanged while Orthanc ran on, and its timers with it."""
         repair = self._repair
         if repair is not None:
-            outbox.resources.index_instances(bool(self._upkeep.options["infer_instances"]))
+            outbox.index_instances(self._finds_members)
             repair.go_on(outbox.resources, outbox.noted("repair").get("remembered"))
             self.notes["repair"] = lambda: repair.place
 
-    def _make_repair(self, outbox: OutboxWriter) -> Repair:
+    def _begin_repair(self, outbox: OutboxWriter) -> Repair:
         """Once for each of Orthanc's starts."""
-        instances = bool(self._upkeep.options["infer_instances"])
-        outbox.index_instances(instances)
-        repair = Repair(
+        outbox.index_instances(self._finds_members)
+        repair = self._make_repair(outbox)
+        self.notes["repair"] = lambda: repair.place
+        return repair
+
+    @property
+    def _finds_members(self) -> bool:
+        """Whether the instances of a series have to be found."""
+        return bool(self._upkeep.options["infer_instances"])
+
+    def _make_repair(self, outbox: OutboxWriter) -> Repair:
+        return Repair(
             outbox.resources,
             self._look_up.resource,
             self._log.tip,
@@ -347,11 +360,9 @@ class Capture:
             # Other Orthancs' rows are recorded that much later.
             stable_age=self._stable_age + (self._upkeep.options["grace"] if self._log.unordered else 0.0),
             began=outbox.began,
-            instances=instances,
+            instances=self._finds_members,
             place=outbox.noted("repair"),
         )
-        self.notes["repair"] = lambda: repair.place
-        return repair
 
     def _join(self, outbox: OutboxWriter, cursor: int | None, found: Break | None) -> AnyMerge:
         """What turns Orthanc's log and its callbacks into facts, from a cursor on.
@@ -501,15 +512,12 @@ class Capture:
         if outbox is None or now < self._next_tick:
             return
         self._next_tick = now + _TICK
-        self._upkeep.take_settings(outbox)
-        self._look_for_backfill(outbox)
-        self._write_notes(outbox)
-        if not is_joined(merge, self._upkeep.options):
+        self._keep_house(outbox)
+        if not self._is_joined(merge):
             self._anchored = False  # the settings are other ones
             return
         if self._state == "paused":  # even so, something could be written: the note that says so
             self._well()
-        self._upkeep.retain(outbox)
         self._rescue.look(outbox)
         self._watch_log(outbox, merge)
         late, self._late_said = self._counts["late"] - self._late_said, self._counts["late"]
@@ -517,6 +525,16 @@ class Capture:
             self._host.warning(
                 f"{late} changes came into Orthanc's log later than capture.grace, and were told late; make it longer"
             )
+
+    def _is_joined(self, merge: AnyMerge) -> bool:
+        return is_joined(merge, self._upkeep.options)
+
+    def _keep_house(self, outbox: OutboxWriter) -> None:
+        """What needs no Orthanc."""
+        self._upkeep.take_settings(outbox)
+        self._look_for_backfill(outbox)
+        self._write_notes(outbox)
+        self._upkeep.retain(outbox)
 
     def _look_for_backfill(self, outbox: OutboxWriter) -> None:
         self._backfilling.look(outbox)

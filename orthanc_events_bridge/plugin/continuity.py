@@ -60,6 +60,14 @@ class Continuity:
             return Break(reason, what, tip, min(common_seq(tail, rows), tip) or None)
         return Break("emptied", EMPTIED, tip, cursor) if self._was_emptied(tail) else None
 
+    def is_followed(self, tail: list[Row]) -> bool:
+        """Whether this still is the log that was read before, as far as one page can tell.
+
+        :param tail: the last rows that were read.
+        :raises LogUnavailableError: Orthanc can't answer now; call again.
+        """
+        return not tail or same_log(tail, self._log.page(tail[0].seq - 1, TAIL), 0, 0)
+
     def _was_emptied(self, tail: list[Row]) -> bool:
         """Whether rows of the log are gone although their resources are not."""
         if not tail:

@@ -16,6 +16,8 @@ _ROUTES: Final = {"patient": "patients", "study": "studies", "series": "series",
 #: Where a resource's answer holds the main DICOM tags: its own, and for a study also its patient's.
 _TAG_FIELDS: Final = ("MainDicomTags", "PatientMainDicomTags")
 _CACHE: Final = 10_000
+#: So many new instances at once, and it is their series that are asked for.
+_TOGETHER: Final = 3
 
 #: What of a job may leave Orthanc, and under which name: nothing here can hold patient data.
 _JOB_FIELDS: Final = {
@@ -49,6 +51,7 @@ class Lookup:
         self._tags: list[str] = []
         self._metadata: list[str] = []
         self._above: OrderedDict[str, str] = OrderedDict()
+        self._foreseen: dict[str, str] = {}
         self._jobs: dict[Callback, dict[str, Any] | None] = {}
 
     def allow(self, settings: str) -> None:
@@ -119,19 +122,43 @@ class Lookup:
         """
         found: dict[str, str] = {}
         while level in _ABOVE:
-            above = self._above.get(resource)
+            above = self._above.get(resource) or self._foreseen.get(resource)
             if above is None:
                 answer = self._ask(f"/{_ROUTES[level]}/{resource}")
                 if answer is None:
                     return found or None
                 above = str(answer[f"Parent{_ABOVE[level].capitalize()}"])
                 if level != "instance":
-                    self._above[resource] = above
-                    if len(self._above) > _CACHE:
-                        self._above.popitem(last=False)
+                    self._keep(resource, above)
             level = _ABOVE[level]
             found[level] = resource = above
         return found
+
+    def foresee(self, facts: Iterable[Fact]) -> None:
+        """Ask for the series of new instances that come together, in place of each of them: it names them all.
+
+        For `parents`, until the next call. Worth it where a question takes long.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
+        unknown = {str(fact.resource): None for fact in facts if fact.change == "NewInstance" and fact.parents is None}
+        self._foreseen = {}
+        while len(unknown) >= _TOGETHER:
+            first = next(iter(unknown))
+            del unknown[first]
+            series = str((self._ask(f"/instances/{first}") or {}).get("ParentSeries", ""))
+            answer = self._ask(f"/series/{series}") if series else None
+            if answer is None:
+                continue
+            self._keep(series, str(answer["ParentStudy"]))
+            below = {first, *(unknown.keys() & set(answer["Instances"]))}
+            self._foreseen.update(dict.fromkeys(below, series))
+            unknown = {one: None for one in unknown if one not in below}
+
+    def _keep(self, resource: str, above: str) -> None:
+        self._above[resource] = above
+        if len(self._above) > _CACHE:
+            self._above.popitem(last=False)
 
     # -- jobs ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import httpx
 
@@ -24,7 +24,7 @@ from orthanc_events_bridge.testing.bridged import BridgedOrthanc, smallest
 from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
 from orthanc_events_bridge.testing.processes import wait_until
-from orthanc_events_bridge.testing.servers import NotAcknowledgedError
+from orthanc_events_bridge.testing.servers import NotAcknowledgedError, OrthancServer
 
 
 def _kind_of_orthanc() -> type[BridgedOrthanc]:
@@ -186,6 +186,15 @@ class Line:
         )
 
 
+class Site(Protocol):
+    """An Orthanc, and the ledger of what it acknowledged."""
+
+    @property
+    def orthanc(self) -> OrthancServer: ...
+    @property
+    def ledger(self) -> Ledger: ...
+
+
 class Clients:
     """Threads that work on Orthanc and write down what it acknowledges, also while it is down and comes back.
 
@@ -196,7 +205,7 @@ class Clients:
     :param size: instances in an adder's study.
     """
 
-    def __init__(self, line: Line, *, adders: int = 0, loopers: int = 0, pause: float = 0.0, size: int = 5) -> None:
+    def __init__(self, line: Site, *, adders: int = 0, loopers: int = 0, pause: float = 0.0, size: int = 5) -> None:
         self._line = line
         self._pause = pause
         self._size = size

@@ -91,6 +91,21 @@ def _dropping_one() -> None:
         drop_from(transport)
 
 
+def _without_rounds() -> None:
+    """Where nobody calls back, nobody looks for deletions."""
+    from orthanc_events_bridge.changes.rounds import Rounds
+
+    Rounds._round_due = Rounds._listing_due = False  # type: ignore[assignment,method-assign]
+
+
+def _without_recognition() -> None:
+    """Where nobody says that Orthanc was started again, nobody looks whether it has another log."""
+    from orthanc_events_bridge.remote import RemoteCapture
+
+    RemoteCapture._is_same_log = lambda self: True  # type: ignore[method-assign]
+    RemoteCapture._recognise = lambda self, outbox: (outbox.cursor, None)  # type: ignore[method-assign]
+
+
 #: Those of the bridge's process.
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
     # Events count as published once they are sent.
@@ -104,6 +119,9 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "identity": _without_identity,
     "minting": _minting,
     "drop": _dropping_one,
+    # Of an Orthanc without the plugin.
+    "rounds": _without_rounds,
+    "recognition": _without_recognition,
 }
 
 #: Those of Orthanc's process: Python for the shim, behind the package's import.

@@ -136,6 +136,7 @@ class OrthancServer(Server):
     :param plugins: the plugins; by default the Python plugin where a script is given.
     :param stable_age: after how many seconds without news a resource is stable.
     :param verbose: write a log of everything.
+    :param login: a user and a password, without which nobody is let in.
     """
 
     title = "Orthanc"
@@ -150,8 +151,10 @@ class OrthancServer(Server):
         plugins: Sequence[Path] | None = None,
         stable_age: int = 1,
         verbose: bool = False,
+        login: tuple[str, str] | None = None,
     ) -> None:
         super().__init__(folder, environment)
+        self.login = login
         self.binary = find_orthanc()
         self.verbose = verbose
         self.port = free_port()
@@ -198,7 +201,7 @@ class OrthancServer(Server):
         """A client of the REST API, for any thread. It never tries a request again."""
         with self._client_lock:
             if self._client is None:
-                self._client = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+                self._client = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False, auth=self.login)
             return self._client
 
     # Life.
@@ -206,7 +209,8 @@ class OrthancServer(Server):
     def write_config(self) -> Path:
         """Write the configuration file, which Orthanc reads when it starts and when it is reset."""
         path = self.folder / "orthanc.json"
-        path.write_text(json.dumps(self.config, indent=2), "utf-8")
+        users = {"AuthenticationEnabled": True, "RegisteredUsers": dict([self.login])} if self.login else {}
+        path.write_text(json.dumps(self.config | users, indent=2), "utf-8")
         return path
 
     def start(self, *, wait: bool = True) -> float:
@@ -268,7 +272,7 @@ class OrthancServer(Server):
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/system", timeout=5.0, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/system", timeout=5.0, trust_env=False, auth=self.login).status_code == 200
         except httpx.TransportError:
             return False
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.webhook import WebhookBroker
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line
+from orthanc_events_bridge.testing.programs import require
+from orthanc_events_bridge.testing.remote import RemoteLine
 from tests.faults.test_damage import put_an_older_copy_back, remove_the_outbox
 from tests.faults.test_power import cut_behind_a_second_life, cut_several_times
 from tests.faults.test_repair import hold_callbacks_up, put_back, without_bridge
@@ -273,3 +276,51 @@ def test_the_ledger_reports_what_a_protection_prevents(
         if beyond or sum(getattr(report, category) for category in harm.split()):
             return
     pytest.fail(f"nobody noticed\n{report}")
+
+
+def delete_far_away(line: RemoteLine) -> None:
+    study = dicom.make_study()
+    line.store(study)
+    line.wait(lambda document: document["log"]["cursor"] >= 4)
+    line.orthanc.delete("studies", study.id)
+    line.ledger.deleted("studies", study.id)
+
+
+def put_an_older_database_back_far_away(line: RemoteLine) -> None:
+    """And give the numbers that were read to others before anybody looks."""
+    line.orthanc.stop()
+    shutil.copytree(line.orthanc.database, line.root / "older")
+    line.orthanc.start()
+    gone = dicom.make_study()
+    line.store(gone)
+    line.wait(lambda document: document["log"]["cursor"] >= 4)
+    line.bridge.freeze()
+    line.orthanc.kill()
+    shutil.rmtree(line.orthanc.database)
+    shutil.copytree(line.root / "older", line.orthanc.database)
+    line.ledger.deleted("studies", gone.id)
+    line.orthanc.start()
+    line.store(dicom.make_study(series=2))
+    line.bridge.thaw()
+
+
+@pytest.mark.parametrize(
+    ("without", "fault"), [("rounds", delete_far_away), ("recognition", put_an_older_database_back_far_away)]
+)
+def test_the_ledger_reports_what_protects_an_orthanc_without_the_plugin(
+    tmp_path: Path, without: str, fault: Callable[[RemoteLine], None]
+) -> None:
+    require("orthanc")
+    reports = []
+    for name, switched_off in (("mutant", [without]), ("whole", [])):
+        with RemoteLine(tmp_path / name, without=switched_off) as line:
+            line.ledger.allow("instance.deleted")
+            fault(line)
+            if switched_off:
+                time.sleep(5)
+                rows, there = line.orthanc.changes(), line.orthanc.existing()
+                reports.append(line.ledger.compare(line.events(), existing=there, log=rows))
+            else:
+                reports.append(line.report())
+    print(*reports, sep="\n")
+    assert reports[0].lost and reports[1].ok, f"{reports[0]}\n{reports[1]}"

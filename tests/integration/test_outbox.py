@@ -879,3 +879,22 @@ def test_one_process_at_a_time_records(tmp_path: Path) -> None:
 
 
 _HOLD = "from orthanc_events_bridge.folder import Folder\n"
+
+
+def test_a_reader_in_the_writers_process_takes_nobodys_locks_away(box: Opened) -> None:
+    """As without the plugin: the reader is there first. Else the last of others to close would delete the log of what
+    is written, and all that comes later with it."""
+    box.writer().close()
+    mine = OutboxReader(box.path)
+    assert mine.rows(0, 1) == []
+    writer = box.writer()
+    look = (
+        "import sys\nfrom pathlib import Path\nfrom orthanc_events_bridge.outbox import OutboxReader\n"
+        "reader = OutboxReader(Path(sys.argv[1]))\nprint(len(reader.rows(0, 9)))\nreader.close()"
+    )
+    for count in (1, 2):
+        writer.append([Fact("StableStudy", "study", IDS["study"], 0, count, DATE, {})], count, 0, lambda *_: None)
+        told = subprocess.run([sys.executable, "-c", look, str(box.path)], capture_output=True, check=True)
+        assert int(told.stdout) == count == len(mine.rows(0, 9))
+        assert writer.sync_path.exists()
+    mine.close()

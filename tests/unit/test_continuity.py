@@ -112,3 +112,14 @@ def test_what_was_deleted_and_stored_again_is_no_emptied_log_however_late_it_is_
         log.tell(study, 4 + number)
     assert not log.is_emptied(6)
     assert not log.is_emptied(6)
+
+
+def test_with_one_page_it_is_seen_whether_a_log_goes_on(log: Log) -> None:
+    tail = list(log.rows)
+    assert log.continuity.is_followed([])
+    assert log.continuity.is_followed(tail)
+    log.delete("b")
+    assert log.continuity.is_followed(tail)
+    log.rows, log.counter = log.rows[:1], 1
+    log.create("d", "e")
+    assert not log.continuity.is_followed(tail)

@@ -55,7 +55,29 @@ def test_tip_is_asked_in_digits_far_behind_everything() -> None:
     assert asked == ["/changes?since=9000000000000000000&limit=1"]
 
 
-@pytest.mark.parametrize("answer", [{}, {"Changes": None, "Last": 1}, {"Changes": []}, [], "text", None])
+def test_the_counter_is_what_the_last_empty_page_told() -> None:
+    answers = iter(
+        [
+            {"Changes": [CHANGE], "Done": True, "Last": 7},
+            {"Changes": [], "Done": True, "Last": 9},
+            {"Changes": [CHANGE]},
+        ]
+    )
+    log = OrthancLog(lambda path: json.dumps(next(answers)))
+    log.page(6, 1)
+    assert log.counter is None
+    log.page(7, 1)
+    assert log.counter == 9
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({}, {"Changes": None, "Last": 1}, {"Changes": []}, [], "text", None),
+        *({"Changes": [{"Seq": 1}], "Last": 1}, {"Changes": [{**CHANGE, "Seq": "x"}], "Last": 1}),
+        *({"Changes": ["a"], "Last": 1}, {"Changes": [], "Last": "x"}),
+    ],
+)
 def test_answer_that_is_no_page_means_unavailable(answer: object) -> None:
     log, _ = answering(answer)
     with pytest.raises(LogUnavailableError):

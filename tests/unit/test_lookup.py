@@ -296,3 +296,36 @@ def test_allow_lists_are_replaced() -> None:
     made, _ = lookup(tags=["Modality"])
     made.allow("{}")
     assert described(made, "NewSeries", "series", "se") == {}
+
+
+# -- many new instances at once ----------------------------------------------------------------------------------------
+
+
+def test_the_series_of_many_new_instances_is_asked_for_in_place_of_each() -> None:
+    many = [f"i{number}" for number in range(20)]
+    answers = {
+        **TREE,
+        **{f"/instances/{one}": {"ParentSeries": "se"} for one in many},
+        "/series/se": {"ParentStudy": "st", "Instances": many},
+    }
+    made, orthanc = lookup(answers)
+    facts = [Fact("NewInstance", "instance", one, 0) for one in many]
+    made.foresee(facts)
+    for one in many:
+        assert made.parents("instance", one) == {"series": "se", "study": "st", "patient": "pa"}
+    assert orthanc.asked == ["/instances/i0", "/series/se", "/studies/st"]
+
+
+def test_what_is_gone_or_alone_is_asked_for_itself() -> None:
+    answers = {
+        **{f"/instances/i{n}": {"ParentSeries": f"se{n}"} for n in range(3)},
+        **{f"/series/se{n}": {"ParentStudy": "st", "Instances": [f"i{n}"]} for n in range(1, 3)},
+        "/studies/st": TREE["/studies/st"],
+    }
+    made, orthanc = lookup(answers)
+    made.foresee([Fact("NewInstance", "instance", f"i{n}", 0) for n in (9, 0, 1, 2)])
+    assert made.parents("instance", "i1") == {"series": "se1", "study": "st", "patient": "pa"}
+    assert made.parents("instance", "i9") is None
+    made.foresee([Fact("NewInstance", "instance", one, 0) for one in ("i1", "i2")])
+    made.foresee([Fact("NewInstance", "instance", one, 0, parents={}) for one in ("i1", "i2", "i9")])
+    assert "/instances/i2" not in orthanc.asked

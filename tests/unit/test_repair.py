@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -15,6 +15,9 @@ from orthanc_events_bridge.resources import SCHEMA, Resources
 
 DATE = "20261124T080000"
 AT = 1795507200000
+
+
+R = TypeVar("R", bound=Repair)
 
 
 class World:
@@ -72,6 +75,9 @@ class World:
         return {**found, "IsStable": self.stable} if found else None
 
     def repair(self, **options: Any) -> Repair:
+        return self.make(Repair, **options)
+
+    def make(self, kind: type[R], **options: Any) -> R:
         def studies(since: int, limit: int) -> list[str]:
             return [one for one, found in self.there.items() if found["level"] == "study"][since : since + limit]
 
@@ -80,7 +86,7 @@ class World:
                 raise LogUnavailableError("busy")
             return self.seq
 
-        return Repair(
+        return kind(
             self.registry,
             self.ask,
             tip,

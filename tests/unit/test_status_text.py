@@ -53,6 +53,13 @@ def document(**parts: Any) -> dict[str, Any]:
     }
 
 
+def test_an_orthanc_without_the_plugin_is_named() -> None:
+    capture = {"state": "not connected", "orthanc": "https://pacs", "problem": {"message": "it is away", "at": ""}}
+    lines = status_text(document(capture=capture)).splitlines()
+    assert lines[2].startswith("capture     not connected, ")
+    assert lines[3:5] == ["            of https://pacs, followed over HTTP", "            it is away"]
+
+
 def test_everything_is_shown() -> None:
     lines = status_text(document()).splitlines()
     assert lines[:4] == [
