@@ -358,13 +358,14 @@ def test_several_orthancs_on_one_database_tell_copies_that_the_id_removes(
     with Beside(line, tmp_path / "second") as second:
         with Clients(line, adders=1), second.clients(adders=1):
             time.sleep(5)
+        line.settle()
         second.settle()
+        before = len(ids_of(line.folder.path).keys() & ids_of(second.orthanc.outbox).keys())
         report = line.report()
         print(report)
         report.assert_clean()
-        logged = sum(event.seq is not None for event in line.events())
-        assert 0 < report.duplicated <= logged / 2  # each logged change has two copies, all others have one
-        assert report.duplicated == len(set(ids_of(line.folder.path)) & set(ids_of(second.orthanc.outbox)))
+        after = len(ids_of(line.folder.path).keys() & ids_of(second.orthanc.outbox).keys())
+        assert 0 < before <= report.duplicated <= after  # a stable event may still have come
 
 
 def test_what_the_acting_server_finds_gone_and_another_has_read_is_told_twice(
