@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,14 +37,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+def pause(line: Line) -> str:
+    """Wait until recording pauses, and say why it does. At the limit it may go on for moments."""
+
+    def paused(document: dict[str, Any]) -> bool:
+        return document["capture"]["state"] == "paused" and bool(document["capture"]["problem"])
+
+    return str(line.wait(paused)["capture"]["problem"]["message"])
+
+
 def test_nothing_is_lost_while_the_outboxs_disk_is_full(make_line: Callable[..., Line], small_disk: Path) -> None:
     line = make_line(environment={"ORTHANC_EVENTS_OUTBOX": str(small_disk / "outbox")})
     filler = small_disk / "filler"
     with Clients(line, adders=1, loopers=1, pause=0.005):
         time.sleep(1)
         _fill(filler)
-        line.wait(lambda document: document["capture"]["state"] == "paused")
-        problem = line.status()["capture"]["problem"]["message"]
+        problem = pause(line)
         assert "outbox.db" in problem
         assert "disk" in problem
         time.sleep(2)
@@ -71,8 +80,7 @@ def test_nothing_is_lost_when_the_outbox_has_reached_its_limit(make_line: Callab
     line = make_line(settings="outbox:\n  max_bytes: 300KiB\n")
     line.broker.kill()
     with Clients(line, adders=1, loopers=1):
-        line.wait(lambda document: document["capture"]["state"] == "paused")
-        problem = line.status()["capture"]["problem"]["message"]
+        problem = pause(line)
         assert "limit" in problem
         assert "outbox.max_bytes" in problem
         time.sleep(2)
