@@ -63,7 +63,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compare-instances",
         action="store_true",
-        help="look for deletions of single instances too: a question for each instance",
+        help="look for deletions of single instances too: a question for each series",
     )
     group.add_argument(
         "--stable-age",

@@ -53,7 +53,7 @@ class Pace:
     :ivar poll: seconds between two looks at its log and its jobs.
     :ivar compare_every: seconds from the end of a look for deletions to the beginning of the next; 0: only at a start,
         and where something may have been missed.
-    :ivar instances: whether deletions of single instances are looked for as well: a question for each.
+    :ivar instances: whether deletions of single instances are looked for as well: a question for each series.
     :ivar stable_age: Orthanc's ``StableAge``, seconds: what is growing for longer is asked for.
     """
 
