@@ -421,4 +421,5 @@ def test_with_one_reader_of_the_log_there_are_no_copies(make_postgres_line: Make
         second.settle()
         report = line.report()
         report.assert_clean()
-        assert report.duplicated == len(logged)
+        after = len(ids_of(line.folder.path).keys() & ids_of(second.orthanc.outbox).keys())
+        assert len(logged) <= report.duplicated <= after  # a stable event may still have come
