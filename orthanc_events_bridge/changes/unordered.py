@@ -305,7 +305,9 @@ class Unordered:
         :raises LogUnavailableError: the log can't be read now; call again.
         """
         self._before = self._state()
-        self._look(self._clock.now())
+        now = self._clock.now()
+        self._look(now)
+        self._numbers.read_gaps(self._log, now)
         return self._from_log([held.row for held in self._numbers.held.values()])
 
     def _look(self, now: float) -> None:

@@ -142,8 +142,10 @@ IN_ORTHANC: Final[dict[str, str]] = {
     "def append(self, facts, cursor, settings, look_up, **more):\n"
     "    original(self, facts, self.cursor or 0, settings, look_up, **more)\n    self.cursor = cursor\n"
     "OutboxWriter.append = append\n",
-    # A number without a row is passed at once.
-    "grace": "from orthanc_events_bridge.plugin.upkeep import Upkeep\n"
+    # A number without a row is passed at once, and never looked at again.
+    "grace": "from orthanc_events_bridge.changes.unordered import Unordered\n"
+    "from orthanc_events_bridge.plugin.upkeep import Upkeep\n"
+    "Unordered._late = lambda self, now: []\n"
     "original = Upkeep.take_settings\n"
     "def take_settings(self, outbox):\n"
     "    found = original(self, outbox)\n    self.options = {**self.options, 'grace': 0.0}\n    return found\n"

@@ -191,10 +191,11 @@ def test_nothing_is_lost_when_orthanc_is_killed(make_postgres_line: MakeLine, mo
 def test_the_ledger_reports_what_the_grace_period_prevents(make_postgres_line: MakeLine) -> None:
     line = make_postgres_line("read-committed", without=["grace"])
     with NaiveReader(line) as naive, Clients(line, adders=6):
-        assert wait_until(lambda: len(naive.lost()) > 10, 300, every=0.3)
+        assert wait_until(lambda: len(naive.lost()) > 50, 300, every=0.3)
     report = line.report()
     print(report)
-    assert report.lost, f"nobody noticed\n{report}"
+    # Rows of numbers that were passed are lost, or told by their callbacks under other ids; others are told twice.
+    assert report.lost or report.repeated, f"nobody noticed\n{report}"
 
 
 def test_an_emptied_log_is_announced_and_loses_nothing(make_postgres_line: MakeLine) -> None:
@@ -420,4 +421,5 @@ def test_with_one_reader_of_the_log_there_are_no_copies(make_postgres_line: Make
         second.settle()
         report = line.report()
         report.assert_clean()
-        assert report.duplicated == len(logged)
+        after = len(ids_of(line.folder.path).keys() & ids_of(second.orthanc.outbox).keys())
+        assert len(logged) <= report.duplicated <= after  # a stable event may still have come
