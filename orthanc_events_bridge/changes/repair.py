@@ -46,6 +46,8 @@ _PAGE: Final = 50
 _FACTS: Final = 200
 #: No further looks while so many resources are missing and not told yet.
 _MISSING: Final = 1000
+#: So many studies are remembered before it is kept how far that has come.
+_MET: Final = 500
 #: How often Orthanc may fail to answer about a resource, answering all else, before it is passed over.
 _REFUSALS: Final = 3
 #: So many inferred facts are remembered, in case Orthanc says them after all.
@@ -131,6 +133,9 @@ class Repair:
         self._walk = Walk(str(place["place"])) if place.get("place") else None
         self._missing = Doubts[Resource](now)
         self.remembered: int | None = place.get("remembered")
+        self._met = Doubts[Resource](now)
+        self._next_met = self.remembered or 0
+        self._met_enough = self._met_all = False
         #: What is looked for behind another log: received something since then. And what was told meanwhile.
         self._since = 0
         self._calmed: set[str] = set()
@@ -165,6 +170,8 @@ class Repair:
         """What was announced is kept elsewhere now, and perhaps not all of it."""
         self._registry, self.remembered = registry, remembered
         self._strangers.registry = registry
+        self._met = Doubts[Resource](self._now)
+        self._next_met, self._met_enough = remembered or 0, False
         self.compare()
 
     def compare(self) -> None:
@@ -225,10 +232,11 @@ class Repair:
                 self._has_timer(resource)
                 if self._since and fact.change != "NewChildInstance":
                     self._calmed.add(resource)
+            if fact.change == "Deleted":
+                self._met.drop(resource)
             if fact.change == "Deleted" and fact.level == "study":
                 self._strangers.deleted()
-                if self.remembered:  # what stands behind it in Orthanc's list moves up
-                    self.remembered -= 1
+                self._next_met = max(0, self._next_met - 1)  # what stands behind it in Orthanc's list moves up
 
     def _has_timer(self, resource: str) -> None:
         self._growing.pop(resource, None)
@@ -261,7 +269,7 @@ class Repair:
             elif self._strangers.looking:
                 self._look_at_listed()
             elif self.remembered is not None:
-                self._remember(self.remembered)
+                self._remember(cursor, calm)
             elif self._walk and len(self._missing) < _MISSING:
                 self._look(self._walk)
         return facts
@@ -410,9 +418,20 @@ class Repair:
 
     # -- entries that were lost ----------------------------------------------------------------------------------------
 
-    def _remember(self, index: int) -> None:
-        """A page of the studies that Orthanc has, without a word: they may well have been announced."""
-        page = self._studies(index, _QUESTIONS)
+    def _remember(self, cursor: int, calm: float) -> None:
+        """A few of the studies that Orthanc has, without a word: they may well have been announced.
+
+        Not at once: what was created a moment ago has its creation on its way, which would seem to be a second one.
+        """
+        found = self._met.settled(cursor, calm)
+        self._registry.meet([resource for _, resource, _ in found])
+        for resource, _, _ in found:
+            self._met.drop(resource)
+        if self._met_enough:
+            if not self._met:
+                self.remembered, self._met_enough = None if self._met_all else self._next_met, False
+            return
+        page = self._studies(self._next_met, _QUESTIONS)
         met: list[Resource] = []
         for study in page:
             answer = None if self._is_mute(study) else self._ask("study", study)
@@ -420,8 +439,13 @@ class Repair:
                 patient = str(answer["ParentPatient"])
                 met += [Resource("patient", patient, None, None), Resource("study", study, patient, None)]
                 met += [Resource("series", str(one), study, None) for one in answer.get("Series", ())]
-        self._registry.meet(met)
-        self.remembered = index + len(page) if page else None
+        if met:
+            tip = self._tip()
+            for one in met:
+                self._met.add(one.id, one, tip)
+        self._next_met += len(page)
+        self._met_all = not page
+        self._met_enough = self._met_all or self._next_met - (self.remembered or 0) >= _MET
 
 
 def _remember(where: dict[str, Any], resource: str, what: Any) -> None:

@@ -570,14 +570,29 @@ def test_lost_entries_are_remembered_without_a_word_and_their_end_is_told(world:
 
 
 def test_remembering_goes_on_where_it_was(world: World) -> None:
-    for number in range(25):
+    for number in range(1000):
         world.store("p", f"s{number}", f"e{number}", f"i{number}", told=False)
     repair = world.repair(place={"remembered": 0})
-    repair.step(0, 100.0)
-    assert repair.remembered == 10 and world.asked == 10
+    while not repair.remembered:
+        world.time += 0.1
+        repair.step(0, 100.0)
+    assert 400 < repair.remembered < 600 and world.asked == repair.remembered
     world.run(world.repair(place=repair.place))
-    assert world.asked == 25
-    assert all(world.registry.find(f"e{number}") for number in range(25))
+    assert world.asked == 1000
+    assert all(world.registry.find(f"e{number}") for number in range(1000))
+
+
+def test_what_is_remembered_is_no_reason_to_take_its_creation_for_a_second_one(world: World) -> None:
+    facts = world.store("p", "s", "e", "i", told=False)
+    repair = world.repair(place={"remembered": 0})
+    for _ in range(5):
+        assert repair.step(0, 0.0) == []
+    assert world.record(facts) == facts, "no deletion in front of it"
+    repair.recorded(facts)
+    assert world.run(repair, cursor=world.seq + 1) == []
+    known = world.registry.find("s")
+    assert known is not None and known.born is not None
+    assert repair.remembered is None
 
 
 def test_what_goes_on_elsewhere_is_compared_there(world: World) -> None:
