@@ -115,7 +115,11 @@ for number in 0 1 2; do
     ln -s "/proc/self/fd/$number" "$root/dev/$(echo stdin stdout stderr | cut -d' ' -f$((number + 1)))"
 done
 
-within() { chroot "$root" /usr/bin/env -i "${inside[@]}" "$@"; }
+# Not by chroot: a container engine finds its way in a whole system only.
+within() {
+    unshare --mount bash -c 'cd "$1" && shift && mkdir -p .host && pivot_root . .host && umount -l /.host && exec "$@"' \
+        within "$root" /usr/bin/env -i "${inside[@]}" "$@"
+}
 
 # --------------------------------------------------------------------------------------------------------- the runs
 
@@ -132,11 +136,12 @@ for target in "${targets[@]}"; do
     if [ "$code" != 0 ]; then worst=1; fi
 done
 
-# Whoever still runs in the new system, a moment after the last command. It shares nothing but the network with others.
+# Whoever still runs in the new system, a moment after the last command: its mounts are others than ours.
 running() {
-    local process
+    local process own
+    own=$(readlink /proc/self/ns/mnt)
     for process in /proc/[0-9]*; do
-        if [ "$(readlink "$process/root")" = "$root" ]; then cat "$process/comm"; fi
+        if [ "$(readlink "$process/ns/mnt" || echo "$own")" != "$own" ]; then cat "$process/comm"; fi
     done 2>/dev/null | sort | uniq -c | tr -s ' \n' ' '
 }
 sleep 2

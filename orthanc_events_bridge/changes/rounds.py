@@ -106,6 +106,7 @@ class Rounds(Repair):
             self._begin_listing()
         if self._round_due:
             self._next_round = float("inf")
+            self._refused.clear()
             self.compare()
         if self._listing or self._doubtful:
             facts = self._told(cursor, calm)

@@ -435,7 +435,7 @@ class Capture:
             except LogUnavailableError as error:  # what it is about can wait; capture can't
                 rest = _REST_AFTER_REFUSAL
                 if repair.passed_over > passed_over:
-                    self._host.warning(f"{error}; what has become of this one is left open until the next start")
+                    self._host.warning(f"{error}; what has become of this one is left open")
             self._next_repair = time.monotonic() + rest
         return max(0.0, self._next_repair - time.monotonic())
 
