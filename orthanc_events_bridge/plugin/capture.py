@@ -270,7 +270,11 @@ class Capture:
         self._log.unordered = self._look_up.database() is not None
         cursor, found = self._recognise(outbox)
         merge = self._join(outbox, cursor, found)
-        repair = self._repair = None if isinstance(merge, Unlogged) else self._repair or self._begin_repair(outbox)
+        if isinstance(merge, Unlogged):  # the one that reads the log repairs it
+            self._repair, self._begun = None, False
+        elif self._repair is None:
+            self._repair = self._begin_repair(outbox)
+        repair = self._repair
         self._state = "anchoring"
         anchor = merge.anchor()
         if anchor is None:
