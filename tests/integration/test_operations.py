@@ -22,14 +22,16 @@ from orthanc_events_bridge.errors import OutboxFullError
 from orthanc_events_bridge.events.mapping import event_id
 from orthanc_events_bridge.outbox import OutboxReader
 from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.nats import read_nats
+from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.servers import NatsServer
 from orthanc_events_bridge.transports import REGISTERED
 from tests.contract.link import Link
 from tests.integration.beside import SOURCE, Beside
 from tests.integration.webhook_tools import receiver
-from tests.integration.whole import messages, started
+from tests.integration.whole import broker_or_skip, messages, started
 
 pytestmark = pytest.mark.integration
 
@@ -730,9 +732,14 @@ def test_a_whole_line_takes_changed_tags_over_without_any_restart(tmp_path: Path
 # -- tail ----------------------------------------------------------------------------------------------------
 
 
-def tailed(beside: Beside, count: int, *options: str, end: str = "SIGINT") -> tuple[list[str], str]:
-    """What ``orthanc-events tail --oldest`` prints until it has printed so many lines, and its standard error."""
-    command = [sys.executable, "-m", "orthanc_events_bridge", "tail", "--oldest", "--config", str(beside.config)]
+def tailed(
+    config: Path, count: int, *options: str, end: str = "SIGINT", more: Callable[[], object] = lambda: None
+) -> tuple[list[str], str]:
+    """What ``orthanc-events tail --oldest`` prints until it has printed so many lines, and its standard error.
+
+    :param more: brings further events, so that it has something to print when its reader has gone.
+    """
+    command = [sys.executable, "-m", "orthanc_events_bridge", "tail", "--oldest", "--config", str(config)]
     with subprocess.Popen(
         [*command, *options],
         stdout=subprocess.PIPE,
@@ -749,7 +756,7 @@ def tailed(beside: Beside, count: int, *options: str, end: str = "SIGINT") -> tu
                 process.send_signal(signal.SIGINT)
             else:
                 process.stdout.close()
-                beside.record(20)  # so that it has something to print
+                more()
             assert process.wait(60) == 0
             return lines, process.stderr.read()
         finally:
@@ -764,8 +771,8 @@ def test_tail_shows_the_same_whichever_mode_events_were_sent_in(beside: Beside, 
     beside.wait_delivered("structured", "binary")
     shown = {}
     for name in ("structured", "binary"):
-        lines, said = tailed(beside, 3, "--transport", name)
-        whole, said_too = tailed(beside, 3, "--transport", name, "--json")
+        lines, said = tailed(beside.config, 3, "--transport", name)
+        whole, said_too = tailed(beside.config, 3, "--transport", name, "--json")
         assert (said, said_too) == ("", "")
         shown[name] = lines, [json.loads(line) for line in whole]
     assert shown["structured"] == shown["binary"]
@@ -784,11 +791,11 @@ def test_tail_of_what_can_not_be_read_back_follows_the_outbox(beside: Beside, st
     beside.record(3)
     beside.wait_delivered("one")
     place = ("--outbox", str(beside.folder.path))
-    lines, said = tailed(beside, 3, "--transport", "hook", *place)
+    lines, said = tailed(beside.config, 3, "--transport", "hook", *place)
     assert said == "hook: events can't be read back from a webhook; these are the outbox's\n"
     assert [line.split()[2] for line in lines] == ["studies/study-1", "studies/study-2", "studies/study-3"]
-    whole, _ = tailed(beside, 3, "--transport", "hook", "--json", *place)
-    of_the_broker, _ = tailed(beside, 3, "--transport", "one", "--json")
+    whole, _ = tailed(beside.config, 3, "--transport", "hook", "--json", *place)
+    of_the_broker, _ = tailed(beside.config, 3, "--transport", "one", "--json")
     assert [json.loads(line) for line in whole] == [json.loads(line) for line in of_the_broker]
 
 
@@ -802,13 +809,28 @@ def test_tail_of_a_webhook_needs_the_outbox(beside: Beside, capsys: pytest.Captu
     assert "can't be read back" in said and "--outbox DIR" in said
 
 
+@pytest.mark.parametrize("kind", BROKERS)
+def test_tail_shows_what_a_plain_client_of_each_broker_reads(tmp_path: Path, kind: str) -> None:
+    broker_or_skip(kind)
+    with started(tmp_path / "line", broker=kind) as line:
+        for instance in dicom.make_study(series=2):
+            line.ledger.stored(line.orthanc.upload(instance.data))
+        # Two series, a study and a patient: behind that nothing comes any more.
+        assert wait_until(lambda: sum(event.kind.endswith(".stable") for event in line.events()) == 4, 60)
+        read = {event.id: event.kind for event in line.events()}
+        place = ("--outbox", str(line.folder.path), "--json")
+        shown = [json.loads(text) for text in tailed(line.config, len(read), *place)[0]]
+    assert {event["id"]: event["type"].removeprefix("io.orthanc-events.")[:-3] for event in shown} == read
+
+
 @pytest.mark.parametrize("name", ["one", "hook"])
 def test_tail_ends_quietly_when_its_reader_has_gone(beside: Beside, stream: Make, name: str) -> None:
     beside.configure(stream("one"), {"type": "webhook", "name": "hook", "url": "http://127.0.0.1:9/"})
     beside.start()
     beside.record(3)
     beside.wait_delivered("one")
-    lines, said = tailed(beside, 1, "--transport", name, "--outbox", str(beside.folder.path), end="pipe")
+    place = ("--outbox", str(beside.folder.path))
+    lines, said = tailed(beside.config, 1, "--transport", name, *place, end="pipe", more=lambda: beside.record(20))
     assert len(lines) == 1
     assert "Error" not in said and "Traceback" not in said
 
