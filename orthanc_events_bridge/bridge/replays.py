@@ -144,13 +144,14 @@ class Replays:
     def begin(self, make: Callable[[int], Run]) -> Kept:
         """Begin a replay.
 
-        :param make: is given its number. That is the time, so that none is given twice even if all is lost.
+        :param make: is given its number. That is the time in milliseconds, so that none is given twice, even if all is
+            lost.
         """
         self._folder.mkdir(mode=0o700, exist_ok=True)
         owner = self._folder.parent.stat()
         if os.geteuid() == 0:  # in a folder of Orthanc's user
             os.chown(self._folder, owner.st_uid, owner.st_gid)
-        number = int(time.time())
+        number = int(time.time() * 1000)
         while (self._folder / f"{number}.json").exists() or (self._folder / f"{number}.lock").exists():
             number += 1
         kept = Kept(self._folder, make(number), self._hold(number))

@@ -226,7 +226,12 @@ def words(error: BaseException | None) -> str:
         return words(error.__cause__)
     if isinstance(error, OSError):
         # asyncio's own words name the address once more; those of a name's several addresses it puts into one text.
-        numbers = [error.errno] if error.errno else [int(one) for one in re.findall(r"\[Errno (\d+)\]", str(error))]
+        # And aiormq's errors of this kind have a word where others have the number.
+        numbers = (
+            [error.errno]
+            if isinstance(error.errno, int)
+            else [int(one) for one in re.findall(r"\[Errno (\d+)\]", str(error))]
+        )
         if numbers:
             told = (os.strerror(one) if one > 0 else error.strerror or "" for one in numbers)
             return ", ".join(dict.fromkeys(told))

@@ -510,10 +510,12 @@ def test_events_that_are_sent_again_one_by_one_hold_up_nothing_else(beside: Besi
         beside.start()
         positions = beside.record(300)
         beside.wait_delivered("hook", "other")
+        reader = OutboxReader(beside.folder.outbox)
         state = State(beside.folder.bridge)
-        for position in positions:
-            state.set_aside("hook", position, "an id", "study.created", "too large")
+        for row in reader.rows(0, 300):
+            state.set_aside("hook", row.position, event_id(row, SOURCE), "study.created", "too large")
         state.close()
+        reader.close()
         server.control(always={"delay": 0.5})
         assert beside.command("set-aside", "--resend").returncode == 0
         beside.wait_log("was sent again")
