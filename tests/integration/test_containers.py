@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.testing import images
-from orthanc_events_bridge.testing.brokers import make_server, way
+from orthanc_events_bridge.testing.brokers import BROKERS, make_server, way
 from orthanc_events_bridge.testing.guard import LABEL, RUN
 from orthanc_events_bridge.testing.images import OFFICIAL, own_image
 from orthanc_events_bridge.testing.processes import Server, ServerError, wait_until
@@ -48,7 +48,7 @@ def contained(server: Server) -> list[Any]:
         return [one.attrs for one in found if str(server.folder) in one.attrs["HostConfig"]["Binds"][0]]
 
 
-@pytest.fixture(params=["nats", *(f"{kind}-published" for kind in sorted(OFFICIAL))])
+@pytest.fixture(params=["nats", *(f"{kind}-published" for kind in sorted(BROKERS))])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ContainerServer]:
     """A server of each kind, not started yet; the contract suite has those that share this machine's network."""
     kind, _, published = request.param.partition("-")
@@ -247,14 +247,14 @@ def test_no_image_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tag_stands_for_what_an_image_is_built_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = {kind: own_image(kind) for kind in OFFICIAL}
+    before = {kind: own_image(kind) for kind in BROKERS}
     assert None not in before.values()
     recipes = shutil.copytree(images.RECIPES, tmp_path / "docker")
     monkeypatch.setattr(images, "RECIPES", recipes)
-    assert before == {kind: own_image(kind) for kind in OFFICIAL}
+    assert before == {kind: own_image(kind) for kind in BROKERS}
     with (recipes / "kafka" / "Dockerfile").open("a") as recipe:
         recipe.write("# other\n")
-    assert [kind for kind in OFFICIAL if own_image(kind) != before[kind]] == ["kafka"]
+    assert [kind for kind in BROKERS if own_image(kind) != before[kind]] == ["kafka"]
     with (recipes / "base" / "build.sh").open("a") as recipe:
         recipe.write("# other\n")
-    assert [kind for kind in OFFICIAL if own_image(kind) == before[kind]] == []
+    assert [kind for kind in BROKERS if own_image(kind) == before[kind]] == []
