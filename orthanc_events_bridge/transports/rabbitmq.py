@@ -6,11 +6,10 @@ There is no CloudEvents binding for AMQP 0.9.1: binary mode uses ``ce-`` headers
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
@@ -84,7 +83,7 @@ class RabbitTransport(Transport):
         elif connection.alarm:  # it doesn't read what we would ask
             return self._identity
         try:
-            with self._passing_on():
+            with self._servers.passing_on():
                 made = await open_place(connection, self._options)
                 if made or self._deleted:
                     # When a queue was made can't be asked for: this is a name for the one that we know of.
@@ -106,16 +105,6 @@ class RabbitTransport(Transport):
         self._publisher = self._watch = None
         if connection is not None:
             await connection.give_up()
-
-    @contextlib.contextmanager
-    def _passing_on(self) -> Iterator[None]:
-        """Where a server lets us in and does not do its work, the next one is tried."""
-        try:
-            yield
-        except TransportError as error:
-            if isinstance(error.error if isinstance(error, PublishError) else error, NotConnectedError):
-                self._servers.pass_on()
-            raise
 
     def _connected(self) -> Connection:
         if self._connection is None or self._publisher is None:
@@ -145,7 +134,7 @@ class RabbitTransport(Transport):
             await self._watch.keep(self._options.history)
         except TransportError as error:
             raise PublishError(0, error) from error
-        with self._passing_on():
+        with self._servers.passing_on():
             await self._publisher.publish(events)
 
     async def subscribe(
@@ -153,7 +142,7 @@ class RabbitTransport(Transport):
     ) -> RabbitSubscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. RabbitMQ has no ``ack_wait``."""
         check_name(self.name, name)
-        with self._passing_on():
+        with self._servers.passing_on():
             connection = self._connected()
             return await RabbitSubscription.open(connection, self._options, name, oldest=oldest, in_flight=in_flight)
 

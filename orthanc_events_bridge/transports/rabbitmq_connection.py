@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -22,6 +22,7 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
+from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, chain, closed, words
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.tls import client_context, cut
@@ -319,6 +320,16 @@ class Servers:
     def pass_on(self) -> None:
         """Begin with the next one: what lets us in may still do no work, as in the lesser part of a cluster."""
         self._next += 1
+
+    @contextlib.contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """Where a server lets us in and does not do its work, the next one is tried."""
+        try:
+            yield
+        except TransportError as error:
+            if isinstance(error.error if isinstance(error, PublishError) else error, NotConnectedError):
+                self.pass_on()
+            raise
 
     async def open(self) -> Connection:
         """Connect to the first that takes us.

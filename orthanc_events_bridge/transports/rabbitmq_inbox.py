@@ -38,13 +38,14 @@ class RabbitInbox(Place):
         elif connection.alarm:  # it doesn't read what we would ask
             return self._identity
         try:
-            if await open_inbox(connection, self._options, self._queues):
-                # When a queue was made can't be asked for: this is a name for the one that we have made.
-                self._identity = uuid.uuid4().hex
-            if self._publisher is None:
-                publisher = Publisher(connection, self._options, self._without, self._queues.inbox)
-                await publisher.open()
-                self._publisher = publisher
+            with self._servers.passing_on():
+                if await open_inbox(connection, self._options, self._queues):
+                    # When a queue was made can't be asked for: this is a name for the one that we have made.
+                    self._identity = uuid.uuid4().hex
+                if self._publisher is None:
+                    publisher = Publisher(connection, self._options, self._without, self._queues.inbox)
+                    await publisher.open()
+                    self._publisher = publisher
         except BaseException:
             await self.close()
             raise
@@ -57,7 +58,8 @@ class RabbitInbox(Place):
             self._connection.check()
         except TransportError as error:
             raise PublishError(0, error) from error
-        await self._publisher.publish([event.in_inbox(self._consumer, event.address) for event in events])
+        with self._servers.passing_on():
+            await self._publisher.publish([event.in_inbox(self._consumer, event.address) for event in events])
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
