@@ -240,21 +240,15 @@ class RemoteCapture(Capture):
         """Nobody tells which instances went with a series."""
         return True
 
-    def _make_repair(self, outbox: OutboxWriter) -> Repair:
-        return Rounds(
-            outbox.resources,
-            self._look_up.resource,
-            self._log.tip,
-            self._look_up.studies,
-            self._look_up.received,
-            time.monotonic,
-            time.time,
+    def _make_repair(self, outbox: OutboxWriter, make: Callable[..., Repair] = Rounds, **more: Any) -> Repair:
+        return super()._make_repair(
+            outbox,
+            make,
             stable_age=self._stable_age,
-            began=outbox.began,
             instances=self._pace.instances,
-            place=outbox.noted("repair"),
             every=self._pace.compare_every,
             sure=SURE + (self._upkeep.options["grace"] if self._log.unordered else 0.0),
+            **more,
         )
 
     def _follow(self, merge: AnyMerge) -> None:

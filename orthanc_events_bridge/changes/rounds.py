@@ -17,13 +17,13 @@ To be stepped only when the log has just been read to its end.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.listing import Listing
 from orthanc_events_bridge.changes.log import date_to_ms
 from orthanc_events_bridge.changes.model import Fact, Resource
-from orthanc_events_bridge.changes.repair import STABLE, Registry, Repair
+from orthanc_events_bridge.changes.repair import STABLE, Repair
 
 #: Seconds within which the row of a stable event is in the log, once Orthanc calls its resource stable.
 SURE: Final = 5.0
@@ -38,26 +38,12 @@ class Rounds(Repair):
         begins by itself.
     :param sure: seconds within which a row that is written is read, once Orthanc calls its resource stable.
     :param stable_age: how long something may grow before it is asked for, seconds.
-    :param more: as of `Repair`.
+    :param asked: as of `Repair`; and `more`.
     :ivar rounds: how many have ended.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        ask: Callable[[str, str], Mapping[str, Any] | None],
-        tip: Callable[[], int],
-        studies: Callable[[int, int], Sequence[str]],
-        received: Callable[[str], str | None],
-        now: Callable[[], float],
-        wall: Callable[[], float],
-        *,
-        every: float,
-        sure: float = SURE,
-        stable_age: float,
-        **more: Any,
-    ) -> None:
-        super().__init__(registry, ask, tip, studies, received, now, wall, stable_age=stable_age, **more)
+    def __init__(self, *asked: Any, every: float, sure: float = SURE, stable_age: float, **more: Any) -> None:
+        super().__init__(*asked, stable_age=stable_age, **more)
         self._every = every
         self._sure = sure
         self.rounds = 0

@@ -23,6 +23,7 @@ from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.backfilling import Backfilling
+from orthanc_events_bridge.plugin.chores import Chore
 from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
 from orthanc_events_bridge.plugin.flush import Flusher
 from orthanc_events_bridge.plugin.host import Host
@@ -40,11 +41,6 @@ FIRST_SETTINGS: Final = 10.0
 #: Seconds to gather more after a batch of several instances: half the cost of acting at once.
 _LINGER: Final = 0.020
 _TICK: Final = 1.0
-#: Between two steps of repair: seconds at least, and how many times as long as the last one took.
-_REST: Final = 0.020
-_REST_FACTOR: Final = 9
-#: And behind a question that Orthanc could not answer.
-_REST_AFTER_REFUSAL: Final = 1.0
 
 
 class Waiting:
@@ -103,7 +99,7 @@ class Capture:
         self._repair: Repair | None = None
         self._begun = False
         self._continuity = Continuity(self._log, self._look_up.resource)
-        self._next_repair = 0.0
+        self._mending, self._filling = Chore(), Chore()
         self._heard = time.monotonic()
         self._began = time.time()
         self._stop = threading.Event()
@@ -112,7 +108,6 @@ class Capture:
         self._late_said = 0
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
         self._backfilling = Backfilling(self._upkeep.backfill, self._look_up, self._log.tip)
-        self._next_fill = 0.0
         self._rescue = Rescue(folder, host, self._upkeep, self._stop.is_set)
         self._repeats = Repeats(time.monotonic)
         self._leaving = threading.Event()
@@ -352,8 +347,20 @@ class Capture:
         """Whether the instances of a series have to be found."""
         return bool(self._upkeep.options["infer_instances"])
 
-    def _make_repair(self, outbox: OutboxWriter) -> Repair:
-        return Repair(
+    def _make_repair(self, outbox: OutboxWriter, make: Callable[..., Repair] = Repair, **more: Any) -> Repair:
+        """Make it, with what it asks Orthanc and the outbox.
+
+        :param more: options of `make`, in place of these or beside them.
+        """
+        # Other Orthancs' rows are recorded that much later.
+        late = self._upkeep.options["grace"] if self._log.unordered else 0.0
+        options = {
+            "stable_age": self._stable_age + late,
+            "began": outbox.began,
+            "instances": self._finds_members,
+            "place": outbox.noted("repair"),
+        }
+        return make(
             outbox.resources,
             self._look_up.resource,
             self._log.tip,
@@ -361,11 +368,7 @@ class Capture:
             self._look_up.received,
             time.monotonic,
             time.time,
-            # Other Orthancs' rows are recorded that much later.
-            stable_age=self._stable_age + (self._upkeep.options["grace"] if self._log.unordered else 0.0),
-            began=outbox.began,
-            instances=self._finds_members,
-            place=outbox.noted("repair"),
+            **{**options, **more},
         )
 
     def _join(self, outbox: OutboxWriter, cursor: int | None, found: Break | None) -> AnyMerge:
@@ -427,35 +430,34 @@ class Capture:
         repair = self._repair
         if repair is None or not repair.active or self._leaving.is_set():
             return _TICK
-        now = time.monotonic()
-        if now >= self._next_repair:
+
+        def work() -> None:
             passed_over = repair.passed_over
             try:
-                facts = repair.step(merge.cursor, now - self._heard)
-                if facts:
-                    self._append(facts, merge)
-                    repair.done(facts)
-                rest = max(_REST, _REST_FACTOR * (time.monotonic() - now))
-            except LogUnavailableError as error:  # what it is about can wait; capture can't
-                rest = _REST_AFTER_REFUSAL
+                facts = repair.step(merge.cursor, time.monotonic() - self._heard)
+            except LogUnavailableError as error:
                 if repair.passed_over > passed_over:
                     self._host.warning(f"{error}; what has become of this one is left open")
-            self._next_repair = time.monotonic() + rest
-        return max(0.0, self._next_repair - time.monotonic())
+                raise
+            if facts:
+                self._append(facts, merge)
+                repair.done(facts)
+
+        return self._mending.step(work)
 
     def _fill(self, merge: AnyMerge) -> float:
         """Take a step of a backfill, as `_mend` does of repair."""
         outbox = self._outbox
         if outbox is None or not self._backfilling.active or self._leaving.is_set():
             return _TICK
-        now = time.monotonic()
-        if now >= self._next_fill:
+
+        def work() -> None:
             facts = self._backfilling.step(outbox, merge.cursor, self._upkeep.limit)
             if facts:
                 self._append(facts, merge)
                 self._backfilling.done(facts)
-            self._next_fill = time.monotonic() + max(_REST, _REST_FACTOR * (time.monotonic() - now))
-        return max(0.0, self._next_fill - time.monotonic())
+
+        return self._filling.step(work)
 
     def _well(self) -> None:
         """The outbox could be written, or there is nothing to write."""

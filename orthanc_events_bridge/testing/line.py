@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,41 @@ def _kind_of_orthanc() -> type[BridgedOrthanc]:
     return ContainedOrthanc
 
 
-class Line:
+class Watched(ABC):
+    """What has a status that can be waited for."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """The status as it is now."""
+
+    @staticmethod
+    def read_status(folder: Folder) -> dict[str, Any]:
+        """The status from an outbox's folder; empty in all its parts where there is none yet."""
+        try:
+            return status.read(folder)
+        except OutboxError:
+            return {"capture": {}, "bridge": {}, "transports": [], "outbox": {}, "log": {}}
+
+    def wait(self, condition: Any, timeout: float = 60.0, what: str = "the line") -> dict[str, Any]:
+        """Wait until a condition on the status holds.
+
+        :raises TimeoutError: it didn't; the message holds the status.
+        """
+        seen: list[dict[str, Any]] = [{}]
+
+        def holds() -> bool:
+            seen[0] = self.status()
+            try:
+                return bool(condition(seen[0]))
+            except (KeyError, IndexError):
+                return False
+
+        if not wait_until(holds, timeout, every=0.05):
+            raise TimeoutError(f"{what} did not come to rest within {timeout:.0f} s: {seen[0]}")
+        return seen[0]
+
+
+class Line(Watched):
     """Orthanc with the bridge, publishing to a broker; used as a context manager.
 
     :param folder: where everything is.
@@ -123,33 +158,12 @@ class Line:
                 return dict(self.orthanc.get("/orthanc-events/status"))
             except httpx.HTTPError:
                 pass
-        try:
-            return status.read(self.folder)
-        except OutboxError:
-            return {"capture": {}, "bridge": {}, "transports": [], "outbox": {}, "log": {}}
+        return self.read_status(self.folder)
 
     def bridge_pid(self) -> int:
         """The process id of the bridge, once it is running."""
         self.wait(lambda document: bool(document["bridge"].get("pid")))
         return int(self.status()["bridge"]["pid"])
-
-    def wait(self, condition: Any, timeout: float = 60.0, what: str = "the line") -> dict[str, Any]:
-        """Wait until a condition on the status holds.
-
-        :raises TimeoutError: it didn't; the message holds the status.
-        """
-        seen: list[dict[str, Any]] = [{}]
-
-        def holds() -> bool:
-            seen[0] = self.status()
-            try:
-                return bool(condition(seen[0]))
-            except (KeyError, IndexError):
-                return False
-
-        if not wait_until(holds, timeout, every=0.05):
-            raise TimeoutError(f"{what} did not come to rest within {timeout:.0f} s: {seen[0]}")
-        return seen[0]
 
     def settle(self, timeout: float = 120.0) -> None:
         """Wait until everything that Orthanc has logged, or forgotten, is captured and published."""

@@ -11,21 +11,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from orthanc_events_bridge import status
-from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.testing import mutants
 from orthanc_events_bridge.testing.bridged import smallest
 from orthanc_events_bridge.testing.brokers import make_broker
 from orthanc_events_bridge.testing.dicom import Instance
 from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
+from orthanc_events_bridge.testing.line import Watched
 from orthanc_events_bridge.testing.processes import Server, wait_until
 from orthanc_events_bridge.testing.servers import NotAcknowledgedError, OrthancServer
 
 #: The bridge, but it looks for what Orthanc forgot for half of the time, not for a tenth.
 _PROGRAM = """\
-import sys, orthanc_events_bridge.plugin.capture as capture
+import sys, orthanc_events_bridge.plugin.chores as chores
 from orthanc_events_bridge.testing.mutants import main
-capture._REST_FACTOR = 1
+chores._REST_FACTOR = 1
 sys.exit(main())
 """
 #: Whatever takes minutes by default takes seconds.
@@ -61,7 +61,7 @@ class RemoteBridge(Server):
         return status.running(self.outbox)
 
 
-class RemoteLine:
+class RemoteLine(Watched):
     """Orthanc, the bridge far from it, and a broker; used as a context manager.
 
     :param folder: where everything is.
@@ -129,28 +129,7 @@ class RemoteLine:
         self._stack.__exit__(kind, error, trace)
 
     def status(self) -> dict[str, Any]:
-        try:
-            return status.read(self.bridge.outbox)
-        except OutboxError:
-            return {"capture": {}, "bridge": {}, "transports": [], "outbox": {}, "log": {}}
-
-    def wait(self, condition: Callable[[dict[str, Any]], object], timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until a condition on the status holds.
-
-        :raises TimeoutError: it didn't; the message holds the status.
-        """
-        seen: list[dict[str, Any]] = [{}]
-
-        def holds() -> bool:
-            seen[0] = self.status()
-            try:
-                return bool(condition(seen[0]))
-            except (KeyError, IndexError):
-                return False
-
-        if not wait_until(holds, timeout, every=0.05):
-            raise TimeoutError(f"it did not come to rest within {timeout:.0f} s: {seen[0]}")
-        return seen[0]
+        return self.read_status(self.bridge.outbox)
 
     def settle(self, timeout: float = 120.0) -> None:
         """Wait until everything that Orthanc has logged is captured and published, and it was compared since."""
