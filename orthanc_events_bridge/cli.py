@@ -35,6 +35,7 @@ from orthanc_events_bridge.cli_options import (
     settings_of,
 )
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.logs import quiet_clients
 
 _EPILOG: Final = "documentation: README.md and docs/ in the project's repository"
 
@@ -212,8 +213,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     logging.basicConfig(level=configuration.settings.log_level.upper(), handlers=[handler])
     logging.raiseExceptions = False  # with Orthanc killed nobody reads what we say
-    for noisy in ("nats", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    quiet_clients()
 
     async def bridge() -> int:
         return await Bridge(place, configuration, supervised=options.supervised, recorder=recorder).run()

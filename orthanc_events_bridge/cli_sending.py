@@ -13,6 +13,7 @@ from typing import Any, Final
 from orthanc_events_bridge.bridge.replay import Pace, Replay, Selected
 from orthanc_events_bridge.bridge.replays import Kept, Run
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.logs import quiet_clients
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
 
@@ -36,8 +37,7 @@ def send(transport: TransportOptions, kept: Kept, source: Selected, pace: Pace) 
     """
     run = kept.run
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for noisy in ("nats", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    quiet_clients()
     relay = Replay(
         transport,
         lambda: create(transport).inbox(run.consumer) if run.consumer else create(transport),

@@ -7,9 +7,9 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import (
     EXIT_CODES,
@@ -109,6 +109,7 @@ async def _recorded(
     place: Folder, settings: Settings, found: TransportOptions, *, oldest: bool
 ) -> AsyncGenerator[Incoming]:
     """The outbox's events for a transport, as they are recorded."""
+    from orthanc_events_bridge.bridge.fleet import Source
     from orthanc_events_bridge.events.mapping import short_name, to_outgoing
     from orthanc_events_bridge.outbox import OutboxReader
     from orthanc_events_bridge.status import BridgeView
@@ -117,22 +118,14 @@ async def _recorded(
     reader, view = OutboxReader(place.outbox), BridgeView(place.bridge)
     try:
         position = 0 if oldest else int(reader.meta().get("position", 0))
-        recorder = reader.recorder
-        shapes: dict[int, Mapping[str, Any]] = {}
-
-        def shape(number: int) -> Mapping[str, Any]:
-            if number not in shapes:
-                known = {**view.all_settings(), **reader.settings()}
-                shapes[number] = known.get(number or min(known, default=0), settings.shape())
-            return shapes[number]
-
+        source = Source(reader, lambda: view.all_settings() or {0: settings.shape()})
         while True:
             rows = reader.rows(position, _ROWS)
             for row in rows:
                 position = row.position
                 name = short_name(row)
                 if settings.events.accepts(name) and found.events.accepts(name):
-                    event = to_outgoing(row, shape(row.settings), recorder)
+                    event = to_outgoing(row, source.shape(row.settings), source.recorder)
                     headers = {"content-type": event.content_type}
                     yield Incoming("", event.body, headers, str(row.position))
             if not rows:

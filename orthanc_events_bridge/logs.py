@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Final
 
@@ -36,3 +37,9 @@ class Repeats:
     def over(self, key: str) -> bool:
         """Forget a fault that has ended; true when there had been one."""
         return self._last.pop(key, None) is not None
+
+
+def quiet_clients() -> None:
+    """Keep brokers' clients from writing tracebacks about what is told in our own words."""
+    for noisy in ("nats", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -60,39 +61,27 @@ def make_postgres_line(postgres: PostgresServer, make_line: MakeLine) -> MakeLin
     return make
 
 
-class Senders:
+class Senders(Clients):
     """Threads that send new studies by C-STORE, each over associations of its own."""
 
     def __init__(self, line: Line, folder: Path, count: int) -> None:
-        self._line = line
-        self._folder = folder
-        self._stop = threading.Event()
-        self.acknowledged = 0
-        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(count)]
+        super().__init__(line)
+        self._stored = line
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(partial(self._send, folder / str(number)),))
+            for number in range(count)
+        ]
 
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _send(self, number: int) -> None:
-        while not self._stop.is_set():
-            study = dicom.make_study(series=2, instances=10)
-            paths = study.write(self._folder / str(number))
-            sent = self._line.orthanc.store_scu(paths)
-            for path, instance in zip(paths, study, strict=True):
-                if sent[path.absolute()]:
-                    ids = instance.id, instance.series, instance.study, instance.patient
-                    self._line.ledger.stored_ids(*ids)
-                    self.acknowledged += 1
-                path.unlink()
+    def _send(self, folder: Path) -> None:
+        study = dicom.make_study(series=2, instances=10)
+        paths = study.write(folder)
+        sent = self._stored.orthanc.store_scu(paths)
+        for path, instance in zip(paths, study, strict=True):
+            if sent[path.absolute()]:
+                ids = instance.id, instance.series, instance.study, instance.patient
+                self._stored.ledger.stored_ids(*ids)
+                self.acknowledged += 1
+            path.unlink()
 
 
 class NaiveReader:
