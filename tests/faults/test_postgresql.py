@@ -117,8 +117,16 @@ class NaiveReader:
 
     def lost(self) -> list[int]:
         """The numbers that it has passed and not seen, of the rows that Orthanc still has."""
-        log = [row["Seq"] for row in self._line.orthanc.changes()]
+        log = [row["Seq"] for row in self._log()]
         return [seq for seq in log if seq <= self.cursor and seq not in self.seen]
+
+    def _log(self) -> list[dict[str, Any]]:
+        while True:
+            try:
+                return self._line.orthanc.changes()
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != 404:  # as above, it has given up
+                    raise
 
 
 def counter(line: Line) -> int:
