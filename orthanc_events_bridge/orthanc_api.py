@@ -140,6 +140,47 @@ class OrthancOptions:
         return text
 
 
+def client_settings(options: OrthancOptions) -> dict[str, Any]:
+    """What an httpx client for this Orthanc is made with. There are no proxies of the environment's.
+
+    :raises OrthancError: credentials or certificates can't be used, or httpx is not installed.
+    """
+    try:
+        import httpx
+    except ImportError as error:
+        raise OrthancError(
+            f"asking Orthanc over HTTP needs httpx ({error})", 'pip install "orthanc-events-bridge[orthanc]"'
+        ) from error
+    options.check()
+    for noisy in ("httpx", "httpcore"):  # a line for each request; at debug level with headers
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    headers = {"User-Agent": f"orthanc-events-bridge/{__version__}"}
+    token, password = options.secret("token"), options.secret("password")
+    if token is not None:
+        if re.fullmatch(r"[!-~]+", token) is None:
+            wrong = f"{options.place}: the token holds characters that no header can have"
+            raise OrthancError(wrong, "give the token alone: printable ASCII, without spaces")
+        headers["Authorization"] = f"Bearer {token}"
+    return {
+        "base_url": options.url,
+        "headers": headers,
+        "auth": (options.user or "", password) if password is not None else None,
+        "verify": _context(options),
+        "timeout": options.timeout,
+        "limits": httpx.Limits(keepalive_expiry=_IDLE),
+        "trust_env": False,
+    }
+
+
+def _context(options: OrthancOptions) -> ssl.SSLContext:
+    if not options.url.startswith("https:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # unused; httpx would read all authorities for its own
+    try:
+        return client_context(options, options.place, "")
+    except TransportConfigurationError as error:
+        raise OrthancError(error.message, error.remedy) from error
+
+
 class OrthancApi:
     """Asks one Orthanc. To be used by any thread; connections are kept alive.
 
@@ -149,45 +190,15 @@ class OrthancApi:
     """
 
     def __init__(self, options: OrthancOptions) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise OrthancError(
-                f"asking Orthanc over HTTP needs httpx ({error})", 'pip install "orthanc-events-bridge[orthanc]"'
-            ) from error
-        options.check()
+        settings = client_settings(options)
+        import httpx
+
         self._place = options.place
         self._httpx = httpx
-        for noisy in ("httpx", "httpcore"):  # a line for each request; at debug level with headers
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        headers = {"User-Agent": f"orthanc-events-bridge/{__version__}"}
-        token, password = options.secret("token"), options.secret("password")
-        if token is not None:
-            if re.fullmatch(r"[!-~]+", token) is None:
-                wrong = f"{self._place}: the token holds characters that no header can have"
-                raise OrthancError(wrong, "give the token alone: printable ASCII, without spaces")
-            headers["Authorization"] = f"Bearer {token}"
         try:
-            self._client = httpx.Client(
-                base_url=options.url,
-                headers=headers,
-                auth=(options.user or "", password) if password is not None else None,
-                verify=self._context(options),
-                timeout=options.timeout,
-                limits=httpx.Limits(keepalive_expiry=_IDLE),
-                trust_env=False,
-            )
+            self._client = httpx.Client(**settings)
         except httpx.InvalidURL:
             raise OrthancError(f"{options.url} is no URL", "write https://HOST/PATH or http://HOST:PORT") from None
-
-    @staticmethod
-    def _context(options: OrthancOptions) -> ssl.SSLContext:
-        if not options.url.startswith("https:"):
-            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # unused; httpx would read all authorities for its own
-        try:
-            return client_context(options, options.place, "")
-        except TransportConfigurationError as error:
-            raise OrthancError(error.message, error.remedy) from error
 
     def get(self, path: str) -> bytes:
         """The answer to a GET.

@@ -33,10 +33,18 @@ Beginning
     A name's very first subscription begins with the next event, or with the oldest kept one. Every later one begins
     with what the name has not settled yet, however long nobody was there.
 Settling
-    A delivery is settled exactly once: `Delivery.ack`, or `Delivery.nack`, which gives it to the name again, not
-    before the delay has passed, without holding up others meanwhile, and also if everything is restarted in between.
-    What was not settled when its subscriber closed or died is given to another of the name. An acknowledgement is
-    sent, and no broker here answers it: where the broker or the connection ends just then, the delivery comes again.
+    A delivery is settled exactly once: `Delivery.ack`; or `Delivery.nack`, which gives it to the name again, not
+    before the delay has passed, without holding up others meanwhile, and also if everything is restarted in between;
+    or `Delivery.reject`, which puts it among the name's dead letters. What was not settled when its subscriber closed
+    or died is given to another of the name. An acknowledgement is sent, and no broker here answers it: where the
+    broker or the connection ends just then, the delivery comes again. What `nack` and `reject` store is confirmed by
+    the broker before the original is acknowledged: it can be there twice, and never not at all.
+Order
+    Events of one key come in order as long as none is given back. With ``ordered`` an event is given only when the
+    earlier ones of its partition are settled, whoever held them: see `Transport.subscribe`.
+Dead letters
+    The original bytes and headers, and named headers that say why (`Delivery.reject`). They are kept until somebody
+    removes them: `Transport.dead_letters`.
 Loss of the connection
     `Subscription.receive` and settling raise `NotConnectedError`; the deliveries in hand are void and come again:
     close, connect, subscribe again.
@@ -45,14 +53,17 @@ Loss of the connection
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from orthanc_events_bridge.errors import TransportConfigurationError, TransportError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.options import TransportOptions
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Outgoing(NamedTuple):
@@ -182,13 +193,28 @@ class Delivery(ABC):
         """
 
     @abstractmethod
-    async def nack(self, delay: float = 0.0) -> None:
+    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """It is not: give it to the name again, not before so many seconds have passed.
 
-        It then stands outside the order of its key. A delay is met as exactly as the broker can, never by less than
-        what was asked for, and at worst a second late.
+        It then stands outside the order of its key, unless the subscription is ``ordered``: then its partition waits
+        for it. A delay is met as exactly as the broker can, never by less than what was asked for, and at worst a
+        second late.
 
+        :param headers: are added to the message, in place of those of the same name; names in lower case, values in
+            ASCII. With ``ordered`` they may be forgotten when the subscriber ends.
         :raises NotConnectedError: it will come again, and that at once.
+        """
+
+    @abstractmethod
+    async def reject(self, headers: Mapping[str, str]) -> None:
+        """It never will be: put the original bytes and headers among the name's dead letters.
+
+        The transport adds ``orthanc-consumer``, ``orthanc-address`` (under which it came) and ``orthanc-attempts``.
+
+        :param headers: say why, and are added as in `nack`.
+        :raises NotConnectedError: it will come again.
+        :raises TransportError: the place of dead letters takes nothing now. The delivery is held on, and can be
+            rejected again, or settled otherwise.
         """
 
     @abstractmethod
@@ -216,6 +242,40 @@ class Subscription(ABC):
     async def close(self) -> None:
         """End it; what is not settled is given to others of the name, at once where the broker can, otherwise when
         its ``ack_wait`` is over. Never raises, never takes longer than a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A delivery that was rejected.
+
+    :ivar message: its body as it was; its headers, with what `Delivery.reject` has added.
+    :ivar mark: by which its transport knows it again.
+    """
+
+    message: Incoming
+    mark: object
+
+
+class DeadLetters(ABC):
+    """The dead letters of one consumer, to look at and to clear away; made by `Transport.dead_letters`."""
+
+    @abstractmethod
+    def read(self) -> AsyncGenerator[DeadLetter]:
+        """Yield those that are there now, oldest first, and end. Nothing is changed by it.
+
+        :raises NotConnectedError: the broker doesn't answer.
+        """
+
+    @abstractmethod
+    async def remove(self, letters: Sequence[DeadLetter]) -> None:
+        """Remove some that `read` has given. One that is not there any more is no error.
+
+        :raises NotConnectedError: some may be there still.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give it up. Never raises, never takes longer than a second."""
 
 
 class Place(ABC):
@@ -278,8 +338,27 @@ class Transport(Place):
         :raises TransportConfigurationError: the broker does not permit it.
         """
 
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        """The dead letters of a consumer, over this connection.
+
+        :param consumer: its name, as for `subscribe`. Where nothing was ever rejected, there are none.
+        :raises NotConnectedError: not connected.
+        :raises TransportConfigurationError: there can be no such name, the broker does not permit it, or the transport
+            has no subscribers.
+        """
+        raise TransportConfigurationError(
+            f"transport {self.name}: consumers have no dead letters there", "use a broker"
+        )
+
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> Subscription:
         """Begin to share a name's events; what it needs at the broker is made, or checked where ``declare`` is off.
 
@@ -288,9 +367,15 @@ class Transport(Place):
         :param in_flight: how many deliveries this subscriber may hold unsettled; `Subscription.receive` then waits.
         :param ack_wait: after so many seconds without a settlement or `Delivery.extend` a delivery may be given to
             another.
+        :param ordered: of each of the 64 partitions of the wire contract an event is given only when the one before
+            is settled by whoever of the name held it; `Delivery.nack` keeps its partition waiting. What is in the
+            inbox stands outside the order. A name is ordered or not for good.
+        :param longest: for how many seconds deliveries may be held, by extending them, where the broker has a limit
+            of its own; 0: what it allows by itself.
         :raises NotConnectedError: not connected.
-        :raises TransportConfigurationError: the broker does not permit it, its topology differs, or the transport has
-            no subscribers (see `Capabilities.subscribable`).
+        :raises TransportConfigurationError: the broker does not permit it, its topology differs, the name exists with
+            the other ``ordered``, the broker has a limit below ``longest``, or the transport has no subscribers (see
+            `Capabilities.subscribable`).
         """
         raise TransportConfigurationError(
             f"transport {self.name}: consumers can't subscribe to it", "let them subscribe to a broker"

@@ -6,7 +6,8 @@ Events are gone with the process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from orthanc_events_bridge.errors import (
@@ -39,6 +40,7 @@ class Broker:
     :ivar messages: what is stored, in order.
     :ivar names: of consumers, and how far each has come.
     :ivar inboxes: of consumers, what is stored for each alone, in order.
+    :ivar dead: of consumers, their dead letters, in order.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
@@ -46,6 +48,7 @@ class Broker:
     :ivar generation: another number: the place was deleted and made again.
     :ivar connections: another number: all connections were cut.
     :ivar refuse: asked before each event is stored; what it returns is raised.
+    :ivar refuse_dead: the same of dead letters.
     """
 
     def __init__(self) -> None:
@@ -53,6 +56,7 @@ class Broker:
         self.ids: set[str] = set()
         self.names: dict[str, Name] = {}
         self.inboxes: dict[str, list[Incoming]] = {}
+        self.dead: dict[str, list[Incoming]] = {}
         self.up = True
         self.frozen = False
         self.deadline = 5.0
@@ -60,6 +64,7 @@ class Broker:
         self.generation = 1
         self.connections = 1
         self.refuse: Callable[[Outgoing], TransportError | None] = lambda event: None
+        self.refuse_dead: Callable[[], TransportError | None] = lambda: None
 
     def store(self, event: Outgoing, consumer: str = "") -> None:
         """Keep an event, unless one of its id was stored before.
@@ -78,6 +83,17 @@ class Broker:
         headers |= {"dedupe-key": event.dedupe} if event.dedupe else {}
         headers |= {f"ce-{name}": value for name, value in event.attributes} | dict(event.headers)
         messages.append(Incoming(address, event.body, headers, str(len(messages) + 1)))
+
+    def bury(self, consumer: str, message: Incoming, headers: Mapping[str, str]) -> None:
+        """Keep a dead letter.
+
+        :raises TransportError: `refuse_dead` says so.
+        """
+        error = self.refuse_dead()
+        if error is not None:
+            raise error
+        named = {"orthanc-consumer": consumer, "orthanc-address": message.address}
+        self.dead.setdefault(consumer, []).append(replace(message, headers={**message.headers, **named, **headers}))
 
     def recreate(self) -> None:
         """Delete everything, as an operator who deletes a stream and makes it again."""
@@ -178,7 +194,14 @@ class MemoryTransport(Transport):
         self._connection = None
 
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> Subscription:
         check_name(self.name, name)
         self._check()
@@ -191,7 +214,10 @@ class MemoryTransport(Transport):
             there = self.broker.up and self._connection == self.broker.connections and self._opened == opened
             return there and self.broker.names is names
 
-        return MemorySubscription(state, connected, self._answer, in_flight, ack_wait)
+        def bury(message: Incoming, headers: Mapping[str, str]) -> None:
+            self.broker.bury(name, message, headers)
+
+        return MemorySubscription(state, connected, self._answer, in_flight, ack_wait, bury)
 
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         self._check()

@@ -6,11 +6,12 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError
-from orthanc_events_bridge.transports.base import Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
 
 #: Seconds between two looks at what there is.
 _LOOK: Final = 0.01
@@ -30,10 +31,11 @@ class Name:
         self._places = itertools.count()
         self.held: dict[MemoryDelivery, None] = {}
 
-    def give_again(self, delivery: MemoryDelivery, due: float) -> None:
+    def give_again(self, delivery: MemoryDelivery, due: float, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """To be taken once more, not before that time."""
         self.held.pop(delivery, None)
-        heapq.heappush(self._again, (due, next(self._places), delivery.message, delivery.attempt + 1))
+        message = replace(delivery.message, headers={**delivery.message.headers, **headers})
+        heapq.heappush(self._again, (due, next(self._places), message, delivery.attempt + 1))
 
     def take(self, subscription: MemorySubscription, limit: int) -> list[Delivery]:
         """What is there now: what is due again before what is new."""
@@ -70,12 +72,19 @@ class MemoryDelivery(Delivery):
             await self._check()
             del self.subscription.name.held[self]
 
-    async def nack(self, delay: float = 0.0) -> None:
+    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
         if not self._settled:
             self._settled = True
             due = time.monotonic() + delay
             await self._check()
-            self.subscription.name.give_again(self, due)
+            self.subscription.name.give_again(self, due, {"orthanc-operation": "retry", **headers})
+
+    async def reject(self, headers: Mapping[str, str]) -> None:
+        if not self._settled:
+            await self._check()
+            self.subscription.bury(self.message, {"orthanc-attempts": str(self.attempt), **headers})
+            self._settled = True
+            del self.subscription.name.held[self]
 
     async def extend(self) -> None:
         if not self._settled:
@@ -96,6 +105,7 @@ class MemorySubscription(Subscription):
 
     :param connected: whether the connection is still the one that it was made over.
     :param answer: waits until the broker answers.
+    :param bury: puts a message among the dead letters, with further headers.
     """
 
     def __init__(
@@ -105,8 +115,10 @@ class MemorySubscription(Subscription):
         answer: Callable[[], Awaitable[None]],
         in_flight: int,
         ack_wait: float,
+        bury: Callable[[Incoming, Mapping[str, str]], None],
     ) -> None:
         self.name = name
+        self.bury = bury
         self.ack_wait = ack_wait
         self._connected = connected
         self._answer = answer

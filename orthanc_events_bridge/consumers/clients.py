@@ -1,0 +1,90 @@
+"""What handlers ask Orthanc with: ``httpx`` clients that know the address, log in, and try again what may be.
+
+Needs the extra ``orthanc``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orthanc_events_bridge.errors import OrthancError
+from orthanc_events_bridge.orthanc_api import OrthancOptions, client_settings
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class Clients:
+    """One client for async handlers and one for sync ones, made when first used.
+
+    :param options: which Orthanc; none: handlers can't ask for it.
+    """
+
+    def __init__(self, options: OrthancOptions | None) -> None:
+        self._options = options
+        self._async: httpx.AsyncClient | None = None
+        self._sync: httpx.Client | None = None
+
+    def check(self) -> None:
+        """Can they be made?
+
+        :raises OrthancError: no: no address, a file that can't be read, or httpx is not installed.
+        """
+        self._settings()
+
+    def for_async(self) -> httpx.AsyncClient:
+        """For handlers that are coroutine functions.
+
+        :raises OrthancError: as `check`.
+        """
+        if self._async is None:
+            import httpx
+            from httpx_retries import RetryTransport
+
+            settings = self._settings()
+            verify, limits = settings.pop("verify"), settings.pop("limits")
+            base = httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False)
+            self._async = httpx.AsyncClient(transport=RetryTransport(base, _retries()), **settings)
+        return self._async
+
+    def for_sync(self) -> httpx.Client:
+        """For all others, which run in threads: it may be used by several at once.
+
+        :raises OrthancError: as `check`.
+        """
+        if self._sync is None:
+            import httpx
+            from httpx_retries import RetryTransport
+
+            settings = self._settings()
+            verify, limits = settings.pop("verify"), settings.pop("limits")
+            base = httpx.HTTPTransport(verify=verify, limits=limits, trust_env=False)
+            self._sync = httpx.Client(transport=RetryTransport(base, _retries()), **settings)
+        return self._sync
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._async is not None:
+            await self._async.aclose()
+            self._async = None
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
+
+    def _settings(self) -> dict[str, Any]:
+        if self._options is None:
+            raise OrthancError(
+                "a handler takes a second argument, and which Orthanc it is for is not said",
+                "give the consumer orthanc=URL, or let the handler take the event alone",
+            )
+        return client_settings(self._options)
+
+
+def _retries() -> Any:
+    """What may be asked again by itself: what changes nothing, or the same when done twice.
+
+    RFC 9110, section 9.2.2.
+    """
+    from httpx_retries import Retry
+
+    return Retry(total=4, backoff_factor=0.2, max_backoff_wait=5.0, status_forcelist=(429, 502, 503, 504))

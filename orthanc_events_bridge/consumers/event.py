@@ -1,0 +1,197 @@
+"""An event as a handler gets it: typed, and read from whatever a broker brings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.events.catalog import TYPES, VERSION
+from orthanc_events_bridge.events.reading import event_of
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.base import Incoming
+
+#: ``{prefix}.{level}.{verb}.{version}``, whatever the prefix is.
+_OURS: Final = re.compile(r"^(?P<prefix>.+)\.(?P<level>[a-z]+)\.(?P<verb>[a-z-]+)\.(?P<version>v[0-9]+)$")
+_NAMES: Final = frozenset(one.name for one in TYPES)
+_REQUIRED: Final = ("id", "source", "type")
+_OF_EVENT: Final = frozenset({"data", "data_base64"})
+
+
+class UnreadableError(Exception):
+    """A message is no event that this version can read.
+
+    :param reason: why, in one sentence and without any of its content.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of an Orthanc, as a CloudEvent 1.0.2 says it (docs/events.md).
+
+    :ivar id: the same in every delivery of this event, from every broker, also when it is replayed.
+    :ivar source: which Orthanc it comes from.
+    :ivar type: in full, with prefix and version: ``io.orthanc-events.study.stable.v1``.
+    :ivar name: ``study.stable``: the type without prefix and version; the type itself where it is not one of ours.
+    :ivar time: when it happened, as Orthanc says; none where it isn't said.
+    :ivar data: of the event; empty where it has none.
+    :ivar attributes: all attributes of the CloudEvent but its data, as text.
+    :ivar attempt: how often this consumer was given it, this time included; at least 1.
+    :ivar operation: why it came again: ``retry``, ``redrive`` or ``replay``; empty for a first delivery.
+    """
+
+    id: str
+    source: str
+    type: str
+    name: str
+    time: datetime | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    attempt: int = 1
+    operation: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether its type is one of `docs/events.md`, and not of another producer."""
+        return self.name in _NAMES
+
+    @property
+    def level(self) -> str:
+        """``patient``, ``study``, ``series``, ``instance``, ``job`` or ``server``; empty where it is not ours."""
+        return str(self.data.get("level", ""))
+
+    @property
+    def change(self) -> str:
+        """The kind of change as Orthanc's ``/changes`` spells it: ``StableStudy``, ``NewInstance`` …"""
+        return str(self.data.get("change", ""))
+
+    @property
+    def resource_id(self) -> str | None:
+        """Orthanc's id of what has changed; none for the server."""
+        found = self.data.get("id")
+        return None if found is None else str(found)
+
+    @property
+    def patient_id(self) -> str | None:
+        """Orthanc's id of the patient, where it is about one or something below, and where that is known.
+
+        An Orthanc id: not DICOM's PatientID.
+        """
+        return self._of("patient")
+
+    @property
+    def study_id(self) -> str | None:
+        """Orthanc's id of the study, where it is about one or something below, and where that is known."""
+        return self._of("study")
+
+    @property
+    def series_id(self) -> str | None:
+        """Orthanc's id of the series, where it is about one or an instance, and where that is known."""
+        return self._of("series")
+
+    @property
+    def instance_id(self) -> str | None:
+        """Orthanc's id of the instance, where it is about one."""
+        return self._of("instance")
+
+    @property
+    def job_id(self) -> str | None:
+        """Orthanc's id of the job, where it is about one."""
+        return self._of("job")
+
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """The job as it was when the change was captured; empty where that was too late, or it is about none."""
+        return self._block("job")
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Allow-listed DICOM tags, by keyword. Patient data, maybe: never to be logged."""
+        return self._block("tags")
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Allow-listed metadata of Orthanc, by name. Patient data, maybe: never to be logged."""
+        return self._block("metadata")
+
+    @property
+    def inferred(self) -> bool:
+        """Orthanc did not say so: it follows from what exists (docs/guarantees.md)."""
+        return self.data.get("inferred") is True
+
+    @property
+    def key(self) -> str:
+        """What events share that are to stay in order: ``partitionkey``, else the id."""
+        return self.attributes.get("partitionkey") or self.id
+
+    def __repr__(self) -> str:
+        return f"Event({self.name!r}, id={self.id!r}, subject={self.attributes.get('subject', '')!r})"  # never its data
+
+    def _of(self, level: str) -> str | None:
+        if self.level == level:
+            return self.resource_id
+        found = self._block("parents").get(level)
+        return None if found is None else str(found)
+
+    def _block(self, name: str) -> Mapping[str, Any]:
+        found = self.data.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+
+def read(message: Incoming, attempt: int = 1) -> Event:
+    """Read a message in structured or in binary mode.
+
+    :param attempt: how often it was given.
+    :raises UnreadableError: it is no CloudEvent, or one of a version that this package doesn't know.
+    """
+    content_type = message.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type.startswith("application/cloudevents-batch"):
+        raise UnreadableError("it is a batch of CloudEvents, and events come one by one")
+    try:
+        found = event_of(message)
+    except (RecursionError, UnicodeDecodeError):
+        found = None
+    if found is None:
+        raise UnreadableError("it is no CloudEvent: neither JSON with a specversion, nor are there ce- headers")
+    if found["specversion"] != "1.0":
+        raise UnreadableError("it is a CloudEvent of another version than 1.0")
+    for needed in _REQUIRED:
+        if not isinstance(found.get(needed), str) or not found[needed]:
+            raise UnreadableError(f"it is a CloudEvent without {needed}")
+    data = found.get("data")
+    if "data_base64" in found or not isinstance(data, dict | None):
+        raise UnreadableError("its data is no JSON object")
+    ours = _OURS.match(found["type"])
+    name = f"{ours['level']}.{ours['verb']}" if ours else ""
+    if ours is not None and name in _NAMES and ours["version"] != VERSION:
+        raise UnreadableError(f"it is of the version {ours['version']} of its type, and this package reads {VERSION}")
+    return Event(
+        id=found["id"],
+        source=found["source"],
+        type=found["type"],
+        name=found["type"] if name not in _NAMES else name,
+        time=_time(found.get("time")),
+        data=data or {},
+        attributes={name: str(value) for name, value in found.items() if name not in _OF_EVENT},
+        attempt=attempt,
+        operation=message.headers.get("orthanc-operation", ""),
+    )
+
+
+def _time(text: object) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(str(text))
+    except ValueError:
+        raise UnreadableError("its time is none") from None
+    if found.tzinfo is None:
+        raise UnreadableError("its time has no time zone")
+    return found

@@ -1,0 +1,55 @@
+"""What a worker counts: never more than names of types, so that no patient's data can be in it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Final
+
+from orthanc_events_bridge.events.catalog import TYPES
+
+#: Upper bounds of the classes of durations, in seconds.
+BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0, 1800.0)
+#: What events of others, and messages that are none, are counted under.
+OTHER: Final = "other"
+_NAMES: Final = frozenset(one.name for one in TYPES)
+
+
+class Meter:
+    """Counts since the start.
+
+    :ivar counts: (``handled``, ``ignored``, ``retried`` or ``dead``; short name of the type) → number.
+    :ivar in_flight: handlers that run.
+    :ivar durations: short name → how many ended within each of `BUCKETS`, and all.
+    :ivar seconds: short name → seconds in handlers.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.in_flight = 0
+        self.durations: dict[str, list[int]] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def count(self, outcome: str, name: str) -> None:
+        """One more event has come to this end."""
+        self.counts[outcome, _known(name)] += 1
+
+    def begin(self) -> None:
+        """A handler begins."""
+        self.in_flight += 1
+
+    def end(self, name: str, seconds: float) -> None:
+        """It ends, however."""
+        self.in_flight -= 1
+        name = _known(name)
+        found = self.durations.setdefault(name, [0] * (len(BUCKETS) + 1))
+        place = next((number for number, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
+        found[place] += 1
+        self.seconds[name] += seconds
+
+    def total(self, outcome: str) -> int:
+        """Over all types."""
+        return sum(number for (kind, _), number in self.counts.items() if kind == outcome)
+
+
+def _known(name: str) -> str:
+    return name if name in _NAMES else OTHER
