@@ -58,7 +58,7 @@ def run(*, quick: bool) -> Section:
                 broker.remove_place()
             say(
                 f"handling from {BROKERS[kind].title}: "
-                + ", ".join(f"{w} {median(rates[kind, w]):.0f}/s" for w in order)
+                + ", ".join(f"{w} {median(rates[kind, w]):.0f}/s" for w in _WAYS)
             )
             for number in range(rounds):
                 pair = []
