@@ -171,7 +171,7 @@ def _section(
         found = ratios(rates[kind, "kit"], rates[kind, "raw"])
         why = (
             f"a worker takes {median(cpu[kind, 'kit']):.0f} µs of CPU per event, the plain loop, which looks at"
-            f" nothing, {median(cpu[kind, 'raw']):.0f}, and {median(cpu[kind, 'raw and JSON']):.0f} where it reads the JSON."
+            f" nothing, {median(cpu[kind, 'raw']):.0f}, and {median(cpu[kind, 'raw and JSON']):.0f} where it reads it."
         )
         rows.append(
             Row(
@@ -192,14 +192,14 @@ def _section(
         [
             (
                 f"{events} events of 500 studies wait at the broker. One process with one worker of the kit, whose"
-                " async handler does nothing, takes them all; against it the plain client of the broker in the fastest loop"
-                " that it has (NATS: an own inbox and raw MSG.NEXT; RabbitMQ: aiormq, every 64th acknowledgement for"
-                " all before it; Kafka: getmany and a commit per batch), once looking at nothing, once reading the JSON."
+                " async handler does nothing, takes them all; against it the broker's plain client in the fastest loop that"
+                " it has (NATS: an own inbox and raw MSG.NEXT; RabbitMQ: aiormq, every 64th acknowledgement for"
+                " all before it; Kafka: getmany and a commit per batch), once looking at nothing, once reading JSON."
                 f" Timed from when a tenth is handled until all is. {rounds} rounds, the order reversed in every other."
             ),
             (
-                f"Then {waiting} events whose handlers wait for {_WAITING * 1000:.0f} ms each, 16 at a time in a worker,"
-                " by one worker and by four."
+                f"Then {waiting} events whose handlers wait for {_WAITING * 1000:.0f} ms each, 16 at a time in each"
+                " worker, by one worker and by four."
             ),
         ],
         rows,
