@@ -61,10 +61,6 @@ async def make_inboxes(nats: NatsHarness) -> None:
     await inbox.close()
 
 
-def consumers(nats: NatsHarness, stream: str) -> list[str]:
-    return [str(name) for name in administrate(nats, f"CONSUMER.NAMES.{stream}")["consumers"] or []]
-
-
 async def collect(subscription: Subscription, count: int) -> list[Delivery]:
     found: list[Delivery] = []
     async with asyncio.timeout(60):
@@ -194,7 +190,7 @@ def test_a_consumer_of_an_inbox_that_would_lose_events_is_named_and_not_changed(
 # Where a name begins whose consumers are there by half.
 
 
-def test_who_died_when_half_of_it_was_made_does_not_begin_anew(nats: NatsHarness) -> None:
+def test_who_was_stopped_when_half_of_it_was_made_does_not_begin_anew(nats: NatsHarness) -> None:
     """The consumer of what is for everybody is made first: alone, it says where the name has begun."""
     sent = events(6)
 
@@ -202,15 +198,22 @@ def test_who_died_when_half_of_it_was_made_does_not_begin_anew(nats: NatsHarness
         transport = nats.transport()
         await transport.connect()
         await transport.publish(sent[:2])
-        make_consumer(nats, "router", deliver_policy="new")  # and then it died
+        await make_inboxes(nats)
+        stream = f"{nats.place}_INBOX"
+        config = administrate(nats, f"STREAM.INFO.{stream}")["config"]
+        administrate(nats, f"STREAM.DELETE.{stream}")
+        administrate(nats, f"STREAM.CREATE.{stream}", **(config | {"max_consumers": 1}))
+        make_consumer(nats, "another", inbox=True)
+        with failing(nats, TransportConfigurationError) as caught:
+            await transport.subscribe("router")
+        assert stream in str(caught[0])
         await transport.publish(sent[2:4])
+        administrate(nats, f"CONSUMER.DELETE.{stream}.another")
         subscription = await transport.subscribe("router")
         await transport.publish(sent[4:])
         found = await collect(subscription, 4)
         assert [one.message.body for one in found] == [one.body for one in sent[2:]]
-        for delivery in found:
-            await delivery.ack()
-        assert consumers(nats, f"{nats.place}_INBOX") == ["router"]
+        assert administrate(nats, f"CONSUMER.NAMES.{stream}")["consumers"] == ["router"]
         await subscription.close()
         await transport.close()
 
