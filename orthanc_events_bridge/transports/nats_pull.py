@@ -63,6 +63,7 @@ class Durable:
 class Pull:
     """A request that is under way.
 
+    :ivar durable: who is asked.
     :ivar left: how many may still come.
     :ivar sent: when, on the clock `orthanc_events_bridge.transports.subscriptions.boot_time`.
     :ivar expires: after how many seconds the server answers at the latest.

@@ -1,5 +1,4 @@
-"""Subscribers at NATS: those of one name share two durable pull consumers of that name, one of the stream for everybody
-and one of the stream of inboxes.
+"""Subscribers at NATS: those of one name share two durable consumers, of the stream for everybody and of the inboxes'.
 
 They are asked in turn, by one request at a time, so that what is asked for never exceeds what may be held. A request
 waits at the server for what is for everybody only; the inbox is looked at in between, and whenever it gave something.
@@ -208,7 +207,7 @@ class NatsSubscription(Subscription):
                     f"a NATS consumer gives no more events: {words}", "it is made or found again when subscribing"
                 )
             )
-        else:
+        elif pull is not None and pull.durable is durable:
             self._end()
 
     def _end(self) -> None:
