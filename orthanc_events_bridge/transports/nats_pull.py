@@ -31,6 +31,7 @@ class Durable:
     """
 
     def __init__(self, info: ConsumerInfo, reply: str) -> None:
+        self.stream = info.stream_name
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{info.stream_name}.{info.name}"
         self.reply = reply
         self.ack_wait = info.config.ack_wait or 30.0
@@ -83,11 +84,24 @@ class Pull:
 def received(message: Msg) -> tuple[Incoming, int]:
     """An event as a consumer gets it, one of an inbox under its address for everybody; how often it was given."""
     headers = {name.lower(): value for name, value in (message.headers or {}).items()}
-    # $JS.ACK.{stream}.{consumer}.{attempt}.{number}… or $JS.ACK.{domain}.{account}.{stream}….
-    tokens = message.reply.split(".")
-    attempt, position = tokens[4:6] if len(tokens) == 9 else tokens[6:8]
+    attempt, position, *_ = _tokens(message.reply)
     address = headers.get("orthanc-address") or message.subject
     return Incoming(address, message.data, headers, position), int(attempt)
+
+
+def key_of(reply: str) -> str:
+    """What tells a message from all others that its stream has or ever had under this name: its number, and when it
+    was stored, in nanoseconds."""
+    _, number, _, stored, *_ = _tokens(reply)
+    return f"{number}.{stored}"
+
+
+def _tokens(reply: str) -> list[str]:
+    """Of the subject that settles a delivery: how often it was given, its number in the stream, its number in the
+    consumer, when it was stored."""
+    # $JS.ACK.{stream}.{consumer}.{…} or $JS.ACK.{domain}.{account}.{stream}.{consumer}.{…}.
+    tokens = reply.split(".")
+    return tokens[4:] if len(tokens) == 9 else tokens[6:]
 
 
 def problem(message: Msg) -> str:
