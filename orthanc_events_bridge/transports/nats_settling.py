@@ -94,7 +94,11 @@ class Settling(Subscription):
         except TransportError:  # no room for copies: JetStream itself gives it again, and says nothing with it
             await self.settle(delivery, b"-NAK" + delivery.durable.delay(delay))
         else:
+            self._copied()
             await self.settle(delivery, b"+ACK")
+
+    def _copied(self) -> None:
+        """There is something new in the inbox."""
 
     def _delivery(self, durable: Durable, message: Msg, since: float) -> NatsDelivery | None:
         """What came, to be held; none where it is too early for it: JetStream keeps it until then.

@@ -41,6 +41,7 @@ class NatsSubscription(Settling):
         self._durables: list[Durable] = []  # for everybody, and the inbox
         self._asked: Durable | None = None  # the one that was asked last
         self._pull: Pull | None = None
+        self._news = False  # in the inbox, from ourselves
 
     @classmethod
     async def open(
@@ -86,9 +87,15 @@ class NatsSubscription(Settling):
                 if not await self._wait(self._room, left):
                     return []
 
+    def _copied(self) -> None:
+        self._news = True
+
     def _next(self) -> Durable:
         """The one to be asked now: neither waits for the other for longer than a moment."""
         live, inbox = self._durables
+        if self._news:
+            self._news = False
+            return inbox
         waited = boot_time() - inbox.asked >= _PULL_SECONDS
         if self._asked is live and (inbox.filled or not live.filled or waited):
             return inbox
