@@ -6,6 +6,7 @@ Events are gone with the process.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -37,6 +38,7 @@ _LOOK: Final = 0.01
 class Broker:
     """What outlives a connection. Tests set its attributes, from any thread, to make it fail.
 
+    :param clock: seconds, by which delays and ``ack_wait`` are measured.
     :ivar messages: what is stored, in order.
     :ivar names: of consumers, and how far each has come.
     :ivar inboxes: of consumers, what is stored for each alone, in order.
@@ -51,7 +53,8 @@ class Broker:
     :ivar refuse_dead: the same of dead letters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
         self.names: dict[str, Name] = {}
@@ -208,7 +211,7 @@ class MemoryTransport(Transport):
         await self._answer()
         self._check()
         messages, names, opened = self.broker.messages, self.broker.names, self._opened
-        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages)))
+        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages), self.broker.clock))
 
         def connected() -> bool:
             there = self.broker.up and self._connection == self.broker.connections and self._opened == opened
