@@ -434,13 +434,13 @@ class Worker:
         kind = "" if isinstance(problem, Retry | Reject) else _kind(problem)
         headers = {FIRST_FAILURE: _time(first), LAST_FAILURE: _time(now)} | ({EXCEPTION: kind} if kind else {})
         why = f"{kind} in {_place(problem, route)}" if kind else f"{type(problem).__name__} of {route.name}"
+        if kind:
+            log.debug("what was raised may hold patient data", exc_info=problem)
         if isinstance(outcome, Dead):
             await self._bury(held, outcome.reason, why, headers)
             return
         self.meter.count("retried", event.name)
         log.warning("%r: %s; attempt %d, again in %.3g s", event, why, event.attempt, outcome.delay)
-        if kind:
-            log.debug("what was raised may hold patient data", exc_info=problem)
         delay = outcome.delay
         await self._settle(held, lambda: held.delivery.nack(delay, headers))
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from orthanc_events_bridge.bridge.config import parse
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Page → tests on it.
-PAGES = {"testing.md": 12, "migrating-from-orthanc-server-extensions.md": 12}
+PAGES = {"testing.md": 12, "migrating-from-orthanc-server-extensions.md": 11}
 
 
 def files(page: str) -> dict[str, str]:
@@ -25,6 +27,13 @@ def files(page: str) -> dict[str, str]:
         assert name[1] not in named, f"{page} has {name[1]} twice"
         named[name[1]] = block
     return named
+
+
+def test_the_configuration_on_the_page_is_one() -> None:
+    page = "migrating-from-orthanc-server-extensions.md"
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert [one.type for one in parse(block, page, {}).transports] == ["nats", "rabbitmq", "kafka"]
 
 
 @pytest.mark.parametrize("page", PAGES)

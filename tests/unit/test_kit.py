@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import logging
 import subprocess
 import sys
@@ -281,6 +283,30 @@ def test_the_stand_in_is_there_for_a_while() -> None:
         assert orthanc.request("/hallo").status == 404
     assert seen == [(orthanc_module.ChangeType.ORTHANC_STOPPED, 4, "")]
     assert sys.modules.get("orthanc") is before
+
+
+def test_the_stand_in_has_what_the_plugin_uses() -> None:
+    """As `typings/orthanc.pyi` has it: every name, and functions with as many arguments."""
+    tree = ast.parse((Path(__file__).parents[2] / "typings" / "orthanc.pyi").read_text("utf-8"))
+    found = 0
+    for one in tree.body:
+        if isinstance(one, ast.FunctionDef):
+            found += _compare(one, getattr(FakeOrthanc(), one.name))
+        elif isinstance(one, ast.ClassDef):
+            kind = getattr(FakeOrthanc, one.name)
+            methods = [method for method in one.body if isinstance(method, ast.FunctionDef)]
+            found += 1 + sum(_compare(method, getattr(kind, method.name)) for method in methods)
+    assert found > 10
+    for name in ("ChangeType", "ResourceType"):
+        assert all(name.isupper() for name in getattr(FakeOrthanc, name).__members__)
+
+
+def _compare(typed: ast.FunctionDef, there: Callable[..., Any]) -> int:
+    signature = inspect.signature(there)
+    positional = [one for one in signature.parameters.values() if one.kind is one.POSITIONAL_ONLY]
+    names = [one.arg for one in typed.args.posonlyargs]
+    assert [one.name for one in positional] == names, typed.name
+    return 1
 
 
 # -- the plugin for pytest -------------------------------------------------------------------------------------------
