@@ -129,7 +129,10 @@ class _Kit(Outcomes):
             chance=lambda: 0.0,
         )
         await transport.connect()
-        found = await transport.subscribe(self._terms.name, oldest=True, in_flight=self._terms.prefetch)
+        terms = self._terms
+        found = await transport.subscribe(
+            terms.name, oldest=True, in_flight=terms.prefetch, ack_wait=terms.ack_wait, ordered=terms.ordered
+        )
         self._subscription = Told(found, self._tell)
 
     async def _settle(self) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from orthanc_events_bridge.errors import (
     EventRejectedError,
     NotConnectedError,
+    TransportConfigurationError,
     TransportError,
 )
 from orthanc_events_bridge.transports.base import (
@@ -211,7 +212,12 @@ class MemoryTransport(Transport):
         await self._answer()
         self._check()
         messages, names, opened = self.broker.messages, self.broker.names, self._opened
-        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages), self.broker.clock))
+        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages), ordered, self.broker.clock))
+        if state.ordered != ordered:
+            raise TransportConfigurationError(
+                f"the broker has the consumer {name}, and it is {'ordered' if state.ordered else 'not ordered'}",
+                "give the consumer another name, or subscribe as before",
+            )
 
         def connected() -> bool:
             there = self.broker.up and self._connection == self.broker.connections and self._opened == opened

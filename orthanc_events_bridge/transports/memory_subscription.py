@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Final
@@ -22,13 +23,22 @@ class Name:
 
     :param messages: the broker's own list.
     :param position: so many of them are given already, or never will be.
+    :param ordered: whether a partition's next event waits until the one before is settled.
     :param clock: seconds.
     """
 
-    def __init__(self, messages: list[Incoming], position: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        messages: list[Incoming],
+        position: int,
+        ordered: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.clock = clock
         self._messages = messages
         self._position = position
+        self.ordered = ordered
+        self._waiting: dict[str, deque[Incoming]] = {}  # by partition, of those with one that isn't settled
         self._again: list[tuple[float, int, Incoming, int]] = []  # due, place among equals, what, next attempt
         self._places = itertools.count()
         self.held: dict[MemoryDelivery, None] = {}
@@ -44,6 +54,30 @@ class Name:
         message = replace(delivery.message, headers={**delivery.message.headers, **headers})
         heapq.heappush(self._again, (due, next(self._places), message, delivery.attempt + 1))
 
+    def settled(self, delivery: MemoryDelivery) -> None:
+        """It is never given again."""
+        del self.held[delivery]
+        if self.ordered:
+            waiting = self._waiting.pop(_partition(delivery.message))
+            if waiting:
+                following = waiting.popleft()
+                self._waiting[_partition(following)] = waiting
+                heapq.heappush(self._again, (0.0, next(self._places), following, 1))
+
+    def _next(self) -> Incoming | None:
+        """The next new one whose partition waits for no other."""
+        while self._position < len(self._messages):
+            message = self._messages[self._position]
+            self._position += 1
+            if not self.ordered:
+                return message
+            waiting = self._waiting.get(_partition(message))
+            if waiting is None:
+                self._waiting[_partition(message)] = deque()
+                return message
+            waiting.append(message)
+        return None
+
     def take(self, subscription: MemorySubscription, limit: int) -> list[Delivery]:
         """What is there now: what is due again before what is new."""
         now = self.clock()
@@ -53,15 +87,18 @@ class Name:
         while len(found) < limit:
             if self._again and self._again[0][0] <= now:
                 _, _, message, attempt = heapq.heappop(self._again)
-            elif self._position < len(self._messages):
-                message, attempt = self._messages[self._position], 1
-                self._position += 1
+            elif (new := self._next()) is not None:
+                message, attempt = new, 1
             else:
                 break
             delivery = MemoryDelivery(subscription, message, attempt)
             self.held[delivery] = None
             found.append(delivery)
         return found
+
+
+def _partition(message: Incoming) -> str:
+    return message.address.rpartition(".")[2]
 
 
 class MemoryDelivery(Delivery):
@@ -78,7 +115,7 @@ class MemoryDelivery(Delivery):
         if not self._settled:
             self._settled = True
             await self._check()
-            del self.subscription.name.held[self]
+            self.subscription.name.settled(self)
 
     async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
         if not self._settled:
@@ -92,7 +129,7 @@ class MemoryDelivery(Delivery):
             await self._check()
             self.subscription.bury(self.message, {"orthanc-attempts": str(self.attempt), **headers})
             self._settled = True
-            del self.subscription.name.held[self]
+            self.subscription.name.settled(self)
 
     async def extend(self) -> None:
         if not self._settled:

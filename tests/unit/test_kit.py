@@ -69,6 +69,24 @@ def test_a_retry_is_due_when_it_is_and_not_before() -> None:
             trial.advance(seconds=-1)
 
 
+def test_an_ordered_consumer_waits_for_its_retries() -> None:
+    order = []
+    for ordered in (True, False):
+        consumer = app(ordered=ordered)
+
+        @consumer.on("study.*")
+        def handler(given: Event) -> None:
+            order.append(given.name)
+            if given.attempt == 1 and given.name == "study.created":
+                raise Retry(after=300)
+
+        with consumer.test() as trial:
+            trial.send(event("study.created", study="study-1"), STUDY)
+            trial.advance(minutes=5)
+            trial.assert_handled()
+    assert order == ["study.created", "study.created", "study.stable", "study.created", "study.stable", "study.created"]
+
+
 def test_what_a_handler_raised_is_there() -> None:
     consumer = app(retry=RetryPolicy(max_attempts=1))
 
