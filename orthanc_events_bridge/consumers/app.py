@@ -166,7 +166,7 @@ class Consumer:
 
         In handlers that are no coroutine functions it is ``with``. Where another worker is at it, `Retry` is raised
         until that one's lease is over or the effect is done. What is raised inside gives the effect free for the next
-        attempt. What is promised, and what not: `orthanc_events_bridge.consumers.once`.
+        attempt. What is promised, and what not: docs/once.md.
 
         :param effect: a name for it, letters, digits, ``_`` and ``-``. Several effects of one event have several.
         :param lease: seconds behind which another may begin it, once this worker gives no sign of life any more. It is

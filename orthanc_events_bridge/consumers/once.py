@@ -4,7 +4,7 @@ Each effect of each event is an entry in a store: *begun*, with an owner and a l
 runs; then *done*. An entry alone, written before the effect, would lose the effect when the worker dies behind it; one
 written behind it would not keep two workers apart.
 
-What that promises (docs/consumers.md):
+What that promises, and what not (docs/once.md):
 
 - While a lease holds, nobody else begins the effect. Behind it somebody does: its owner is dead, or as good as.
 - An effect that is noted as done is not begun again, for as long as that is remembered.
@@ -102,7 +102,11 @@ class Turns:
             if self._store is None:
                 assert self._make is not None
                 store = self._make()
-                await store.open()
+                try:
+                    await store.open()
+                except BaseException:
+                    await store.close()
+                    raise
                 self._store = store
             return self._store
 

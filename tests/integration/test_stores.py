@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 
 from orthanc_events_bridge.consumers import Consumer, Event, Retry, once
 from orthanc_events_bridge.consumers.stores import Store, StoreError, check, make
+from orthanc_events_bridge.consumers.stores.nats import BUCKET
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.postgresql import PostgresServer
@@ -29,6 +32,7 @@ from orthanc_events_bridge.testing.processes import Server
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.servers import NatsServer
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from tests.contract.raw_nats import ask
 
 #: Long enough not to end in a test; and the shortest.
 LONG, SHORT = 600.0, 1.0
@@ -42,16 +46,17 @@ class Kind:
     :ivar server: what it runs on, if anything.
     """
 
-    def __init__(self, url: str, server: Server | None = None) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, server: Server | None = None) -> None:
         self.url = url
+        self._given = options or url
         self.server = server
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Store]:
         """As a worker of its own opens it."""
-        store = make(check(self.url, BROKER))
-        await store.open()
+        store = make(check(self._given, BROKER))
         try:
+            await store.open()
             yield store
         finally:
             await store.close()
@@ -69,7 +74,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     server, url = _server(request.param, folder)
     server.start()
     try:
-        yield Kind(url, server)
+        yield Kind(url, server=server)
     finally:
         server.close(kill=True)
 
@@ -313,6 +318,50 @@ def test_a_file_that_can_not_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nowhere") as caught:
         asyncio.run(SqliteStore(str(tmp_path / "nowhere" / "once.db")).open())
     assert caught.value.remedy
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[NatsServer]:
+    require("nats-server")
+    server = NatsServer(tmp_path / "nats")
+    try:
+        yield server
+    finally:
+        server.close(kill=True)
+
+
+@pytest.mark.integration
+def test_the_permissions_that_are_told_are_enough(nats: NatsServer) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "once.md").read_text("utf-8")
+    paragraph = page.partition("The user at NATS needs")[2].partition("\n\n")[0]
+    told = re.findall(r"`(\$[^`]+)`", paragraph)
+    assert len(told) == 3
+    allowed = json.dumps({"publish": told, "subscribe": ["_INBOX.>"]})
+    nats.config = f'authorization {{ users: [{{user: "one", password: "pw", permissions: {allowed}}}] }}'
+    nats.start()
+    options = {"type": "nats", "servers": [nats.url], "user": "one", "password": "pw"}
+
+    async def main() -> None:
+        async with Kind("", options).opened() as store:
+            assert (await store.begin("a.b.c", "a", LONG)).state == "mine"
+            assert (await store.begin("a.b.c", "b", LONG)).state == "theirs"
+            assert await store.renew("a.b.c", "a", LONG)
+            assert await store.finish("a.b.c", "a", LONG)
+
+    asyncio.run(main())
+
+
+@pytest.mark.integration
+def test_a_bucket_whose_entries_never_end_is_refused(nats: NatsServer) -> None:
+    nats.start()
+    ask(nats.port, f"STREAM.CREATE.KV_{BUCKET}", name=f"KV_{BUCKET}", subjects=[f"$KV.{BUCKET}.>"])
+
+    async def main() -> None:
+        async with Kind(nats.url).opened():
+            pass
+
+    with pytest.raises(StoreError, match=r"2\.11"):
+        asyncio.run(main())
 
 
 @pytest.mark.integration

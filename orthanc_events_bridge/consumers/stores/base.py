@@ -32,7 +32,10 @@ class Store(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Find or make what entries are kept in; called once, before everything else."""
+        """Find or make what entries are kept in; called once, before everything else.
+
+        Where it fails, the store is closed all the same.
+        """
 
     @abstractmethod
     async def begin(self, key: str, owner: str, lease: float) -> Begun:
