@@ -45,7 +45,7 @@ _ORTHANC: Final = "http://orthanc.test"
 class _Kit(Outcomes):
     """What both kinds of kit have.
 
-    :ivar broker: the broker in memory, to make it fail (`orthanc_events_bridge.transports.memory.Broker`).
+    :ivar broker: the broker in memory, with what it holds (`orthanc_events_bridge.transports.memory.Broker`).
     """
 
     def __init__(self, terms: Terms, routes: Sequence[Route], options: OrthancOptions | None, turns: Turns) -> None:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.testing.kit import Kit
     from orthanc_events_bridge.testing.orthanc_module import FakeOrthanc
 
-# So that a failing assert there shows its values.
-pytest.register_assert_rewrite("orthanc_events_bridge.testing.kit")
-
 
 @pytest.fixture
 def consumer_kit() -> Iterator[Callable[[Consumer], Kit]]:

@@ -247,6 +247,7 @@ def test_the_key_names_no_patient_and_fits_every_store() -> None:
         (lambda: app().once(STUDY, "effect", keep=5), "keep=5"),
         (lambda: app(store="redis://h"), "no URL"),
         (lambda: app(store="sqlite://h/f"), "no URL"),
+        (lambda: app(store="nats://user:hunter2@h:1"), "the consumer's store: "),
         (lambda: app(store={"type": "kafka", "servers": ["h:1"]}), "kafka can't"),
         (lambda: app(broker="kafka://h:1"), "kafka can't"),
         (lambda: app().once(STUDY, "effect").__enter__(), "doesn't run"),

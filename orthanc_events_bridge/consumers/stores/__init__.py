@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
+from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import TransportOptions
 
@@ -39,7 +40,10 @@ def check(store: str | Mapping[str, Any], broker: TransportOptions) -> str | Nat
             return store
         if scheme not in ("nats", "tls"):
             raise StoreError("the consumer's store is no URL of one", _RIGHT)
-    options = broker_options(store)
+    try:
+        options = broker_options(store)
+    except BridgeError as error:  # in its words it is a broker
+        raise StoreError(error.message.replace("consumer's broker", "consumer's store"), error.remedy) from None
     if not isinstance(options, NatsOptions):
         raise StoreError(f"{options.type} can't note what is done once", _RIGHT)
     return options
