@@ -20,17 +20,17 @@ __all__ = ["Begun", "Store", "StoreError", "check", "make"]
 _RIGHT = 'write "sqlite:////FOLDER/FILE", "postgresql://USER@HOST/DATABASE", "nats://HOST:4222", or "broker" with NATS'
 
 
-def check(store: str | Mapping[str, Any], broker: TransportOptions) -> str | NatsOptions:
+def check(store: str | Mapping[str, Any], broker: TransportOptions | None) -> str | NatsOptions:
     """Read what a consumer is given as its store.
 
     :param store: a URL; ``broker``: the consumer's own, where that is NATS; or a block of NATS' options.
-    :param broker: the consumer's own.
+    :param broker: the consumer's own, where it is said.
     :return: the URL of a database, or how to reach NATS.
     :raises StoreError: it is none of these. Nothing secret is in the message.
     """
     if store == "broker":
         if not isinstance(broker, NatsOptions):
-            raise StoreError(f"{broker.type} can't note what is done once", _RIGHT)
+            raise StoreError(f"{broker.type if broker else 'no broker'} can't note what is done once", _RIGHT)
         return broker
     if isinstance(store, str):
         scheme = urlsplit(store).scheme
