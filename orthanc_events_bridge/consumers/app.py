@@ -7,12 +7,15 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.meter import Meter
+from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route, route
 from orthanc_events_bridge.consumers.worker import Terms, Worker
@@ -20,6 +23,9 @@ from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.orthanc_api import OrthancOptions
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.testing.kit import Trial
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +65,9 @@ class Consumer:
     :param longest: seconds that a handler may take at most, where the broker has a limit of its own (RabbitMQ: half an
         hour, if nothing is said here).
     :param drain: seconds that handlers have to end when the worker stops.
+    :param store: where it is noted which effects are done (`once`): ``sqlite:////FOLDER/FILE`` for the workers of one
+        machine, ``postgresql://USER@HOST/DATABASE``, ``nats://HOST:PORT`` (2.11 or newer), a block of NATS' options, or
+        ``broker``: the consumer's own NATS.
     :raises BridgeError: something of that makes no sense.
     """
 
@@ -76,6 +85,7 @@ class Consumer:
         ack_wait: float = 30.0,
         longest: float = 0.0,
         drain: float = 25.0,
+        store: str | Mapping[str, Any] | None = None,
     ) -> None:
         if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", name) is None:
             raise BridgeError(f"{name!r} can't be the name of a consumer", "use letters, digits, _ and -, at most 128")
@@ -92,6 +102,8 @@ class Consumer:
         self.name = name
         self.broker = broker_options(broker)
         self.meter = Meter()
+        chosen = None if store is None else stores.check(store, self.broker)
+        self._turns = Turns(name, None if chosen is None else lambda: stores.make(chosen))
         self._orthanc = OrthancOptions(orthanc) if isinstance(orthanc, str) else orthanc
         self._routes: list[Route] = []
         self._worker: Worker | None = None
@@ -113,6 +125,7 @@ class Consumer:
         *patterns: str,
         where: Callable[[Event], bool] | None = None,
         retry: RetryPolicy | None = None,
+        once: str | None = None,
     ) -> Callable[[_H], _H]:
         """Have a function called for every event of these types.
 
@@ -124,16 +137,60 @@ class Consumer:
             another producer's events.
         :param where: says whether it wants an event of these types.
         :param retry: its own policy.
+        :param once: a name for what it does: it is then done once for each event, as by `once` with its defaults.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
         if retry is not None:
             self._check_order(retry)
 
+        if once is not None:
+            self._turns.check(once, LEASE, KEEP)
+
         def register(handler: _H) -> _H:
-            self._routes.append(route(patterns, handler, where, retry))
+            found = route(patterns, handler, where, retry)
+            if once is not None:
+                found = replace(found, handler=only_once(handler, lambda event: self.once(event, once)))
+            self._routes.append(found)
             return handler
 
         return register
+
+    def once(self, event: Event, effect: str, *, lease: float = LEASE, keep: float = KEEP) -> Once:
+        """Do something once for an event, although events come at least once, to any worker of this name.
+
+        ::
+
+            async with app.once(event, "anonymize") as first:
+                if first:
+                    await orthanc.post(f"/studies/{event.study_id}/anonymize", json={})
+
+        In handlers that are no coroutine functions it is ``with``. Where another worker is at it, `Retry` is raised
+        until that one's lease is over or the effect is done. What is raised inside gives the effect free for the next
+        attempt. What is promised, and what not: docs/once.md.
+
+        :param effect: a name for it, letters, digits, ``_`` and ``-``. Several effects of one event have several.
+        :param lease: seconds behind which another may begin it, once this worker gives no sign of life any more. It is
+            renewed for as long as the effect takes.
+        :param keep: seconds for which it is remembered that it is done; at least as long as the broker keeps events.
+        :raises BridgeError: the consumer has no store, or a value makes no sense.
+        :raises StoreError: on entering: the store can't be asked. Nothing is begun then.
+        """
+        return Once(self._turns, event, effect, lease, keep)
+
+    def test(self) -> Trial:
+        """Run the handlers against a broker in memory, on a clock that only tests move (docs/testing.md).
+
+        ::
+
+            with app.test() as kit:  # or: async with
+                kit.send(event("study.stable"))
+                assert not kit.dead
+
+        Needs the extra ``testing`` where handlers ask Orthanc.
+        """
+        from orthanc_events_bridge.testing.kit import Trial
+
+        return Trial(self._terms, self._routes, self._orthanc, self._turns)
 
     def _check_order(self, retry: RetryPolicy) -> None:
         if self._terms.ordered and retry.maximum > LONGEST_ORDERED_RETRY:
@@ -167,12 +224,14 @@ class Consumer:
         clients = Clients(self._orthanc)
         if any(one.wants_orthanc for one in self._routes):
             clients.check()
+        self._turns.loop = asyncio.get_running_loop()
         self._worker = Worker(create(self.broker), self._terms, self._routes, clients, self.meter)
         try:
             await self._worker.run()
         finally:
             self._worker = None
             await clients.close()
+            await self._turns.close()
 
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""

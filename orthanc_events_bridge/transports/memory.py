@@ -6,6 +6,7 @@ Events are gone with the process.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ _LOOK: Final = 0.01
 class Broker:
     """What outlives a connection. Tests set its attributes, from any thread, to make it fail.
 
+    :param clock: seconds, by which delays and ``ack_wait`` are measured.
     :ivar messages: what is stored, in order.
     :ivar names: of consumers, and how far each has come.
     :ivar inboxes: of consumers, what is stored for each alone, in order.
@@ -55,7 +57,8 @@ class Broker:
     :ivar refuse_dead: the same of dead letters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
         self.names: dict[str, Name] = {}
@@ -233,13 +236,13 @@ class MemoryTransport(Transport):
         broker, opened = self.broker, self._opened
         # Who has begun before misses nothing of a place that was made again.
         first = 0 if oldest or name in broker.begun else len(broker.messages)
-        live = broker.names.setdefault(name, Name(broker.messages, first, ordered))
+        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
         if live.ordered != ordered:
             raise TransportConfigurationError(
                 f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
                 "give the consumer another name, or subscribe as before",
             )
-        inbox = broker.begun.setdefault(name, Name(broker.inboxes.setdefault(name, []), 0))
+        inbox = broker.begun.setdefault(name, Name(broker.inboxes.setdefault(name, []), 0, clock=broker.clock))
 
         def connected() -> bool:
             there = broker.up and self._connection == broker.connections and self._opened == opened

@@ -24,9 +24,17 @@ class Name:
     :param messages: the broker's own list: what is for everybody, or an inbox.
     :param position: so many of them are given already, or never will be.
     :param ordered: whether a partition's next event waits until the one before is settled.
+    :param clock: seconds.
     """
 
-    def __init__(self, messages: list[Incoming], position: int, ordered: bool = False) -> None:
+    def __init__(
+        self,
+        messages: list[Incoming],
+        position: int,
+        ordered: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._messages = messages
         self._position = position
         self.ordered = ordered
@@ -34,6 +42,11 @@ class Name:
         self._again: list[tuple[float, int, Incoming, int]] = []  # due, place among equals, what, next attempt
         self._places = itertools.count()
         self.held: dict[MemoryDelivery, None] = {}
+
+    @property
+    def due(self) -> float | None:
+        """When the next of those that wait is to be given again; none where none waits."""
+        return self._again[0][0] if self._again else None
 
     def give_again(self, delivery: MemoryDelivery, due: float, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """To be taken once more, not before that time."""
@@ -67,7 +80,7 @@ class Name:
 
     def take(self, subscription: MemorySubscription, limit: int) -> list[Delivery]:
         """What is there now: what is due again before what is new."""
-        now = time.monotonic()
+        now = self.clock()
         for delivery in [one for one in self.held if not one.subscription.alive() or one.deadline < now]:
             self.give_again(delivery, now)
         found: list[Delivery] = []
@@ -96,7 +109,8 @@ class MemoryDelivery(Delivery):
         super().__init__(replace(message, address=address), attempt)
         self.subscription = subscription
         self._name = name
-        self.deadline = time.monotonic() + subscription.ack_wait
+        self._clock = name.clock
+        self.deadline = self._clock() + subscription.ack_wait
         self._settled = False
 
     async def ack(self) -> None:
@@ -108,7 +122,7 @@ class MemoryDelivery(Delivery):
     async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
         if not self._settled:
             self._settled = True
-            due = time.monotonic() + delay
+            due = self._clock() + delay
             await self._check()
             self._name.give_again(self, due, {"orthanc-operation": "retry", **headers})
 
@@ -122,11 +136,11 @@ class MemoryDelivery(Delivery):
     async def extend(self) -> None:
         if not self._settled:
             await self._check()
-            self.deadline = time.monotonic() + self.subscription.ack_wait
+            self.deadline = self._clock() + self.subscription.ack_wait
 
     async def _check(self) -> None:
         await self.subscription.check()
-        if self not in self._name.held or self.deadline < time.monotonic():
+        if self not in self._name.held or self.deadline < self._clock():
             raise NotConnectedError(
                 f"the broker gives an event to another: its ack_wait of {self.subscription.ack_wait:g} s is over",
                 "raise ack_wait, or extend in time",
