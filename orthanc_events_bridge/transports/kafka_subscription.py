@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.base import Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
 from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_dead import DeadTopic
 from orthanc_events_bridge.transports.kafka_delays import (
     ADDRESS,
     ATTEMPTS,
@@ -27,6 +28,7 @@ from orthanc_events_bridge.transports.kafka_delays import (
     attempts_of,
     copy_of,
     format_time,
+    message_of,
     retry_topic,
     step_for,
 )
@@ -71,8 +73,11 @@ class KafkaDelivery(Delivery):
         if self.subscription.take_back(self):
             self.subscription.settle(self.partition, self.record.offset)
 
-    async def nack(self, delay: float = 0.0) -> None:
-        await self.subscription.retry(self, delay)
+    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        await self.subscription.retry(self, delay, headers)
+
+    async def reject(self, headers: Mapping[str, str]) -> None:
+        await self.subscription.bury(self, headers)
 
     async def extend(self) -> None:
         self.subscription.check(self)
@@ -108,6 +113,7 @@ class KafkaSubscription(Subscription):
         self._beside = beside
         self._group = Group(joining, beside, options, name, max(_SHORTEST_SESSION, ack_wait + _MARGIN))
         self._retries = Retries(beside, options, name, topic.metadata, topic.largest)
+        self._dead = DeadTopic(beside, options, name, topic.largest)
         self._fetcher = Fetcher(fetching, beside, options, topic, self._arrived)
         self._membership = Membership(self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose)
         self._queue = Queue(self._fetcher.wake)
@@ -252,10 +258,8 @@ class KafkaSubscription(Subscription):
         sending.add_done_callback(lambda sent: self._sent(one, record.offset, sent))
 
     def _give(self, one: Partition, record: Any) -> KafkaDelivery:
-        headers = {name.lower(): (value or b"").decode("utf-8", "replace") for name, value in record.headers}
-        topic, number = one.place
-        message = Incoming(headers.get(ADDRESS, topic), record.value or b"", headers, f"{number}:{record.offset}")
-        delivery = KafkaDelivery(self, one, record, message, attempts_of(headers, self._name) + 1)
+        message = message_of(record, *one.place)
+        delivery = KafkaDelivery(self, one, record, message, attempts_of(message.headers, self._name) + 1)
         one.held[record.offset] = delivery
         self._held.add(delivery)
         return delivery
@@ -300,7 +304,23 @@ class KafkaSubscription(Subscription):
                 self._held.discard(delivery)
         self._tell()
 
-    async def retry(self, delivery: KafkaDelivery, delay: float) -> None:
+    async def bury(self, delivery: KafkaDelivery, headers: Mapping[str, str]) -> None:
+        """Put it among the dead letters, and settle it.
+
+        :raises NotConnectedError: it comes again, and may be among the dead letters too.
+        :raises TransportError: it is not there, and is held on.
+        """
+        self.check(delivery)
+        if delivery in self._held:
+            await self._dead.put(delivery.record, {**headers, **self._told(delivery)})
+            if self.take_back(delivery):
+                self.settle(delivery.partition, delivery.record.offset)
+
+    def _told(self, delivery: KafkaDelivery) -> dict[str, str]:
+        """What a copy says of where it comes from."""
+        return {ATTEMPTS: str(delivery.attempt), CONSUMER: self._name, ADDRESS: delivery.message.address}
+
+    async def retry(self, delivery: KafkaDelivery, delay: float, headers: Mapping[str, str]) -> None:
         """Store a copy for later, and settle it.
 
         :raises NotConnectedError: it comes again, and maybe the copy too.
@@ -308,13 +328,8 @@ class KafkaSubscription(Subscription):
         if not self.take_back(delivery):
             return
         topic = self._retries.inbox if delay <= 0 else retry_topic(self._name, step_for(delay))
-        changes = {
-            OPERATION: "retry",
-            ATTEMPTS: str(delivery.attempt),
-            DUE: format_time(time.time() + max(0.0, delay)),
-            CONSUMER: self._name,
-            ADDRESS: delivery.message.address,
-        }
+        due = format_time(time.time() + max(0.0, delay))
+        changes = {**headers, **self._told(delivery), OPERATION: "retry", DUE: due}
         one, record = delivery.partition, delivery.record
         sending = self._retries.send(copy_of(record, topic, changes))
         sending.add_done_callback(lambda sent: self._sent(one, record.offset, sent))
