@@ -148,6 +148,7 @@ class KafkaTransport(Transport):
             in_flight=in_flight,
             ack_wait=ack_wait,
             behind=self._behind.setdefault(name, set()),
+            ordered=ordered,
         )
         self._begun.add(name)
         self._subscriptions = {one for one in self._subscriptions if not one.closed} | {subscription}

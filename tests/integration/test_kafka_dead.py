@@ -147,3 +147,34 @@ def test_a_topic_that_is_not_to_be_made(kafka: KafkaServer, name: str) -> None:
             assert len(await read(transport, name)) == 1
 
     run(main(), seconds=2 * PATIENCE)
+
+
+def test_what_is_removed_is_compacted_away_and_what_is_not_stays(kafka: KafkaServer, name: str) -> None:
+    """The topic is read as before where offsets are missing in it."""
+    topic = f"orthanc.dead.{name}"
+    sent = events(200, size=2000)
+
+    async def main() -> None:
+        async with connected(kafka, name) as transport:
+            subscription = await transport.subscribe(name, oldest=True)
+            await transport.publish(sent)
+            for delivery in await take(subscription, len(sent)):
+                await delivery.reject(WHY)
+            letters = await read(transport, name)
+            assert len(letters) == len(sent)
+            kept = [letters[0], letters[100], letters[199]]
+            dead = await transport.dead_letters(name)
+            await dead.remove([one for one in letters if one not in kept])
+            config = {"cleanup_policy": "compact", "min_cleanable_dirty_ratio": "0", "delete_retention_ms": "0"}
+            await asyncio.to_thread(alter_topic, kafka.url, topic, segment_ms="100", **config)
+            async with asyncio.timeout(PATIENCE):
+                while sum(row.value is not None for row in await read_topic(kafka.url, topic)) > len(kept) + 1:
+                    # What stands in the last segment is not compacted; a new one is begun by what is written.
+                    await dead.remove(letters[1:2])
+                    await asyncio.sleep(0.5)
+            left = await read(transport, name)
+            assert [one.message.body for one in left] == [one.message.body for one in kept]
+            await dead.remove(left)
+            assert await read(transport, name) == []
+
+    run(main(), seconds=3 * PATIENCE)
