@@ -95,7 +95,8 @@ def configure(
     if isinstance(orthanc, OrthancOptions):  # it may hold secrets, and is checked by itself
         said.pop("orthanc")
     if isinstance(said.get("retry"), RetryPolicy):
-        said["retry"] = asdict(said["retry"])
+        # In a file an option without a value counts as left out, so that no limit is written as 0 there.
+        said["retry"] = {name: 0 if value is None else value for name, value in asdict(said["retry"]).items()}
     outside: dict[str, Any] = {}
     if environment.get(BROKER_ENVIRONMENT):
         outside["broker"] = environment[BROKER_ENVIRONMENT]

@@ -126,8 +126,10 @@ class RetrySettings(Options):
     `on(…, retry=RetryPolicy(…))` in the code wins for its handler.
     """
 
-    max_attempts: int | None = Field(
-        default=_POLICY.max_attempts, ge=1, description="Deliveries in all; behind the last it is a dead letter."
+    max_attempts: int = Field(
+        default=_POLICY.max_attempts or 0,
+        ge=0,
+        description="Deliveries in all; behind the last it is a dead letter. 0: no limit.",
     )
     backoff: Literal["exponential", "constant"] = Field(
         default=_POLICY.backoff,
@@ -147,9 +149,9 @@ class RetrySettings(Options):
         le=1,
         description="Up to this part of a wait is added at random, so that what failed together doesn't come together.",
     )
-    max_age: Annotated[float, Duration(minimum=0.001)] | None = Field(
-        default=_POLICY.max_age,
-        description="How long after its first failure an event is given again.",
+    max_age: Annotated[float, Duration()] = Field(
+        default=_POLICY.max_age or 0.0,
+        description="How long after its first failure an event is given again. 0: no limit.",
         examples=["7d"],
     )
 
@@ -251,4 +253,6 @@ class ConsumerSettings(Options):
         maximum = retry.maximum
         if maximum is None:
             maximum = max(retry.initial, LONGEST_ORDERED_RETRY if self.ordered else _POLICY.maximum)
-        return RetryPolicy(retry.max_attempts, retry.backoff, retry.initial, maximum, retry.jitter, retry.max_age)
+        return RetryPolicy(
+            retry.max_attempts or None, retry.backoff, retry.initial, maximum, retry.jitter, retry.max_age or None
+        )
