@@ -22,12 +22,12 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from orthanc_events_bridge.mistakes import annotation_parts, options_class  # noqa: E402
 from orthanc_events_bridge.bridge.settings import Settings  # noqa: E402
 from orthanc_events_bridge.changes.model import KNOWN_NAMES, LOGGED, NAMES  # noqa: E402
 from orthanc_events_bridge.consumers.settings import ConsumerSettings  # noqa: E402
 from orthanc_events_bridge.events import catalog, mapping  # noqa: E402
 from orthanc_events_bridge.events.catalog import TYPES, EventType  # noqa: E402
+from orthanc_events_bridge.mistakes import annotation_parts, options_class  # noqa: E402
 from orthanc_events_bridge.transports import REGISTERED  # noqa: E402
 from orthanc_events_bridge.transports.nats_options import NatsOptions  # noqa: E402
 from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions  # noqa: E402
