@@ -112,9 +112,14 @@ def test_a_span_continues_the_trace_and_holds_no_data() -> None:
     spans._tracer = provider.get_tracer("test")
     attributes = {"traceparent": TRACE, "subject": "Doe^Jane"}
     event = Event("id-1", "urn:a", "io.x.study.stable.v1", "study.stable", None, {"tags": "Doe^Jane"}, attributes)
-    with pytest.raises(ValueError), spans.processing(event) as span:
-        span.failed("ValueError")
-        raise ValueError("Doe^Jane")
+
+    def fail() -> None:
+        with spans.processing(event) as span:
+            span.failed("ValueError")
+            raise ValueError("Doe^Jane")
+
+    with pytest.raises(ValueError):
+        fail()
     with spans.processing(Event("Doe^Jane", "Doe^Jane", "org.Doe^Jane", "org.Doe^Jane")):
         pass
     first, other = exporter.get_finished_spans()
@@ -151,7 +156,9 @@ def test_threads_are_reused_and_hand_on_what_is_raised() -> None:
 
 class Fake:
     def __init__(self) -> None:
-        self.pid, self.code, self.signals = 1, None, list[int]()
+        self.pid = 1
+        self.code: int | None = None
+        self.signals: list[int] = []
 
     def poll(self) -> int | None:
         return self.code
