@@ -26,7 +26,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -35,8 +34,11 @@ from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route
+from orthanc_events_bridge.consumers.threads import DaemonThreads
+from orthanc_events_bridge.consumers.tracing import Spans
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
 if TYPE_CHECKING:
@@ -59,11 +61,6 @@ _SLOW: Final = 15.0
 #: Seconds between two tries to put something among the dead letters.
 _DEAD: Final = 1.0
 _LONGEST_TEXT: Final = 500
-
-FIRST_FAILURE: Final = "orthanc-first-failure"
-LAST_FAILURE: Final = "orthanc-last-failure"
-REASON: Final = "orthanc-reason"
-EXCEPTION: Final = "orthanc-exception"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +109,7 @@ class Worker:
     """See the module's text.
 
     :param clients: what handlers ask Orthanc with.
+    :param system: the kind of broker, for traces.
     :param now: seconds of the epoch.
     :param clock: seconds, also those for which the machine slept.
     :param chance: 0 to 1, at random.
@@ -127,6 +125,7 @@ class Worker:
         clients: Clients,
         meter: Meter | None = None,
         *,
+        system: str = "memory",
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = boot_time,
         chance: Callable[[], float] = random.random,
@@ -139,13 +138,14 @@ class Worker:
         self._now = now
         self._clock = clock
         self._chance = chance
+        self._spans = Spans(terms.name, system)
         self._repeats = Repeats(time.monotonic)
         self._by_type: dict[str, list[Route]] = {}
         self._held: dict[_Held, None] = {}
         self._chains: dict[str, deque[_Held]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(terms.concurrency)
-        self._threads = ThreadPoolExecutor(terms.concurrency, thread_name_prefix=f"{terms.name}-handler")
+        self._threads = DaemonThreads(terms.concurrency, f"{terms.name}-handler")
         self._stop = asyncio.Event()
         self._thawed = asyncio.Event()
         self.ready = False
@@ -391,9 +391,14 @@ class Worker:
         outcome: Again | Dead | None = None
         problem: BaseException | None = None
         try:
-            for current in held.routes:
-                if current.where is None or current.where(event):
-                    await self._call(current, event)
+            with self._spans.processing(event) as span:
+                try:
+                    for current in held.routes:
+                        if current.where is None or current.where(event):
+                            await self._call(current, event)
+                except BaseException as error:
+                    span.failed(_kind(error))
+                    raise
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
@@ -407,6 +412,8 @@ class Worker:
             self.meter.end(event.name, time.perf_counter() - began)
         if problem is None:
             self.meter.count("handled", event.name)
+            if event.ours and not event.operation:
+                self.meter.handled(event.attributes.get("recordedtime", ""), self._now())
             await self._settle(held, held.delivery.ack)
             return
         await self._failed(held, current, problem, outcome)

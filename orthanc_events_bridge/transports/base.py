@@ -62,6 +62,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from orthanc_events_bridge.errors import TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.headers import ADDRESS, CONSUMER
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.options import TransportOptions
@@ -113,9 +114,11 @@ class Outgoing(NamedTuple):
     def in_inbox(self, consumer: str, address: str) -> Outgoing:
         """The event as it is sent to one consumer.
 
-        :param address: under which everybody gets it.
+        :param address: under which everybody gets it, unless its headers say so already: what is sent again may have
+            come from elsewhere.
         """
-        return self._replace(headers=(*self.headers, ("orthanc-consumer", consumer), ("orthanc-address", address)))
+        kept = dict(self.headers)
+        return self._replace(headers=tuple({ADDRESS: address, **kept, CONSUMER: consumer}.items()))
 
 
 @dataclass(frozen=True, slots=True)

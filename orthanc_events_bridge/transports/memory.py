@@ -20,6 +20,7 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -27,6 +28,7 @@ from orthanc_events_bridge.transports.base import (
     Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.memory_dead import MemoryDeadLetters
 from orthanc_events_bridge.transports.memory_subscription import MemorySubscription, Name
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.subscriptions import check_name
@@ -252,6 +254,17 @@ class MemoryTransport(Transport):
             broker.bury(name, message, headers)
 
         return MemorySubscription((live, inbox), connected, self._answer, in_flight, ack_wait, bury)
+
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        check_name(self.name, consumer)
+        self._check()
+        await self._answer()
+
+        async def check() -> None:
+            self._check()
+            await self._answer()
+
+        return MemoryDeadLetters(self.broker.dead.setdefault(consumer, []), check)
 
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         self._check()
