@@ -18,7 +18,13 @@ from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.changes.unlogged import Unlogged
 from orthanc_events_bridge.changes.unordered import REREAD
-from orthanc_events_bridge.errors import BridgeError, DamagedError, LogUnavailableError, OutboxFullError
+from orthanc_events_bridge.errors import (
+    BridgeError,
+    DamagedError,
+    LogUnavailableError,
+    NotAnsweredError,
+    OutboxFullError,
+)
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.outbox import OutboxWriter
@@ -41,6 +47,8 @@ FIRST_SETTINGS: Final = 10.0
 #: Seconds to gather more after a batch of several instances: half the cost of acting at once.
 _LINGER: Final = 0.020
 _TICK: Final = 1.0
+#: Seconds until Orthanc is asked again what it did not answer, answering else.
+_ASK_AGAIN: Final = 1.0
 
 
 class Waiting:
@@ -89,7 +97,7 @@ class Capture:
                 return get(path)
 
         self._log = OrthancLog(ask)
-        self._look_up = Lookup(ask)
+        self._look_up = Lookup(ask, self._log.tip, time.monotonic, self._pass_over)
         self._queue = queue
         self._bell = bell
         self._ring = ring
@@ -107,9 +115,9 @@ class Capture:
         self._held: int | None = None
         self._late_said = 0
         self._upkeep = Upkeep(folder, host, self._look_up.allow)
-        self._backfilling = Backfilling(self._upkeep.backfill, self._look_up, self._log.tip)
+        self._backfilling = Backfilling(self._upkeep.backfill, self._look_up)
         self._rescue = Rescue(folder, host, self._upkeep, self._stop.is_set)
-        self._repeats = Repeats(time.monotonic)
+        self._repeats, self._unanswered = Repeats(time.monotonic), Repeats(time.monotonic)
         self._leaving = threading.Event()
         self._all_taken = threading.Event()
         self._anchored = False
@@ -123,6 +131,7 @@ class Capture:
             "reanchored": 0,
             "discontinuities": 0,
             "jobs_missed": 0,
+            "unanswered": 0,
         }
         self._state = "starting"
         self._problem: dict[str, str] | None = None
@@ -201,7 +210,16 @@ class Capture:
 
     def _patience(self, error: Exception) -> float:
         """Seconds until it is tried again."""
+        if isinstance(error, NotAnsweredError) and not self._leaving.is_set():
+            return _ASK_AGAIN
         return 0.01 if isinstance(error, LogUnavailableError) else 0.1
+
+    def _pass_over(self, problem: str) -> None:
+        """Orthanc can't say something of one resource, and nothing waits for it any longer."""
+        self._counts["unanswered"] += 1
+        line = self._unanswered.line("unanswered", f"{problem}; it is passed over, and what depends on it is not told")
+        if line:
+            self._host.warning(line)
 
     def _failed(self, error: Exception) -> None:
         """Say what is wrong, without flooding, and keep memory bounded while it lasts."""
@@ -362,10 +380,7 @@ class Capture:
         }
         return make(
             outbox.resources,
-            self._look_up.resource,
-            self._log.tip,
-            self._look_up.studies,
-            self._look_up.received,
+            self._look_up,
             time.monotonic,
             time.time,
             **{**options, **more},
@@ -432,13 +447,7 @@ class Capture:
             return _TICK
 
         def work() -> None:
-            passed_over = repair.passed_over
-            try:
-                facts = repair.step(merge.cursor, time.monotonic() - self._heard)
-            except LogUnavailableError as error:
-                if repair.passed_over > passed_over:
-                    self._host.warning(f"{error}; what has become of this one is left open")
-                raise
+            facts = repair.step(merge.cursor, time.monotonic() - self._heard)
             if facts:
                 self._append(facts, merge)
                 repair.done(facts)
