@@ -157,6 +157,8 @@ class OutboxWriter:
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
         self.cursor: int | None = meta.get("cursor")
         self.ahead: str = meta.get("ahead") or ""
+        #: After a salvage that lost rows: the Seq to go on from where the log has no order; none once it was gone on.
+        self.settled: int | None = meta.get("settled")
         #: When recording began, milliseconds since the epoch.
         self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
@@ -261,8 +263,15 @@ class OutboxWriter:
             self._write_tail(facts)
             if note is not None:
                 self._set(**{f"note.{note[0]}": json.dumps(note[1])})
-            self._set(cursor=cursor, ahead=ahead, position=position, resources=self.resources.count, other_logs=logs)
-        self.cursor, self.ahead, self.position, self._other_logs = cursor, ahead, position, logs
+            self._set(position=position, resources=self.resources.count, other_logs=logs)
+            self._set_cursor(cursor, ahead)
+        self.cursor, self.ahead, self.settled = cursor, ahead, None
+        self.position, self._other_logs = position, logs
+
+    def _set_cursor(self, cursor: int, ahead: str) -> None:
+        self._set(cursor=cursor, ahead=ahead)
+        if self.settled is not None:
+            self._set(settled=None)
 
     def move_cursor(self, cursor: int, ahead: str = "") -> None:
         """Pass over a part of the log without recording it.
@@ -271,8 +280,8 @@ class OutboxWriter:
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
-            self._set(cursor=cursor, ahead=ahead)
-        self.cursor, self.ahead = cursor, ahead
+            self._set_cursor(cursor, ahead)
+        self.cursor, self.ahead, self.settled = cursor, ahead, None
 
     def _allowed_tags(self, settings: int) -> frozenset[str]:
         row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()

@@ -581,6 +581,8 @@ class Capture:
         if cursor is None and published is not None:
             # Where Seq is not the order of the commits, it says nothing of what is below it.
             cursor = max(0, published - REREAD) if self._log.unordered else published
+        elif self._log.unordered and outbox.settled is not None:
+            cursor = outbox.settled
         if cursor is None or not self._upkeep.options["log"]:
             return cursor, None
         found = self._continuity.recognise(outbox.tail(), cursor)
