@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.unordered import REREAD
-from orthanc_events_bridge.outbox import JUMP, SCHEMA, translated
+from orthanc_events_bridge.outbox_schema import JUMP, SCHEMA, translated
 
 #: What is written at once; between two such steps one is asked whether to stop.
 _STEP: Final = 5000

@@ -20,7 +20,9 @@ from orthanc_events_bridge.changes.model import Fact, Resource
 from orthanc_events_bridge.changes.unordered import Unordered
 from orthanc_events_bridge.errors import DamagedError, OutboxError
 from orthanc_events_bridge.folder import Folder, identity, set_aside
-from orthanc_events_bridge.outbox import JUMP, OutboxReader, OutboxRow, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import JUMP, OutboxRow
 from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.plugin.upkeep import Upkeep
 from orthanc_events_bridge.salvage import Salvage, StoppedError, salvage
