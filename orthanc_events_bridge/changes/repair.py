@@ -28,18 +28,17 @@ All of it is bounded work: a few questions at a time, from where the last look e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import date_to_ms
+from orthanc_events_bridge.changes.looks import Looks, Registry
 from orthanc_events_bridge.changes.model import Fact, Resource
-from orthanc_events_bridge.changes.questions import Announced, Orthanc, found_of
+from orthanc_events_bridge.changes.questions import Orthanc, found_of
 from orthanc_events_bridge.changes.strangers import Strangers
 from orthanc_events_bridge.changes.walk import CALM, Doubts, Walk
-from orthanc_events_bridge.errors import PassedOverError
 
-__all__ = ["CALM", "Registry", "Repair", "deletion"]
+__all__ = ["CALM", "Repair", "deletion"]
 
 #: Questions to Orthanc in one step; 0.1 to 1.4 ms each.
 _QUESTIONS: Final = 10
@@ -56,18 +55,6 @@ _REMEMBERED: Final = 10_000
 STABLE: Final = {"series": "StableSeries", "study": "StableStudy", "patient": "StablePatient"}
 _ORDER: Final = {"instance": 0, "series": 1, "study": 2, "patient": 3}
 _GROWN: Final = ("series", "study", "patient")
-
-
-class Registry(Announced, Protocol):
-    """What was announced (`orthanc_events_bridge.resources.Resources`)."""
-
-    def below(self, resource: Resource) -> list[Resource]: ...
-    def members(self, series: Resource) -> list[Resource]: ...
-    def is_childless(self, resource: Resource) -> bool: ...
-    def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
-    def growing(self) -> list[Resource]: ...
-    def meet(self, resources: Iterable[Resource]) -> None: ...
-    def forget(self, resources: Sequence[Resource]) -> None: ...
 
 
 def deletion(resource: Resource, at: int) -> Fact:
@@ -113,6 +100,7 @@ class Repair:
         self._wall = wall
         self._stable_age = stable_age
         self._instances = instances
+        self._looks = Looks(registry, orthanc, instances)
         # With instances the series come first, so that those in them are told before them.
         self._levels = ("series", "study", "patient") if instances else ("study", "patient", "series")
         self._due = 0.0
@@ -156,7 +144,7 @@ class Repair:
     def go_on(self, registry: Registry, remembered: int | None) -> None:
         """What was announced is kept elsewhere now, and perhaps not all of it."""
         self._registry, self.remembered = registry, remembered
-        self._strangers.registry = registry
+        self._looks.registry = self._strangers.registry = registry
         self._met = Doubts[Resource](self._now)
         self._next_met, self._met_enough = remembered or 0, False
         self.compare()
@@ -301,12 +289,12 @@ class Repair:
         questions = 0
         for one in page:
             if walk.level == "study":
-                missing += self._of_study(one)
+                missing += self._looks.of_study(one)
             elif walk.level == "series" and self._instances:
-                missing += self._of_series(one)
-            elif not self._is_loose(one):
+                missing += self._looks.of_series(one)
+            elif not self._looks.is_loose(one):
                 continue
-            elif self._is_gone(one):
+            elif self._looks.is_gone(one):
                 missing.append(one)
             questions += 1
             if questions == _QUESTIONS:
@@ -321,50 +309,6 @@ class Repair:
             tip = self._orthanc.tip()
             for one in missing:
                 self._missing.add(one.id, one, tip)
-
-    def _is_gone(self, one: Resource) -> bool:
-        """Whether Orthanc says so; what it can't describe is left open."""
-        with suppress(PassedOverError):
-            return self._orthanc.resource(one.level, one.id) is None
-        return False
-
-    def _of_study(self, study: Resource) -> list[Resource]:
-        """What is missing of it."""
-        try:
-            answer = self._orthanc.resource("study", study.id)
-        except PassedOverError:
-            return []
-        below = self._registry.below(study)
-        if answer is not None:
-            there = set(answer.get("Series", ()))
-            return self._with_members([one for one in below if one.id not in there])
-        missing = [*self._with_members(below), study]
-        patient = self._registry.find(study.parent) if study.parent else None
-        if patient is not None and self._is_gone(patient):
-            missing.append(patient)
-        return missing
-
-    def _of_series(self, series: Resource) -> list[Resource]:
-        try:
-            answer = self._orthanc.resource("series", series.id)
-        except PassedOverError:
-            return []
-        members = self._registry.members(series)
-        if answer is None:
-            return [*members, series]
-        there = set(answer.get("Instances", ()))
-        return [one for one in members if one.id not in there]
-
-    def _with_members(self, series: Sequence[Resource]) -> list[Resource]:
-        if not self._instances:
-            return list(series)
-        return [one for parent in series for one in (*self._registry.members(parent), parent)]
-
-    def _is_loose(self, one: Resource) -> bool:
-        """Whether the walk over the studies says nothing of it."""
-        if one.level == "patient":
-            return self._registry.is_childless(one)
-        return one.parent is None or self._registry.find(one.parent) is None
 
     def _deletions(self, cursor: int, calm: float) -> list[Fact]:
         """Of what is missing, that of which nobody can say anything any more."""

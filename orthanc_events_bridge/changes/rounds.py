@@ -112,7 +112,7 @@ class Rounds(Repair):
     def _look_quickly(self) -> None:
         if self._doubtful:
             study = self._doubtful[0]
-            missing = self._of_study(study)
+            missing = self._looks.of_study(study)
             self._doubtful.popleft()
             self._doubt(missing)
         elif self._listing is not None:
