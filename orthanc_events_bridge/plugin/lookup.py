@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import OrderedDict
@@ -236,10 +237,7 @@ class Lookup:
             if fact.resource is None or fact.level not in _ROUTES or fact.change == "Deleted":
                 continue
             if fact.resource not in seen:
-                try:
-                    seen[fact.resource] = self._described(fact.level, fact.resource)
-                except PassedOverError:
-                    seen[fact.resource] = {}
+                seen[fact.resource] = self._described(fact.level, fact.resource)
             fact.extra.update(seen[fact.resource])
 
     def _described(self, level: str, resource: str) -> dict[str, Any]:
@@ -247,8 +245,9 @@ class Lookup:
         if self._tags:
             described["tags"] = self._tags_of(level, resource)
         if self._metadata:
-            found = self._describe(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
-            described["metadata"] = {name: found[name] for name in self._metadata if name in found}
+            with contextlib.suppress(PassedOverError):
+                found = self._describe(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
+                described["metadata"] = {name: found[name] for name in self._metadata if name in found}
         return described
 
     def _tags_of(self, level: str, resource: str) -> dict[str, str]:
@@ -259,7 +258,10 @@ class Lookup:
             missing = [tag for tag in self._tags if tag not in tags]
             if not missing:
                 break
-            answer = self.resource(at_level, identifier) or {}
+            try:
+                answer = self.resource(at_level, identifier) or {}
+            except PassedOverError:  # what its parents say is known all the same
+                continue
             for field in _TAG_FIELDS:
                 known: Mapping[str, str] = answer.get(field, {})
                 tags.update((tag, known[tag]) for tag in missing if tag in known and tag not in tags)

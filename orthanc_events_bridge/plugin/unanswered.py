@@ -15,9 +15,9 @@ from orthanc_events_bridge.errors import LogUnavailableError, NotAnsweredError, 
 TIMES: Final = 3
 #: Seconds until a question that was passed over is asked again, once.
 ASK_AGAIN: Final = 600.0
-#: Seconds, behind a question that was asked so often, in which others are asked only once: where Orthanc can't describe
-#: anything any more, each of them would hold up recording for seconds.
-HASTE: Final = 60.0
+#: So many questions are passed over without an answer to any in between until further ones are asked only once: where
+#: Orthanc can't describe anything any more, each of them would hold up recording for seconds.
+IN_A_ROW: Final = 3
 #: So many are remembered.
 _REMEMBERED: Final = 10_000
 
@@ -37,7 +37,7 @@ class Unanswered:
         self._refused: dict[str, int] = {}
         #: Question → when it may be asked again.
         self._passed_over: dict[str, float] = {}
-        self._hasty_until = float("-inf")
+        self._in_a_row = 0  # passed over since the last answer
 
     def check(self, question: str) -> None:
         """To be called before it is asked.
@@ -49,6 +49,7 @@ class Unanswered:
 
     def answered(self, question: str) -> None:
         """It was answered, if only by its resource's being gone."""
+        self._in_a_row = 0
         self._refused.pop(question, None)
         self._passed_over.pop(question, None)
 
@@ -60,11 +61,11 @@ class Unanswered:
         self._tip()
         now = self._now()
         known = question in self._passed_over
-        if not known and now >= self._hasty_until:
+        if not known:
             count = self._refused[question] = self._refused.get(question, 0) + 1
-            if count < TIMES:
+            if count < TIMES and self._in_a_row < IN_A_ROW:
                 return NotAnsweredError(error.message)
-            self._hasty_until = now + HASTE
+            self._in_a_row += 1
         self._refused.pop(question, None)
         self._passed_over.pop(question, None)  # to the end
         self._passed_over[question] = now + ASK_AGAIN

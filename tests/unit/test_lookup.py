@@ -11,7 +11,7 @@ import pytest
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
 from orthanc_events_bridge.errors import GoneError, LogUnavailableError, NotAnsweredError, PassedOverError
 from orthanc_events_bridge.plugin.lookup import Lookup, job_snapshot, without_user
-from orthanc_events_bridge.plugin.unanswered import ASK_AGAIN, HASTE, TIMES
+from orthanc_events_bridge.plugin.unanswered import ASK_AGAIN, IN_A_ROW, TIMES
 
 TREE: dict[str, Any] = {
     "/instances/i": {"ParentSeries": "se", "MainDicomTags": {"SOPInstanceUID": "1.1.1"}},
@@ -312,23 +312,35 @@ def test_allow_lists_are_replaced() -> None:
 # -- what Orthanc can't describe --------------------------------------------------------------------------------------
 
 
-def tries(made: Lookup, orthanc: Orthanc, most: int = 10) -> int:
+def tries(made: Lookup, orthanc: Orthanc, most: int = 10, expected: dict[str, Any] | None = None) -> int:
     """How often a series is described until nothing is waited for."""
     for number in range(1, most + 1):
         try:
-            assert described(made, "NewSeries", "series", "se") == {}
+            found = described(made, "NewSeries", "series", "se")
         except NotAnsweredError:
             orthanc.time += 1
         else:
+            assert found == (expected or {"tags": {}})
             return number
     raise AssertionError("it is asked for ever")
 
 
-@pytest.mark.parametrize("path", ["/series/se", "/series/se/metadata?expand", "/studies/st"])
-def test_what_orthanc_can_not_describe_goes_without_tags_after_some_tries(path: str) -> None:
+_PATIENT, _SERIES = {"PatientID": "CANARY-ID"}, {"Modality": "CT"}
+_RECEIVED = {"metadata": {"RemoteAET": "SCANNER"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/series/se", {"tags": {}, **_RECEIVED}),  # nor are its parents known
+        ("/series/se/metadata?expand", {"tags": {**_SERIES, **_PATIENT}}),
+        ("/studies/st", {"tags": _SERIES, **_RECEIVED}),
+    ],
+)
+def test_what_orthanc_can_not_describe_goes_without_it_after_some_tries(path: str, expected: dict[str, Any]) -> None:
     made, orthanc = lookup(tags=["Modality", "PatientID"], metadata=["RemoteAET"])
     orthanc.mute = {path}
-    assert tries(made, orthanc) == TIMES
+    assert tries(made, orthanc, expected=expected) == TIMES
     assert orthanc.asked.count(path) == TIMES
     assert len(orthanc.said) == 1 and "se" not in orthanc.said[0].split()
     assert described(made, "NewPatient", "patient", "pa")["tags"] == {"PatientID": "CANARY-ID"}  # as ever
@@ -356,15 +368,15 @@ def test_where_nothing_can_be_described_not_each_is_waited_for() -> None:
     for number in range(100):
         for _ in range(TIMES):
             try:
-                assert described(made, "NewSeries", "series", str(number)) == {}
+                assert described(made, "NewSeries", "series", str(number)) == {"tags": {}}
                 break
             except NotAnsweredError:
                 waited += 1
                 orthanc.time += 1
-    assert waited == TIMES - 1 and len(orthanc.said) == 100
-    orthanc.time += HASTE
-    answers["/series/x"] = {}
+    assert waited == IN_A_ROW * (TIMES - 1) and len(orthanc.said) == 100
+    answers |= {"/series/x": {}, "/patients/y": {}}
     orthanc.mute.add("/series/x")
+    described(made, "NewPatient", "patient", "y")  # which is answered
     with pytest.raises(NotAnsweredError):
         described(made, "NewSeries", "series", "x")
 
@@ -400,6 +412,9 @@ def test_parents_and_jobs_that_orthanc_can_not_describe_are_not_known() -> None:
         with pytest.raises(NotAnsweredError):
             made.parents("instance", "i")
     assert made.parents("instance", "i") is None
+    for _ in range(TIMES - 1):
+        with pytest.raises(NotAnsweredError):
+            made.take_job(SUBMITTED)
     assert not made.take_job(SUBMITTED) and made.job_taken(SUBMITTED) is None
     assert made.take_job(SUBMITTED)  # it is counted once
     with pytest.raises(PassedOverError):
