@@ -6,7 +6,9 @@ import asyncio
 import heapq
 import itertools
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError
@@ -17,9 +19,9 @@ _LOOK: Final = 0.01
 
 
 class Name:
-    """What the broker knows of a name, whoever subscribes.
+    """What the broker knows of a name in one place, whoever subscribes.
 
-    :param messages: the broker's own list.
+    :param messages: the broker's own list: what is for everybody, or an inbox.
     :param position: so many of them are given already, or never will be.
     """
 
@@ -49,7 +51,7 @@ class Name:
                 self._position += 1
             else:
                 break
-            delivery = MemoryDelivery(subscription, message, attempt)
+            delivery = MemoryDelivery(subscription, self, message, attempt)
             self.held[delivery] = None
             found.append(delivery)
         return found
@@ -58,9 +60,11 @@ class Name:
 class MemoryDelivery(Delivery):
     """Settled at once."""
 
-    def __init__(self, subscription: MemorySubscription, message: Incoming, attempt: int) -> None:
-        super().__init__(message, attempt)
+    def __init__(self, subscription: MemorySubscription, name: Name, message: Incoming, attempt: int) -> None:
+        address = message.headers.get("orthanc-address", message.address)  # in an inbox: where everybody gets it
+        super().__init__(replace(message, address=address), attempt)
         self.subscription = subscription
+        self._name = name
         self.deadline = time.monotonic() + subscription.ack_wait
         self._settled = False
 
@@ -68,14 +72,14 @@ class MemoryDelivery(Delivery):
         if not self._settled:
             self._settled = True
             await self._check()
-            del self.subscription.name.held[self]
+            del self._name.held[self]
 
     async def nack(self, delay: float = 0.0) -> None:
         if not self._settled:
             self._settled = True
             due = time.monotonic() + delay
             await self._check()
-            self.subscription.name.give_again(self, due)
+            self._name.give_again(self, due)
 
     async def extend(self) -> None:
         if not self._settled:
@@ -84,7 +88,7 @@ class MemoryDelivery(Delivery):
 
     async def _check(self) -> None:
         await self.subscription.check()
-        if self not in self.subscription.name.held or self.deadline < time.monotonic():
+        if self not in self._name.held or self.deadline < time.monotonic():
             raise NotConnectedError(
                 f"the broker gives an event to another: its ack_wait of {self.subscription.ack_wait:g} s is over",
                 "raise ack_wait, or extend in time",
@@ -94,19 +98,20 @@ class MemoryDelivery(Delivery):
 class MemorySubscription(Subscription):
     """One subscriber.
 
+    :param names: its name where everybody gets events, and in its inbox: they take turns.
     :param connected: whether the connection is still the one that it was made over.
     :param answer: waits until the broker answers.
     """
 
     def __init__(
         self,
-        name: Name,
+        names: tuple[Name, Name],
         connected: Callable[[], bool],
         answer: Callable[[], Awaitable[None]],
         in_flight: int,
         ack_wait: float,
     ) -> None:
-        self.name = name
+        self._turns = deque(names)
         self.ack_wait = ack_wait
         self._connected = connected
         self._answer = answer
@@ -130,8 +135,12 @@ class MemorySubscription(Subscription):
         end = time.monotonic() + wait
         while True:
             await self.check()
-            held = sum(1 for one in self.name.held if one.subscription is self)
-            found = self.name.take(self, min(limit, self._in_flight - held))
+            held = sum(one.subscription is self for name in self._turns for one in name.held)
+            found: list[Delivery] = []
+            for _ in range(len(self._turns)):
+                self._turns.rotate()
+                if found := self._turns[0].take(self, min(limit, self._in_flight - held)):
+                    break
             if found or time.monotonic() >= end:
                 return found
             await asyncio.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
