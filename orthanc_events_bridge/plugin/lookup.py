@@ -243,7 +243,8 @@ class Lookup:
     def _described(self, level: str, resource: str) -> dict[str, Any]:
         described: dict[str, Any] = {}
         if self._tags:
-            described["tags"] = self._tags_of(level, resource)
+            with contextlib.suppress(PassedOverError):
+                described["tags"] = self._tags_of(level, resource)
         if self._metadata:
             with contextlib.suppress(PassedOverError):
                 found = self._describe(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
@@ -251,8 +252,12 @@ class Lookup:
         return described
 
     def _tags_of(self, level: str, resource: str) -> dict[str, str]:
-        """From Orthanc's index alone: main DICOM tags of the resource and of its parents, nearest first."""
+        """From Orthanc's index alone: main DICOM tags of the resource and of its parents, nearest first.
+
+        :raises PassedOverError: there is something that Orthanc can't describe, and nothing else is known.
+        """
         tags: dict[str, str] = {}
+        unknown: PassedOverError | None = None
         chain = [(level, resource), *(self.parents(level, resource) or {}).items()]
         for at_level, identifier in chain:
             missing = [tag for tag in self._tags if tag not in tags]
@@ -260,11 +265,14 @@ class Lookup:
                 break
             try:
                 answer = self.resource(at_level, identifier) or {}
-            except PassedOverError:  # what its parents say is known all the same
+            except PassedOverError as error:  # what others say is known all the same
+                unknown = error
                 continue
             for field in _TAG_FIELDS:
                 known: Mapping[str, str] = answer.get(field, {})
                 tags.update((tag, known[tag]) for tag in missing if tag in known and tag not in tags)
+        if unknown is not None and not tags:
+            raise unknown
         return {tag: tags[tag] for tag in self._tags if tag in tags}
 
 
