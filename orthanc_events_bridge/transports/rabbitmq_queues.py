@@ -2,14 +2,15 @@
 
 ``orthanc.consumer.{name}`` is bound to the exchange. ``orthanc.inbox.{name}`` takes what is for this name alone: what
 is tried again, and the past of a name that begins with the oldest event. What is to be tried later waits in
-``orthanc.retry.{name}.{seconds}`` and goes to the inbox when the time is over.
+``orthanc.retry.{name}.{seconds}`` and goes to the inbox when the time is over. ``orthanc.dead.{name}`` holds what the
+name can't handle; nobody is given it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -23,6 +24,7 @@ _T = TypeVar("_T")
 STEPS: Final = (1, 5, 30, 120, 600, 3600)
 #: RabbitMQ 4 drops a message that was given so often and never settled: 20 times, if nothing is said.
 _ENOUGH: Final = 1_000_000_000
+LIMIT: Final[dict[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": _ENOUGH}
 #: For so many seconds at most others are waited for who make the same queues, and so many between two looks.
 _TURN: Final = 30.0
 _PAUSE: Final = 0.05
@@ -33,10 +35,17 @@ class Queues:
     """The names of a consumer's queues.
 
     :param inboxes: how inboxes' names begin.
+    :param dead_letters: how those of dead letters do.
     """
 
     name: str
     inboxes: str = "orthanc.inbox"
+    dead_letters: str = "orthanc.dead"
+
+    @classmethod
+    def of(cls, name: str, options: RabbitOptions) -> Queues:
+        """Those of a consumer, as the options call them."""
+        return cls(name, options.inbox_prefix, options.dead_prefix)
 
     @property
     def live(self) -> str:
@@ -47,6 +56,11 @@ class Queues:
     def inbox(self) -> str:
         """What is for this name alone."""
         return f"{self.inboxes}.{self.name}"
+
+    @property
+    def dead(self) -> str:
+        """What it can't handle."""
+        return f"{self.dead_letters}.{self.name}"
 
     @property
     def beginning(self) -> str:
@@ -60,16 +74,15 @@ class Queues:
 
     @property
     def lasting(self) -> dict[str, dict[str, Any]]:
-        """All but `beginning`, each with its arguments; `live` is the last."""
-        limit: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": _ENOUGH}
-        later: dict[str, Any] = limit | {
+        """All that it needs from the first, each with its arguments; `live` is the last."""
+        later: dict[str, Any] = LIMIT | {
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": self.inbox,
             "x-dead-letter-strategy": "at-least-once",  # needs reject-publish
             "x-overflow": "reject-publish",
         }
         waiting = {self.retry(seconds): later | {"x-message-ttl": seconds * 1000} for seconds in STEPS}
-        return {self.inbox: limit} | waiting | {self.live: limit}
+        return {self.inbox: LIMIT} | waiting | {self.live: LIMIT}
 
 
 async def open_queues(
@@ -82,12 +95,12 @@ async def open_queues(
     :raises NotConnectedError: RabbitMQ doesn't answer.
     :raises TransportConfigurationError: they can't be used as they are.
     """
-    asking = _Asking(connection)
+    asking = Asking(connection)
     try:
         if not options.declare:
             await asking.check(queues.lasting)
         elif not await asking.exists(queues.live):
-            async with _alone(connection, f"{queues.live}.making"):
+            async with alone(connection, f"{queues.live}.making"):
                 if not await asking.exists(queues.live):
                     await _make(asking, queues, begin)
         # Where there is one, it was made before the name's queue.
@@ -109,36 +122,50 @@ async def open_inbox(connection: Connection, options: RabbitOptions, queues: Que
     :raises NotConnectedError: RabbitMQ doesn't answer.
     :raises TransportConfigurationError: it can't be used as it is.
     """
-    asking = _Asking(connection)
-    inbox = {queues.inbox: queues.lasting[queues.inbox]}
+    return await _open(connection, options, queues, {queues.inbox: queues.lasting[queues.inbox]})
+
+
+async def open_dead(connection: Connection, options: RabbitOptions, queues: Queues) -> bool:
+    """The same for a name's dead letters: a full queue refuses them, and an operator's policy can't make it drop any.
+
+    :raises TransportError: as `open_inbox`.
+    """
+    arguments = LIMIT | {"x-overflow": "reject-publish", "x-max-length": options.limits.dead_letters}
+    return await _open(connection, options, queues, {queues.dead: arguments})
+
+
+async def _open(
+    connection: Connection, options: RabbitOptions, queues: Queues, wanted: dict[str, dict[str, Any]]
+) -> bool:
+    asking = Asking(connection)
+    ((queue, arguments),) = wanted.items()
     try:
         if not options.declare:
-            await asking.check(inbox)
+            await asking.check(wanted)
             return False
-        missing = not await asking.exists(queues.inbox)
+        missing = not await asking.exists(queue)
         if missing:
-            async with _alone(connection, f"{queues.live}.making"):
-                missing = not await asking.exists(queues.inbox)
+            async with alone(connection, f"{queues.live}.making"):
+                missing = not await asking.exists(queue)
                 if missing:
-                    await _make_all(asking, queues, inbox)
-        await asking.declare(queues.inbox, inbox[queues.inbox])
+                    await _make_all(asking, queues, wanted)
+        await asking.declare(queue, arguments)
         return missing
     finally:
         await asking.end()
 
 
-async def _make(asking: _Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
+async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
     """Make a new name's queues."""
     # Of a start that was not finished; it may not even say how far it had come.
     await asking.ask(queues.beginning, lambda channel: channel.queue_delete(queues.beginning))
     if begin is not None:
-        arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True, "x-delivery-limit": _ENOUGH}
-        await asking.declare(queues.beginning, arguments)
+        await asking.declare(queues.beginning, LIMIT | {"x-single-active-consumer": True})
         await begin()
     await _make_all(asking, queues, queues.lasting)
 
 
-async def _make_all(asking: _Asking, queues: Queues, wanted: dict[str, dict[str, Any]]) -> None:
+async def _make_all(asking: Asking, queues: Queues, wanted: dict[str, dict[str, Any]]) -> None:
     for queue, arguments in wanted.items():
         await asking.declare(queue, arguments)
     # 3.10 writes down that a quorum queue was elected a leader when the next one is, or seconds later; one that is
@@ -149,10 +176,11 @@ async def _make_all(asking: _Asking, queues: Queues, wanted: dict[str, dict[str,
 
 
 @contextlib.asynccontextmanager
-async def _alone(connection: Connection, queue: str) -> AsyncGenerator[None]:
+async def alone(connection: Connection, queue: str) -> AsyncGenerator[None]:
     """Do something that only one can do at a time: where two make a quorum queue, 3.10 ends the connection of one.
 
-    :param queue: is there meanwhile.
+    :param queue: is there meanwhile; its last part says what is done to what is called like the rest.
+    :raises NotConnectedError: another has been doing it for too long, or RabbitMQ doesn't answer.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + _TURN
@@ -166,9 +194,10 @@ async def _alone(connection: Connection, queue: str) -> AsyncGenerator[None]:
             if not error.missing and "exclusive use" not in error.text:
                 raise refused(connection, queue, error) from error
         if loop.time() > end:
+            what, _, doing = queue.rpartition(".")
             raise NotConnectedError(
-                f"somebody else has been making {queue.removesuffix('.making')} at RabbitMQ for {_TURN:g} s",
-                "see `rabbitmqctl list_consumers`",
+                f"somebody else has been {doing} {what} at RabbitMQ for {_TURN:g} s",
+                "try again when they have ended; `rabbitmqctl list_consumers` shows who it is",
             )
         await asyncio.sleep(_PAUSE)
     try:
@@ -182,8 +211,8 @@ def bind(channel: Channel, options: RabbitOptions, queue: str) -> Awaitable[obje
     return channel.queue_bind(queue, options.exchange, "#")
 
 
-class _Asking:
-    """A channel to ask on; another one when the server has closed it for an answer."""
+class Asking:
+    """A channel to ask about queues on; another one when the server has closed it for an answer."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -195,6 +224,7 @@ class _Asking:
         return await self._connection.ask(question(self._channel))
 
     async def exists(self, queue: str) -> bool:
+        """Whether there is such a queue."""
         try:
             await self._answer(lambda channel: channel.queue_declare(queue, passive=True))
         except ClosedError as error:
@@ -203,7 +233,11 @@ class _Asking:
             raise refused(self._connection, queue, error) from error
         return True
 
-    async def check(self, queues: dict[str, dict[str, Any]]) -> None:
+    async def check(self, queues: Iterable[str]) -> None:
+        """Are they there?
+
+        :raises TransportConfigurationError: no.
+        """
         missing = [queue for queue in queues if not await self.exists(queue)]
         if missing:
             raise TransportConfigurationError(
@@ -212,15 +246,21 @@ class _Asking:
             )
 
     async def declare(self, queue: str, arguments: dict[str, Any]) -> None:
+        """Make a queue, or see that it is there with these settings."""
         await self.ask(queue, lambda channel: channel.queue_declare(queue, durable=True, arguments=arguments))
 
     async def ask(self, queue: str, question: Callable[[Channel], Awaitable[object]]) -> None:
+        """Ask something about a queue.
+
+        :raises TransportError: see `refused`.
+        """
         try:
             await self._answer(question)
         except ClosedError as error:
             raise refused(self._connection, queue, error) from error
 
     async def end(self) -> None:
+        """Close the channel. Never raises."""
         if self._channel is not None:
             await self._connection.end(self._channel)
 
