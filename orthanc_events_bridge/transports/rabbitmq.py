@@ -29,6 +29,7 @@ from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Co
 from orthanc_events_bridge.transports.rabbitmq_dead import RabbitDeadLetters
 from orthanc_events_bridge.transports.rabbitmq_inbox import RabbitInbox
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_ordered import OrderedSubscription
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
@@ -158,13 +159,11 @@ class RabbitTransport(Transport):
     ) -> RabbitSubscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. RabbitMQ has no ``ack_wait``."""
         check_name(self.name, name)
-        if ordered:
-            raise TransportConfigurationError(
-                f"transport {self.name}: RabbitMQ has no ordered consumers yet", "subscribe without order"
-            )
         with self._servers.passing_on():
             connection = self._connected()
-            return await RabbitSubscription.open(connection, self._options, name, oldest=oldest, in_flight=in_flight)
+            kind = OrderedSubscription if ordered else RabbitSubscription
+            queues = Queues.of(name, self._options, ordered=ordered)
+            return await kind.open(connection, self._options, queues, oldest=oldest, in_flight=in_flight)
 
     # Looking at it.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
 
 from orthanc_events_bridge.transports.base import NO_HEADERS, Incoming
 
@@ -64,6 +67,17 @@ def retry_headers(
         due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
         headers["orthanc-due"] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return headers
+
+
+def as_given_again(message: DeliveredMessage, consumer: str, more: Mapping[str, str]) -> DeliveredMessage:
+    """The same delivery of a message, as if it were its next: it is tried again by whom it was given to."""
+    properties = copy.copy(message.header.properties)
+    properties.headers = retry_headers(message, consumer, 0.0, more)
+    header, delivery = copy.copy(message.header), copy.copy(message.delivery)
+    header.properties = properties
+    if isinstance(delivery, Basic.Deliver):
+        delivery.redelivered = False  # that is counted already
+    return replace(message, header=header, delivery=delivery)
 
 
 def seconds_left(message: DeliveredMessage) -> float:

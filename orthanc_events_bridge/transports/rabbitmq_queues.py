@@ -1,6 +1,7 @@
 """The queues of a consumer's name: found and checked, or made.
 
-``orthanc.consumer.{name}`` is bound to the exchange. ``orthanc.inbox.{name}`` takes what is for this name alone: what
+``orthanc.consumer.{name}`` is bound to the exchange; for an ordered name it is a queue for each partition,
+``orthanc.consumer.{name}.00`` to ``.63``. ``orthanc.inbox.{name}`` takes what is for this name alone: what
 is tried again, and the past of a name that begins with the oldest event. What is to be tried later waits in
 ``orthanc.retry.{name}.{seconds}`` and goes to the inbox when the time is over. ``orthanc.dead.{name}`` holds what the
 name can't handle; nobody is given it.
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
@@ -25,6 +27,9 @@ STEPS: Final = (1, 5, 30, 120, 600, 3600)
 #: RabbitMQ 4 drops a message that was given so often and never settled: 20 times, if nothing is said.
 _ENOUGH: Final = 1_000_000_000
 LIMIT: Final[dict[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": _ENOUGH}
+ONE_AT_A_TIME: Final[dict[str, Any]] = LIMIT | {"x-single-active-consumer": True}
+#: Of the wire contract.
+PARTITIONS: Final = 64
 #: For so many seconds at most others are waited for who make the same queues, and so many between two looks.
 _TURN: Final = 30.0
 _PAUSE: Final = 0.05
@@ -36,16 +41,18 @@ class Queues:
 
     :param inboxes: how inboxes' names begin.
     :param dead_letters: how those of dead letters do.
+    :param ordered: whether its events come in order, whoever receives them.
     """
 
     name: str
     inboxes: str = "orthanc.inbox"
     dead_letters: str = "orthanc.dead"
+    ordered: bool = False
 
     @classmethod
-    def of(cls, name: str, options: RabbitOptions) -> Queues:
+    def of(cls, name: str, options: RabbitOptions, *, ordered: bool = False) -> Queues:
         """Those of a consumer, as the options call them."""
-        return cls(name, options.inbox_prefix, options.dead_prefix)
+        return cls(name, options.inbox_prefix, options.dead_prefix, ordered)
 
     @property
     def live(self) -> str:
@@ -68,13 +75,42 @@ class Queues:
         exchange of this name, for a moment."""
         return f"orthanc.beginning.{self.name}"
 
+    @property
+    def published(self) -> dict[str, str]:
+        """The queues of what is published, each with the routing keys that it is bound by."""
+        if not self.ordered:
+            return {self.live: "#"}
+        return {f"{self.live}.{number:02d}": f"*.*.*.{number:02d}" for number in range(PARTITIONS)}
+
+    @property
+    def pasts(self) -> list[str]:
+        """Where what was published before the name began with the oldest event is copied to.
+
+        For an ordered name one for each partition, that is there until it has been received.
+        """
+        if not self.ordered:
+            return [self.inbox]
+        return [f"{self.beginning}.{number:02d}" for number in range(PARTITIONS)]
+
+    def past(self, routing_key: str) -> str:
+        """The one for what came by this routing key; empty where the name doesn't get that."""
+        if not self.ordered:
+            return self.inbox
+        partition = re.fullmatch(r"[^.]*\.[^.]*\.[^.]*\.(\d\d)", routing_key)
+        return self.pasts[int(partition[1])] if partition and int(partition[1]) < PARTITIONS else ""
+
+    @property
+    def workers(self) -> str:
+        """The exchange by which an ordered name's subscribers know of each other."""
+        return f"orthanc.workers.{self.name}"
+
     def retry(self, seconds: int) -> str:
         """Where a message waits so long."""
         return f"orthanc.retry.{self.name}.{seconds}"
 
     @property
     def lasting(self) -> dict[str, dict[str, Any]]:
-        """All that it needs from the first, each with its arguments; `live` is the last."""
+        """All that it needs from the first, each with its arguments; `published` are the last."""
         later: dict[str, Any] = LIMIT | {
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": self.inbox,
@@ -82,7 +118,13 @@ class Queues:
             "x-overflow": "reject-publish",
         }
         waiting = {self.retry(seconds): later | {"x-message-ttl": seconds * 1000} for seconds in STEPS}
-        return {self.inbox: LIMIT} | waiting | {self.live: LIMIT}
+        published = dict.fromkeys(self.published, ONE_AT_A_TIME if self.ordered else LIMIT)
+        return {self.inbox: LIMIT} | waiting | published
+
+    @property
+    def made(self) -> str:
+        """The one that is made when all others are."""
+        return list(self.published)[-1]
 
 
 async def open_queues(
@@ -99,20 +141,36 @@ async def open_queues(
     try:
         if not options.declare:
             await asking.check(queues.lasting)
-        elif not await asking.exists(queues.live):
+        elif not await asking.exists(queues.made):
             async with alone(connection, f"{queues.live}.making"):
-                if not await asking.exists(queues.live):
+                if not await asking.exists(queues.made):
+                    await _check_kind(asking, queues)
                     await _make(asking, queues, begin)
-        # Where there is one, it was made before the name's queue.
+        # Where there is one, it was made before the name's queues.
         beginning = await asking.exists(queues.beginning)
         if options.declare:
             for queue, arguments in queues.lasting.items():
                 await asking.declare(queue, arguments)
             if not beginning:
-                await asking.ask(queues.live, lambda channel: bind(channel, options, queues.live))
+                for queue, keys in queues.published.items():
+                    await asking.bind(queue, options.exchange, keys)
         return beginning
     finally:
         await asking.end()
+
+
+async def _check_kind(asking: Asking, queues: Queues) -> None:
+    """A name is ordered or not for good.
+
+    :raises TransportConfigurationError: it exists, and is the other.
+    """
+    other = replace(queues, ordered=not queues.ordered).made
+    if await asking.exists(other):
+        raise TransportConfigurationError(
+            f"RabbitMQ has the consumer {queues.name}, and it is {'not ' if queues.ordered else ''}ordered",
+            "give the consumer another name, or subscribe as before; to change it, let it receive all it has, and "
+            f"delete {queues.live}{'' if queues.ordered else '.00 to .63'}",
+        )
 
 
 async def open_inbox(connection: Connection, options: RabbitOptions, queues: Queues) -> bool:
@@ -158,9 +216,13 @@ async def _open(
 async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
     """Make a new name's queues."""
     # Of a start that was not finished; it may not even say how far it had come.
-    await asking.ask(queues.beginning, lambda channel: channel.queue_delete(queues.beginning))
+    await asking.delete(queues.beginning)
+    pasts = queues.pasts if queues.ordered else []
+    for queue in pasts:
+        await asking.delete(queue)
     if begin is not None:
-        await asking.declare(queues.beginning, LIMIT | {"x-single-active-consumer": True})
+        for queue in (queues.beginning, *pasts):
+            await asking.declare(queue, ONE_AT_A_TIME)
         await begin()
     await _make_all(asking, queues, queues.lasting)
 
@@ -172,7 +234,7 @@ async def _make_all(asking: Asking, queues: Queues, wanted: dict[str, dict[str, 
     # killed before never has a leader again, and then not even an event is confirmed to its publisher.
     last = f"{queues.live}.made"
     await asking.declare(last, {"x-queue-type": "quorum"})
-    await asking.ask(last, lambda channel: channel.queue_delete(last))
+    await asking.delete(last)
 
 
 @contextlib.asynccontextmanager
@@ -204,11 +266,6 @@ async def alone(connection: Connection, queue: str) -> AsyncGenerator[None]:
         yield
     finally:
         await connection.end(channel)
-
-
-def bind(channel: Channel, options: RabbitOptions, queue: str) -> Awaitable[object]:
-    """Let a queue have every event."""
-    return channel.queue_bind(queue, options.exchange, "#")
 
 
 class Asking:
@@ -249,6 +306,14 @@ class Asking:
         """Make a queue, or see that it is there with these settings."""
         await self.ask(queue, lambda channel: channel.queue_declare(queue, durable=True, arguments=arguments))
 
+    async def bind(self, queue: str, exchange: str, keys: str) -> None:
+        """Let a queue have what comes by these routing keys."""
+        await self.ask(queue, lambda channel: channel.queue_bind(queue, exchange, keys))
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue, if it is there."""
+        await self.ask(queue, lambda channel: channel.queue_delete(queue))
+
     async def ask(self, queue: str, question: Callable[[Channel], Awaitable[object]]) -> None:
         """Ask something about a queue.
 
@@ -265,20 +330,20 @@ class Asking:
             await self._connection.end(self._channel)
 
 
-def refused(connection: Connection, queue: str, error: ClosedError) -> TransportError:
-    """Which of our errors it is that RabbitMQ doesn't let us use a queue."""
+def refused(connection: Connection, name: str, error: ClosedError, kind: str = "queue") -> TransportError:
+    """Which of our errors it is that RabbitMQ doesn't let us use a queue, or an exchange."""
     if error.code == 403:
         return TransportConfigurationError(
-            f"RabbitMQ does not permit this user to use the queue {queue}: {error.text}",
+            f"RabbitMQ does not permit this user to use the {kind} {name}: {error.text}",
             r"let it configure, write and read ^orthanc\..*, write to amq.default, and use amq.gen-*",
         )
     if error.code in (405, 406):
         return TransportConfigurationError(
-            f"RabbitMQ has the queue {queue} with other settings: {error.text}",
+            f"RabbitMQ has the {kind} {name} with other settings: {error.text}",
             "delete it when it is empty, so that it is made anew, or give the consumer another name",
         )
     if error.code == 404:  # deleted while we asked, or its node is down
         return connection.lost(error)
     return TransportConfigurationError(
-        f"RabbitMQ refuses the queue {queue}: {error.text} ({error.code})", "see the RabbitMQ server's log"
+        f"RabbitMQ refuses the {kind} {name}: {error.text} ({error.code})", "see the RabbitMQ server's log"
     )

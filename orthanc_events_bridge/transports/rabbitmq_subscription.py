@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from aiormq.abc import DeliveredMessage
 
@@ -92,14 +92,14 @@ class RabbitSubscription(Subscription):
 
     @classmethod
     async def open(
-        cls, connection: Connection, options: RabbitOptions, name: str, *, oldest: bool, in_flight: int
-    ) -> RabbitSubscription:
+        cls, connection: Connection, options: RabbitOptions, queues: Queues, *, oldest: bool, in_flight: int
+    ) -> Self:
         """Find the name's queues and check them, or make them, and begin to receive.
 
         :raises NotConnectedError: RabbitMQ doesn't answer.
         :raises TransportConfigurationError: they can't be used, or not be made.
         """
-        self = cls(connection, options, Queues.of(name, options), in_flight)
+        self = cls(connection, options, queues, in_flight)
         try:
             await self._open(oldest)
         except BaseException:
@@ -118,6 +118,9 @@ class RabbitSubscription(Subscription):
         channel.on_fault = self._on_closed
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
+        await self._receive_published()
+
+    async def _receive_published(self) -> None:
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:
@@ -127,8 +130,7 @@ class RabbitSubscription(Subscription):
         """What is published now comes when the past has come."""
         try:
             if await beginning.run():
-                self._past_received()
-                await self._consume(self._queues.live)
+                await self._past_received()
         except ClosedError as error:
             self._fail(
                 NotConnectedError(f"RabbitMQ does not let us copy the history: {error.text}", "let the user read it")
@@ -136,7 +138,11 @@ class RabbitSubscription(Subscription):
         except TransportError as error:
             self._fail(NotConnectedError(error.message, error.remedy))
 
-    def _past_received(self) -> None:
+    async def _past_received(self) -> None:
+        self._settle_ends()
+        await self._consume(self._queues.live)
+
+    def _settle_ends(self) -> None:
         self._beginning = None
         while self._ends:
             self._settle(self._ends.pop())
@@ -187,7 +193,7 @@ class RabbitSubscription(Subscription):
             if self._beginning is not None:
                 self._beginning.end_received()
             else:
-                self._past_received()
+                self._settle_ends()
             return
         left = seconds_left(raw)
         if left > _SOON:
@@ -217,7 +223,10 @@ class RabbitSubscription(Subscription):
         if delivery in self._held:
             del self._held[delivery]
             self._news.set()  # there is room
-            self._settle(delivery.raw.delivery_tag or 0)
+            self._settle_delivery(delivery)
+
+    def _settle_delivery(self, delivery: RabbitDelivery) -> None:
+        self._settle(delivery.raw.delivery_tag or 0)
 
     def _settle(self, tag: int) -> None:
         if self._acks is not None:
