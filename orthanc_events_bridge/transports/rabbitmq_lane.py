@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import pamqp.frame
@@ -58,7 +57,8 @@ class Lane:
         self._held: int | None = None  # the delivery tag of what is not settled
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._leaving = False
+        self._leaving = False  # as soon as nothing is held
+        self._over = False  # the past is
         self._since = 0.0
         self._closed = False
         self.owner = ""
@@ -78,7 +78,8 @@ class Lane:
         while True:
             queue = self._queues[0]
             channel = self._channel = await connection.channel()
-            self._held, self._leaving, self._since = None, False, asyncio.get_running_loop().time()
+            self._held, self._leaving, self._over = None, False, False
+            self._since = asyncio.get_running_loop().time()
             receive, deleted = (functools.partial(one, channel) for one in (self._on_message, self._on_deleted))
             try:
                 await connection.ask(channel.basic_qos(prefetch_count=1))
@@ -86,7 +87,7 @@ class Lane:
             except ClosedError as error:
                 if not (error.missing and self.past):
                     raise refused(connection, queue, error) from error
-                self._past_received()
+                self._next()
                 continue
             channel.on_fault = functools.partial(self._on_fault, channel)
             return
@@ -94,8 +95,7 @@ class Lane:
     def leave(self) -> None:
         """Let another have it, as soon as nothing of it is held: queue up for it anew."""
         self._leaving = True
-        if self._held is None:
-            self._move(self._requeue)
+        self._move()
 
     def settle(self) -> None:
         """What it was given is done with."""
@@ -107,43 +107,45 @@ class Lane:
             self._connection.write(pamqp.frame.marshal(Basic.Ack(delivery_tag=tag), channel.number))
         except (OSError, RuntimeError) as error:  # it has ended, and nobody has told us yet
             self._connection.fail(self._connection.lost(error))
-        if self._leaving:
-            self._move(self._requeue)
+        self._move()
 
     def later(self, seconds: float, raw: DeliveredMessage) -> None:
         """Give what it was given once more; until then nothing else of it is given to anybody."""
         if not self._closed:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._subscriber.came, self, raw)
 
-    def _move(self, work: Callable[[], Awaitable[None]]) -> None:
-        if self._task is None and not self._closed:
-            self._task = asyncio.create_task(self._moving(work))
+    # From one place to the next.
 
-    async def _moving(self, work: Callable[[], Awaitable[None]]) -> None:
+    @property
+    def _moves(self) -> bool:
+        return not self._closed and (self._over or (self._leaving and self._held is None))
+
+    def _move(self) -> None:
+        """Go where it is time to go."""
+        if self._task is None and self._moves:
+            self._task = asyncio.create_task(self._moving())
+
+    async def _moving(self) -> None:
         try:
-            await work()
-        except ClosedError as error:
-            self._subscriber.fail(self._connection.lost(error))
+            while self._moves:
+                channel, self._channel = self._channel, None
+                if channel is not None:
+                    if self._over:
+                        await self._delete(channel)
+                    await self._connection.end(channel)
+                await self.open()
         except TransportError as error:
             self._subscriber.fail(error)
         finally:
             self._task = None
 
-    async def _requeue(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await self._connection.end(channel)
-        await self.open()
+    async def _delete(self, channel: Channel) -> None:
+        """Delete the queue of the past, by which the others learn that it is over."""
+        with contextlib.suppress(ClosedError):
+            await self._connection.ask(channel.queue_delete(self._queues[0]))
+        self._next()
 
-    async def _end_past(self) -> None:
-        channel, queue = self._channel, self._queues[0]
-        if channel is not None:
-            with contextlib.suppress(ClosedError):
-                await self._connection.ask(channel.queue_delete(queue))
-        self._past_received()
-        await self._requeue()
-
-    def _past_received(self) -> None:
+    def _next(self) -> None:
         self._queues.popleft()
         self._subscriber.past_received()
 
@@ -152,7 +154,8 @@ class Lane:
             return  # it comes again, or to another
         self._held = raw.delivery_tag or 0
         if self.past and is_end(raw):
-            self._move(self._end_past)
+            self._over = True
+            self._move()
             return
         held_for = asyncio.get_running_loop().time() - self._since
         if held_for > _KEEP and self._subscriber.elsewhere(self):
@@ -163,7 +166,8 @@ class Lane:
         if channel is not self._channel or self._closed:
             return
         if self.past:  # whoever received the end of it has done that
-            self._move(self._end_past)
+            self._over = True
+            self._move()
         else:
             self._subscriber.fail(
                 NotConnectedError(
