@@ -46,7 +46,7 @@ def rabbit(brokers: Callable[[str], Harness]) -> Iterator[RabbitHarness]:
 @pytest.fixture
 def queues(rabbit: RabbitHarness) -> Queues:
     """Of a consumer that no other test has."""
-    return Queues(f"own-{next(_names)}", rabbit.inboxes)
+    return Queues(f"own-{next(_names)}", rabbit.inboxes, rabbit.dead)
 
 
 def server(rabbit: RabbitHarness) -> RabbitServer:
