@@ -23,6 +23,7 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -32,7 +33,9 @@ from orthanc_events_bridge.transports.base import (
 )
 from orthanc_events_bridge.transports.nats_batch import Batch, more_headers, size_of
 from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_dead import NatsDeadLetters
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.nats_ordered import NatsOrderedSubscription
 from orthanc_events_bridge.transports.nats_stream import open_stream, refused
 from orthanc_events_bridge.transports.nats_subscription import NatsSubscription
 from orthanc_events_bridge.transports.nats_tail import tail
@@ -87,7 +90,7 @@ class NatsTransport(Transport):
             connection = self._connection = await self._open()
             self._inbox = connection.new_inbox()
             await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
-        info = await open_stream(connection, self._options, inbox=bool(self._consumer))
+        info = await open_stream(connection, self._options, "inbox" if self._consumer else "events")
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
 
@@ -231,12 +234,25 @@ class NatsTransport(Transport):
     # Receiving, and looking at it.
 
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> Subscription:
+        """See `orthanc_events_bridge.transports.base.Transport.subscribe`. NATS has no limit below ``longest``."""
         check_name(self.name, name)
-        return await NatsSubscription.open(
+        kind = NatsOrderedSubscription if ordered else NatsSubscription
+        return await kind.open(
             self._connected(), self._options, name, oldest=oldest, in_flight=in_flight, ack_wait=ack_wait
         )
+
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        check_name(self.name, consumer)
+        return NatsDeadLetters(self._connected(), self._options, consumer)
 
     def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         return tail(self._connected, self._options, oldest=oldest)
