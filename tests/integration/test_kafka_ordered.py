@@ -44,13 +44,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @contextlib.asynccontextmanager
-async def in_order(kafka: KafkaServer, name: str, *, ack_wait: float = 5.0, partitions: int = 8) -> AsyncIterator[Any]:
+async def in_order(kafka: KafkaServer, name: str, *, partitions: int = 8) -> AsyncIterator[Any]:
     """A transport and its subscription."""
     options = {"servers": [kafka.url], "topic": name, "connect_timeout": 20, "ack_timeout": 20}
     transport = KafkaTransport(KafkaOptions.model_validate({**options, "partitions": partitions}))
     try:
         await transport.connect()
-        yield transport, await transport.subscribe(name, oldest=True, ack_wait=ack_wait, ordered=True)
+        yield transport, await transport.subscribe(name, oldest=True, ack_wait=5.0, ordered=True)
     finally:
         await transport.close()
 
