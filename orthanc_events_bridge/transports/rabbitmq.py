@@ -31,7 +31,7 @@ from orthanc_events_bridge.transports.rabbitmq_inbox import RabbitInbox
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_ordered import OrderedSubscription
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
-from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues, check_longest
 from orthanc_events_bridge.transports.rabbitmq_servers import Servers
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
 from orthanc_events_bridge.transports.rabbitmq_topology import Watch, count, offset, open_place
@@ -162,6 +162,7 @@ class RabbitTransport(Transport):
         check_name(self.name, name)
         with self._servers.passing_on():
             connection = self._connected()
+            check_longest(connection, self._options, longest)
             kind = OrderedSubscription if ordered else RabbitSubscription
             queues = Queues.of(name, self._options, ordered=ordered)
             return await kind.open(connection, self._options, queues, oldest=oldest, in_flight=in_flight)

@@ -3,12 +3,14 @@
 Its queue gives to one subscriber at a time, the first that came (single active consumer), and one event at a time
 (prefetch 1, on a channel of its own). What is to be tried again waits here, held. It is handed over by closing the
 channel alone: where the consumer is cancelled, the next one begins although we still work.
+
+What says that its past is over is never acknowledged: by the channel's end it goes to the next in the queue, until all
+have seen it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 from collections import deque
 from typing import Final, Protocol
@@ -129,21 +131,15 @@ class Lane:
         try:
             while self._moves:
                 channel, self._channel = self._channel, None
+                if self._over:
+                    self._next()
                 if channel is not None:
-                    if self._over:
-                        await self._delete(channel)
                     await self._connection.end(channel)
                 await self.open()
         except TransportError as error:
             self._subscriber.fail(error)
         finally:
             self._task = None
-
-    async def _delete(self, channel: Channel) -> None:
-        """Delete the queue of the past, by which the others learn that it is over."""
-        with contextlib.suppress(ClosedError):
-            await self._connection.ask(channel.queue_delete(self._queues[0]))
-        self._next()
 
     def _next(self) -> None:
         self._queues.popleft()
@@ -165,7 +161,7 @@ class Lane:
     def _on_deleted(self, channel: Channel) -> None:
         if channel is not self._channel or self._closed:
             return
-        if self.past:  # whoever received the end of it has done that
+        if self.past:  # it is over
             self._over = True
             self._move()
         else:

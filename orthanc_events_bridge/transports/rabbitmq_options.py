@@ -194,6 +194,13 @@ class RabbitOptions(TransportOptions):
         default=5.0,
         description="How long the queues can take to confirm an event, before the event is sent again.",
     )
+    consumer_timeout: Annotated[float, Duration(minimum=60)] = Field(
+        default=1800.0,
+        description="The server's own `consumer_timeout`, where it was raised in its `rabbitmq.conf`: for so long a "
+        "consumer may hold an event. It sets nothing. RabbitMQ 4 asks the queues that are made here instead, and they "
+        "say a day.",
+        examples=["1h"],
+    )
     batch: int = Field(default=500, ge=1, le=10000, description="How many events can be under way, not confirmed yet.")
 
     @property

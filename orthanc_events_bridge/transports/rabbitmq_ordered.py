@@ -18,13 +18,15 @@ from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_lane import Lane
 from orthanc_events_bridge.transports.rabbitmq_message import as_given_again
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+from orthanc_events_bridge.transports.rabbitmq_queues import Asking, Queues
 from orthanc_events_bridge.transports.rabbitmq_roster import Roster, owners
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitDelivery, RabbitSubscription
 
 #: Seconds without a change of the roster behind which all have seen the same, and the longest that is waited for it.
 _QUIET: Final = 3.0
 _RESTLESS: Final = 10.0
+#: Seconds after which all have left a past that is over.
+_PASSED: Final = 10.0
 #: Seconds that handing over may take.
 _CLOSING: Final = 0.4
 
@@ -46,6 +48,7 @@ class OrderedSubscription(RabbitSubscription):
         self._changed = asyncio.Event()
         self._roster = Roster(connection, options, queues, self._changed.set)
         self._balancing: asyncio.Task[None] | None = None
+        self._clearing: asyncio.Task[None] | None = None
 
     async def _receive_published(self) -> None:
         await self._roster.open()
@@ -65,9 +68,34 @@ class OrderedSubscription(RabbitSubscription):
         if self._beginning is not None:
             self._task = asyncio.create_task(self._begin(self._beginning))
             self.past_received()
+        await self._clear_what_is_left()
 
     async def _past_received(self) -> None:
         self._beginning = None
+        self._clearing = asyncio.create_task(self._clear())
+
+    async def _clear(self) -> None:
+        """Delete the queues of the past when nobody receives from them any more."""
+        # RabbitMQ 3.10 ends the connection of one that begins to receive from a queue in the moment of its deletion.
+        await asyncio.sleep(_PASSED)
+        asking = Asking(self._connection)
+        try:
+            for queue in self._queues.pasts:
+                await asking.delete(queue)
+        except TransportError as error:
+            self.fail(error)
+        finally:
+            await asking.end()
+
+    async def _clear_what_is_left(self) -> None:
+        """Of one that died before."""
+        if self._beginning is None and self._options.declare:
+            asking = Asking(self._connection)
+            try:
+                if await asking.exists(self._queues.pasts[-1]):
+                    self._clearing = asyncio.create_task(self._clear())
+            finally:
+                await asking.end()
 
     # Sharing.
 
@@ -123,8 +151,9 @@ class OrderedSubscription(RabbitSubscription):
 
     async def close(self) -> None:
         if not self._closed:
-            if self._balancing is not None:
-                self._balancing.cancel()
+            for task in (self._balancing, self._clearing):
+                if task is not None:
+                    task.cancel()
             closing = [self._roster.close(), *(lane.close() for lane in self._lanes)]
             ends = [asyncio.ensure_future(one) for one in closing]
             await asyncio.wait(ends, timeout=_CLOSING)

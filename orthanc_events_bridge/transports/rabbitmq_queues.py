@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.values import format_duration
 
 _T = TypeVar("_T")
 
@@ -31,7 +32,11 @@ STEPS: Final = (1, 5, 30, 120, 600, 3600)
 #: RabbitMQ 4 drops a message that was given so often and never settled: 20 times, if nothing is said.
 _ENOUGH: Final = 1_000_000_000
 LIMIT: Final[dict[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": _ENOUGH}
-ONE_AT_A_TIME: Final[dict[str, Any]] = LIMIT | {"x-single-active-consumer": True}
+#: For so many seconds an event can be held, where a queue can say so: from RabbitMQ 4 on. Older ones take it, and have
+#: it still when they become new ones; none compares it with what a queue was made with.
+_LONGEST: Final = 86400
+_LONG: Final[dict[str, Any]] = LIMIT | {"x-consumer-timeout": _LONGEST * 1000}
+ONE_AT_A_TIME: Final[dict[str, Any]] = _LONG | {"x-single-active-consumer": True}
 #: Of the wire contract.
 PARTITIONS: Final = 64
 #: For so many seconds at most others are waited for who make the same queues, and so many between two looks.
@@ -122,8 +127,8 @@ class Queues:
             "x-overflow": "reject-publish",
         }
         waiting = {self.retry(seconds): later | {"x-message-ttl": seconds * 1000} for seconds in STEPS}
-        published = dict.fromkeys(self.published, ONE_AT_A_TIME if self.ordered else LIMIT)
-        return {self.inbox: LIMIT} | waiting | published
+        published = dict.fromkeys(self.published, ONE_AT_A_TIME if self.ordered else _LONG)
+        return {self.inbox: _LONG} | waiting | published
 
     @property
     def made(self) -> str:
@@ -175,6 +180,23 @@ async def open_queues(
         return beginning
     finally:
         await asking.end()
+
+
+def check_longest(connection: Connection, options: RabbitOptions, longest: float) -> None:
+    """May a consumer hold an event for so many seconds?
+
+    :raises TransportConfigurationError: RabbitMQ would take it back before, and close the channel.
+    """
+    ours = options.declare and connection.major >= 4
+    most = float(_LONGEST) if ours else options.consumer_timeout
+    if longest > most:
+        raise TransportConfigurationError(
+            f"RabbitMQ {connection.version} takes back what a consumer holds for {format_duration(most)}, and this one "
+            f"is to hold it for {format_duration(longest)}",
+            "let its handlers take less"
+            if ours
+            else "raise consumer_timeout in rabbitmq.conf, and give the transport's option consumer_timeout the same",
+        )
 
 
 async def _check_kind(asking: Asking, queues: Queues) -> None:
