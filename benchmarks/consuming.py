@@ -192,7 +192,7 @@ def _section(
         [
             (
                 f"{events} events of 500 studies wait at the broker. One process with one worker of the kit, whose"
-                " async handler does nothing, takes them all; against it the broker's plain client in the fastest loop that"
+                " async handler does nothing, takes them all; against it the plain client in the fastest loop that"
                 " it has (NATS: an own inbox and raw MSG.NEXT; RabbitMQ: aiormq, every 64th acknowledgement for"
                 " all before it; Kafka: getmany and a commit per batch), once looking at nothing, once reading JSON."
                 f" Timed from when a tenth is handled until all is. {rounds} rounds, the order reversed in every other."

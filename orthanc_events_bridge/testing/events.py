@@ -13,7 +13,7 @@ from orthanc_events_bridge.consumers.event import Event, read
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES, UNKNOWN, verb
 from orthanc_events_bridge.events.mapping import NAMESPACE, to_outgoing
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Incoming
 
 #: When events happen, unless something else is said.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.routes import Handler, Route
-from orthanc_events_bridge.consumers.worker import REASON
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Subscription
+from orthanc_events_bridge.transports.headers import REASON
 
 
 @dataclass(frozen=True)

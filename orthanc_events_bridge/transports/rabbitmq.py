@@ -17,6 +17,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -25,9 +26,12 @@ from orthanc_events_bridge.transports.base import (
 )
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_dead import RabbitDeadLetters
 from orthanc_events_bridge.transports.rabbitmq_inbox import RabbitInbox
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_ordered import OrderedSubscription
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues, check_longest
 from orthanc_events_bridge.transports.rabbitmq_servers import Servers
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
 from orthanc_events_bridge.transports.rabbitmq_topology import Watch, count, offset, open_place
@@ -138,14 +142,30 @@ class RabbitTransport(Transport):
         with self._servers.passing_on():
             await self._publisher.publish(events)
 
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        """See `orthanc_events_bridge.transports.base.Transport.dead_letters`. Reading holds them until it is closed:
+        only one can read at a time."""
+        check_name(self.name, consumer)
+        return RabbitDeadLetters(self._connected(), Queues.of(consumer, self._options))
+
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> RabbitSubscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. RabbitMQ has no ``ack_wait``."""
         check_name(self.name, name)
         with self._servers.passing_on():
             connection = self._connected()
-            return await RabbitSubscription.open(connection, self._options, name, oldest=oldest, in_flight=in_flight)
+            check_longest(connection, self._options, longest)
+            kind = OrderedSubscription if ordered else RabbitSubscription
+            queues = Queues.of(name, self._options, ordered=ordered)
+            return await kind.open(connection, self._options, queues, oldest=oldest, in_flight=in_flight)
 
     # Looking at it.
 

@@ -7,6 +7,9 @@ How far it has come is said by one message in the queue ``orthanc.beginning.{nam
 one step at a time, and puts the next such message there before it acknowledges the last: another goes on where it died.
 The last copy is followed by a message that says so, and whoever receives that deletes the queue, by which others learn
 of it.
+
+The past of an ordered name goes into a queue for each partition, ``orthanc.beginning.{name}.00`` to ``.63``, and is
+received before what its partition gets now.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
-from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_message import headers_of
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import Queues, bind
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.rabbitmq_topology import offset
 
 #: The ``orthanc-operation`` of the message behind the last copy.
@@ -105,9 +108,7 @@ class Beginning:
                 # Another than we have put there is one that its writer had not come to acknowledge.
                 if known in ("", state["id"]):
                     if "until" in state and state["next"] > state["until"]:
-                        await self._copies.sent(
-                            self._copies.send(self._queues.inbox, {"orthanc-operation": _END}, b"", None)
-                        )
+                        await self._say_end()
                         continue  # it is kept, so that nobody else does the same
                     following = await self._step(state)
                     if following is None:
@@ -146,6 +147,19 @@ class Beginning:
         await self._copies.sent(self._copies.send(self._queues.beginning, {}, body, "application/json"))
         return identifier
 
+    async def _say_end(self) -> None:
+        sent = [self._copies.send(queue, {"orthanc-operation": _END}, b"", None) for queue in self._queues.pasts]
+        for future in sent:
+            await self._sent(future)
+
+    async def _sent(self, future: asyncio.Future[str]) -> None:
+        """Wait until a copy is where it was sent; that of an ordered name is deleted when all of it has come."""
+        try:
+            await self._copies.sent(future)
+        except NotConnectedError:
+            if not (self._queues.ordered and future.done() and future.result().endswith(DELETED)):
+                raise
+
     # The steps.
 
     async def _step(self, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,17 +184,18 @@ class Beginning:
             await self._until(lambda: seen or self._stopped, _EMPTY)
             if self._stopped:
                 return None
-            # Both queues begin with the same event: what comes to the one comes to the other, and need not be copied.
-            live, fork = self._queues.live, self._queues.beginning
+            # All queues begin with the same event: what comes to the twin comes to them, and need not be copied.
+            published, fork = self._queues.published, self._queues.beginning
             skip: list[str] = []
             twin = (await connection.ask(channel.queue_declare(exclusive=True, auto_delete=True))).queue or ""
             await connection.ask(channel.basic_qos(prefetch_count=0))
             await connection.ask(channel.consume(twin, lambda message: skip.append(_id(message)), _nothing))
-            await connection.ask(channel.exchange_declare(fork, exchange_type="fanout"))
-            for queue in (live, twin):
-                await connection.ask(channel.queue_bind(queue, fork))
+            await connection.ask(channel.exchange_declare(fork, exchange_type="topic"))
+            for queue, keys in (published | {twin: "#"}).items():
+                await connection.ask(channel.queue_bind(queue, fork, keys))
             await connection.ask(channel.exchange_bind(fork, options.exchange, "#"))
-            await connection.ask(bind(channel, options, live))
+            for queue, keys in published.items():
+                await connection.ask(channel.queue_bind(queue, options.exchange, keys))
             await asyncio.sleep(_MARGIN)
             last = await self._last() if seen else -1
             await asyncio.sleep(_MARGIN)
@@ -224,14 +239,13 @@ class Beginning:
             )
         skip = set(state["skip"])
         sent = [
-            self._copies.send(
-                self._queues.inbox, _headers(message), message.body, message.header.properties.content_type
-            )
+            self._copies.send(queue, _headers(message), message.body, message.header.properties.content_type)
             for message in some
             if offset(message) <= state["until"] and _id(message) not in skip
+            if (queue := self._queues.past(message.routing_key or ""))
         ]
         for future in sent:
-            await self._copies.sent(future)
+            await self._sent(future)
         await connection.ask(self._reader.basic_ack(some[-1].delivery_tag or 0, multiple=True))
         return state | {"next": offset(some[-1]) + 1}
 

@@ -114,6 +114,12 @@ class Connection:
         return str(dict(self._amqp.server_properties).get("version", "of unknown version"))
 
     @property
+    def major(self) -> int:
+        """The first number of it; 0 if that is unknown."""
+        first = self.version.partition(".")[0]
+        return int(first) if first.isdecimal() else 0
+
+    @property
     def frame_max(self) -> int:
         """How large a frame can be, in bytes, its own eight included."""
         return self._amqp.connection_tune.frame_max or 131072

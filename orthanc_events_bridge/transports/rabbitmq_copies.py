@@ -17,6 +17,8 @@ from pamqp.header import ContentHeader
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 
+#: How a result ends where there is no such queue.
+DELETED: Final = "was deleted"
 #: A frame's own bytes.
 _FRAME: Final = 8
 
@@ -52,10 +54,11 @@ class Copies:
         return [future for _, future in self._waiting.values()]
 
     def send(
-        self, queue: str, headers: Mapping[str, Any], body: bytes, content_type: str | None
+        self, queue: str, headers: Mapping[str, Any], body: bytes, content_type: str | None, *, exchange: str = ""
     ) -> asyncio.Future[str]:
         """Begin to send a message.
 
+        :param exchange: leads there; by default the one that leads to each queue by its name.
         :return: its result is empty as soon as the queue has it, on disk; otherwise why it hasn't.
         """
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -73,7 +76,7 @@ class Copies:
             headers=dict(headers),
         )
         frames: list[Frame | ContentHeader | ContentBody] = [
-            Basic.Publish(exchange="", routing_key=queue, mandatory=True),
+            Basic.Publish(exchange=exchange, routing_key=queue, mandatory=True),
             ContentHeader(body_size=len(body), properties=properties),
             *(ContentBody(body[start : start + room]) for start in range(0, len(body), room)),
         ]
@@ -111,7 +114,7 @@ class Copies:
             queue, future = self._waiting.pop(one, ("", None))
             if future is not None and not future.done():
                 taken = acked and one not in self._returned
-                future.set_result("" if taken else f"the queue {queue} {'was deleted' if acked else 'refuses it'}")
+                future.set_result("" if taken else f"the queue {queue} {DELETED if acked else 'refuses it'}")
             self._returned.discard(one)
 
     def _on_return(self, message: DeliveredMessage) -> None:

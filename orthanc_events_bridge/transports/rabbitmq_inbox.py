@@ -25,7 +25,7 @@ class RabbitInbox(Place):
         self._options = options
         self._without = without
         self._consumer = consumer
-        self._queues = Queues(consumer, options.inbox_prefix)
+        self._queues = Queues.of(consumer, options)
         self._servers = Servers(options)
         self._connection: Connection | None = None
         self._publisher: Publisher | None = None

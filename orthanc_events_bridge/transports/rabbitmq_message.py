@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
 
-from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.base import NO_HEADERS, Incoming
 
 #: What RabbitMQ tells about one delivery; all other headers a copy keeps.
 _OF_DELIVERY: Final = (
@@ -42,20 +46,38 @@ def attempt(message: DeliveredMessage) -> int:
     return _number(headers.get("orthanc-attempts")) + died + 1
 
 
-def retry_headers(message: DeliveredMessage, consumer: str, delay: float) -> dict[str, Any]:
-    """With what headers a copy is sent that is to be given again, in so many seconds."""
+def dead_headers(message: DeliveredMessage, consumer: str, more: Mapping[str, str]) -> dict[str, Any]:
+    """With what headers a copy is sent that nobody is to be given."""
     headers = headers_of(message)
     headers.pop("orthanc-due", None)
-    headers |= {
-        "orthanc-operation": "retry",
+    named = {
         "orthanc-consumer": consumer,
         "orthanc-attempts": str(attempt(message)),
         "orthanc-address": incoming(message).address,
     }
+    return headers | named | dict(more)
+
+
+def retry_headers(
+    message: DeliveredMessage, consumer: str, delay: float, more: Mapping[str, str] = NO_HEADERS
+) -> dict[str, Any]:
+    """With what headers a copy is sent that is to be given again, in so many seconds."""
+    headers = dead_headers(message, consumer, {"orthanc-operation": "retry", **more})
     if delay > 0:
         due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
         headers["orthanc-due"] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return headers
+
+
+def as_given_again(message: DeliveredMessage, consumer: str, more: Mapping[str, str]) -> DeliveredMessage:
+    """The same delivery of a message, as if it were its next: it is tried again by whom it was given to."""
+    properties = copy.copy(message.header.properties)
+    properties.headers = retry_headers(message, consumer, 0.0, more)
+    header, delivery = copy.copy(message.header), copy.copy(message.delivery)
+    header.properties = properties
+    if isinstance(delivery, Basic.Deliver):
+        delivery.redelivered = False  # that is counted already
+    return replace(message, header=header, delivery=delivery)
 
 
 def seconds_left(message: DeliveredMessage) -> float:

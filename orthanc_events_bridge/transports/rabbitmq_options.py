@@ -73,9 +73,10 @@ class RabbitTls(Tls):
 
 
 class RabbitLimits(Options):
-    """How much the history keeps. A full history drops its oldest events; other queues have limits of their own.
+    """How much is kept. A full history drops its oldest events, and full dead letters refuse new ones; the queues of
+    others have limits of their own.
 
-    When the bridge declares the history these are its settings; one that exists with others is reported.
+    What is made is made with these settings; what exists with others is reported.
     """
 
     max_age: Annotated[float, Duration(minimum=1, zero="unlimited")] = Field(
@@ -93,6 +94,14 @@ class RabbitLimits(Options):
         description="Size of the files that the history is made of. RabbitMQ drops whole files only, and never the "
         "last one: this much can be there beyond the two limits. Left out: a tenth of `max_bytes`, 100MiB at most.",
         examples=["100MiB"],
+    )
+
+    dead_letters: int = Field(
+        default=50_000,
+        ge=1,
+        le=65_535,
+        description="How many dead letters a consumer can have. Further ones are refused, and the consumer holds what "
+        "it could not handle until some are removed. RabbitMQ hands over no more than 65,535 at a time.",
     )
 
     @property
@@ -150,6 +159,11 @@ class RabbitOptions(TransportOptions):
         "what is sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made "
         "when it is first needed.",
     )
+    dead_prefix: Annotated[str, AfterValidator(_prefix)] = Field(
+        default="orthanc.dead",
+        description="Beginning of the name of a consumer's dead letters, `{dead_prefix}.{consumer}`: the quorum queue "
+        "of what it could not handle. It is made when it is first needed.",
+    )
     declare: bool = Field(
         default=True,
         description="Make the exchange, the history and consumers' queues if they are missing. `false`: only check "
@@ -161,7 +175,7 @@ class RabbitOptions(TransportOptions):
         "still keeps, `continue` goes on where it was. RabbitMQ doesn't tell when a queue was made: it is noticed if "
         "the bridge was connected when it was deleted, or has made it again itself.",
     )
-    limits: RabbitLimits = Field(default_factory=RabbitLimits, description="How much the history keeps.")
+    limits: RabbitLimits = Field(default_factory=RabbitLimits, description="How much is kept.")
     auth: Literal["plain", "external"] = Field(
         default="plain",
         description="How to log in. `plain`: with user and password. `external`: with the certificate in `tls`; the "
@@ -179,6 +193,13 @@ class RabbitOptions(TransportOptions):
     ack_timeout: Annotated[float, Duration(minimum=0.1, maximum=60)] = Field(
         default=5.0,
         description="How long the queues can take to confirm an event, before the event is sent again.",
+    )
+    consumer_timeout: Annotated[float, Duration(minimum=60)] = Field(
+        default=1800.0,
+        description="The server's own `consumer_timeout`, where it was raised in its `rabbitmq.conf`: for so long a "
+        "consumer may hold an event. It sets nothing. RabbitMQ 4 asks the queues that are made here instead, and they "
+        "say a day.",
+        examples=["1h"],
     )
     batch: int = Field(default=500, ge=1, le=10000, description="How many events can be under way, not confirmed yet.")
 

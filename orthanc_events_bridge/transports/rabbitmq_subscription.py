@@ -14,17 +14,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Self
 
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.base import Delivery, Subscription
+from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_dead import DeadPlace
 from orthanc_events_bridge.transports.rabbitmq_message import (
     attempt,
     headers_of,
@@ -55,8 +56,11 @@ class RabbitDelivery(Delivery):
     async def ack(self) -> None:
         self._subscription.acknowledge(self)
 
-    async def nack(self, delay: float = 0.0) -> None:
-        await self._subscription.give_back(self, delay)
+    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        await self._subscription.give_back(self, delay, headers)
+
+    async def reject(self, headers: Mapping[str, str]) -> None:
+        await self._subscription.reject(self, headers)
 
     async def extend(self) -> None:
         """See `orthanc_events_bridge.transports.base.Delivery.extend`. RabbitMQ takes nothing back from who lives."""
@@ -72,6 +76,7 @@ class RabbitSubscription(Subscription):
         self._queues = queues
         self._in_flight = in_flight
         self._copies = Copies(connection, options.ack_timeout)
+        self._dead = DeadPlace(connection, options, queues)
         self._channel: Channel | None = None
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
@@ -87,14 +92,14 @@ class RabbitSubscription(Subscription):
 
     @classmethod
     async def open(
-        cls, connection: Connection, options: RabbitOptions, name: str, *, oldest: bool, in_flight: int
-    ) -> RabbitSubscription:
+        cls, connection: Connection, options: RabbitOptions, queues: Queues, *, oldest: bool, in_flight: int
+    ) -> Self:
         """Find the name's queues and check them, or make them, and begin to receive.
 
         :raises NotConnectedError: RabbitMQ doesn't answer.
         :raises TransportConfigurationError: they can't be used, or not be made.
         """
-        self = cls(connection, options, Queues(name, options.inbox_prefix), in_flight)
+        self = cls(connection, options, queues, in_flight)
         try:
             await self._open(oldest)
         except BaseException:
@@ -113,6 +118,9 @@ class RabbitSubscription(Subscription):
         channel.on_fault = self._on_closed
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
+        await self._receive_published()
+
+    async def _receive_published(self) -> None:
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:
@@ -122,8 +130,7 @@ class RabbitSubscription(Subscription):
         """What is published now comes when the past has come."""
         try:
             if await beginning.run():
-                self._past_received()
-                await self._consume(self._queues.live)
+                await self._past_received()
         except ClosedError as error:
             self._fail(
                 NotConnectedError(f"RabbitMQ does not let us copy the history: {error.text}", "let the user read it")
@@ -131,7 +138,11 @@ class RabbitSubscription(Subscription):
         except TransportError as error:
             self._fail(NotConnectedError(error.message, error.remedy))
 
-    def _past_received(self) -> None:
+    async def _past_received(self) -> None:
+        self._settle_ends()
+        await self._consume(self._queues.live)
+
+    def _settle_ends(self) -> None:
         self._beginning = None
         while self._ends:
             self._settle(self._ends.pop())
@@ -182,7 +193,7 @@ class RabbitSubscription(Subscription):
             if self._beginning is not None:
                 self._beginning.end_received()
             else:
-                self._past_received()
+                self._settle_ends()
             return
         left = seconds_left(raw)
         if left > _SOON:
@@ -212,26 +223,42 @@ class RabbitSubscription(Subscription):
         if delivery in self._held:
             del self._held[delivery]
             self._news.set()  # there is room
-            self._settle(delivery.raw.delivery_tag or 0)
+            self._settle_delivery(delivery)
+
+    def _settle_delivery(self, delivery: RabbitDelivery) -> None:
+        self._settle(delivery.raw.delivery_tag or 0)
 
     def _settle(self, tag: int) -> None:
         if self._acks is not None:
             self._acks.settle(tag)
 
-    async def give_back(self, delivery: RabbitDelivery, delay: float) -> None:
+    async def give_back(self, delivery: RabbitDelivery, delay: float, more: Mapping[str, str]) -> None:
         """Once; see `orthanc_events_bridge.transports.base.Delivery.nack`."""
         self.check()
         if delivery not in self._held:
             return
         del self._held[delivery]
         self._news.set()
-        headers = retry_headers(delivery.raw, self._queues.name, delay)
+        headers = retry_headers(delivery.raw, self._queues.name, delay, more)
         try:
             await self._copies.sent(self._send(delivery.raw, headers, delay))
         except TransportError as error:
             # With the channel it comes again.
             self._fail(NotConnectedError(error.message, error.remedy))
             self.check()
+
+    async def reject(self, delivery: RabbitDelivery, headers: Mapping[str, str]) -> None:
+        """Once it is stored; see `orthanc_events_bridge.transports.base.Delivery.reject`."""
+        self.check()
+        if delivery not in self._held:
+            return
+        try:
+            await self._dead.put(delivery.raw, headers)
+        except NotConnectedError as error:
+            # With the channel it comes again.
+            self._fail(error)
+            raise
+        self.acknowledge(delivery)
 
     def _send(self, raw: DeliveredMessage, headers: dict[str, Any], delay: float) -> asyncio.Future[str]:
         """Put a copy where it waits; the original is settled as soon as that is confirmed, whoever waits for it."""
@@ -286,7 +313,7 @@ class RabbitSubscription(Subscription):
         if self._fault is None:  # what is done by half would be done twice
             if self._beginning is not None:
                 self._beginning.stop()
-            await _wait([*self._copies.waiting, *work], end - _LEFT[0])
+            await _wait([*self._copies.waiting, *self._dead.waiting, *work], end - _LEFT[0])
         self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
         self._copies.abandon("the subscription is closed")
         for timer in self._timers:
@@ -299,6 +326,7 @@ class RabbitSubscription(Subscription):
         await _wait([settling], end - _LEFT[1])
         channels = (self._channel, self._copies.channel)
         ends = [asyncio.ensure_future(self._connection.end(channel)) for channel in channels if channel is not None]
+        ends.append(asyncio.ensure_future(self._dead.close()))
         await _wait(ends, end - _LEFT[2])
         for one in (settling, *ends):
             one.cancel()

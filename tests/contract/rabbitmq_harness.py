@@ -120,7 +120,7 @@ class RabbitHarness(Harness):
     def new_place(self) -> None:
         super().new_place()
         self.exchange, self.history = f"orthanc.{self.place}", f"orthanc.{self.place}.history"
-        self.inboxes = f"orthanc.inbox.{self.place}"
+        self.inboxes, self.dead = f"orthanc.inbox.{self.place}", f"orthanc.dead.{self.place}"
 
     def tidy(self) -> None:
         super().tidy()
@@ -149,6 +149,7 @@ class RabbitHarness(Harness):
                     "exchange": self.exchange,
                     "history": self.history,
                     "inbox_prefix": self.inboxes,
+                    "dead_prefix": self.dead,
                     "declare": declare,
                     "user": "contract",
                     "password": SECRET,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -46,7 +47,7 @@ def rabbit(brokers: Callable[[str], Harness]) -> Iterator[RabbitHarness]:
 @pytest.fixture
 def queues(rabbit: RabbitHarness) -> Queues:
     """Of a consumer that no other test has."""
-    return Queues(f"own-{next(_names)}", rabbit.inboxes)
+    return Queues(f"own-{next(_names)}", rabbit.inboxes, rabbit.dead)
 
 
 def server(rabbit: RabbitHarness) -> RabbitServer:
@@ -493,6 +494,29 @@ def test_an_alarm_is_named_and_nothing_is_lost(rabbit: RabbitHarness, queues: Qu
     run(main(), seconds=3 * PATIENCE)
 
 
+def test_what_takes_longer_than_the_server_allows_is_refused_before_it_begins(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    place = {"user": "contract", "password": SECRET, "exchange": rabbit.exchange, "history": rabbit.history}
+    version = server(rabbit).ctl("version")
+
+    async def main() -> None:
+        raised = rabbit_transport(f"amqp://127.0.0.1:{rabbit.port}", **place, consumer_timeout="2d")
+        async with connected(rabbit.transport()) as transport, connected(raised) as other:
+            longest = 1800.0 if version.startswith("3.") else 86400.0
+            with failing(rabbit, TransportConfigurationError) as caught:
+                await transport.subscribe(queues.name, longest=longest + 1)
+            assert "takes back" in str(caught[0])
+            await (await transport.subscribe(queues.name, longest=longest)).close()
+            if version.startswith("3."):
+                assert "consumer_timeout" in str(caught[0])
+                await (await other.subscribe(queues.name, longest=2 * 86400.0)).close()
+
+    run(main(), seconds=PATIENCE)
+
+
 def test_every_name_of_a_queue_is_within_the_documented_permissions(queues: Queues) -> None:
-    assert all(name.startswith("orthanc.") for name in (*queues.lasting, queues.beginning))
+    for own in (queues, dataclasses.replace(queues, ordered=True)):
+        names = (*own.lasting, own.beginning, *own.pasts, own.dead, own.workers)
+        assert all(name.startswith("orthanc.") for name in names)
     assert RabbitOptions(servers=("amqp://127.0.0.1",)).exchange.startswith("orthanc.")

@@ -17,7 +17,9 @@ from orthanc_events_bridge.bridge.replays import Kept, Replays, Run
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.errors import BridgeError, EventRejectedError, TransportConfigurationError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import JUMP, OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import JUMP
 from orthanc_events_bridge.transports.base import Incoming, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions

@@ -43,7 +43,7 @@ def check(store: str | Mapping[str, Any], broker: TransportOptions | None) -> st
     try:
         options = broker_options(store)
     except BridgeError as error:  # in its words it is a broker
-        raise StoreError(error.message.replace("consumer's broker", "consumer's store"), error.remedy) from None
+        raise StoreError(error.message.replace("the broker", "the consumer's store", 1), error.remedy) from None
     if not isinstance(options, NatsOptions):
         raise StoreError(f"{options.type} can't note what is done once", _RIGHT)
     return options

@@ -1,0 +1,163 @@
+"""Who of a name's subscribers is there, and which of them is to have which partition.
+
+RabbitMQ tells no client who else consumes a queue. So those of an ordered name tell each other, by an exchange of their
+own: when they have come, every few seconds, and when they go. What they make of it is only a wish: that a partition is
+one's at a time, and that somebody has it, is the work of its queue (single active consumer), whatever they believe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Collection
+from typing import Final
+
+from aiormq.abc import DeliveredMessage
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.rabbitmq_acks import Acks
+from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues, refused
+
+#: Seconds between two words of one that is there, and after which one that is silent is taken for gone.
+_BEAT: Final = 2.0
+_SILENT: Final = 7.0
+
+
+def owners(workers: Collection[str]) -> list[str]:
+    """Which worker is to have each of the partitions: as many each as can be, and few others when one comes or goes.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998), with room for a share only: by the hash alone one of 8 workers
+    would have less than 4 or more than 16 of 64 in every fourth case.
+    """
+    least, more = divmod(PARTITIONS, len(workers))
+    loads = dict.fromkeys(workers, 0)
+    found: list[str] = []
+    for number in range(PARTITIONS):
+        with_room = [one for one in workers if loads[one] < least + bool(more)]
+        best = max(with_room, key=lambda one: _score(one, number))
+        loads[best] += 1
+        if loads[best] > least:
+            more -= 1
+        found.append(best)
+    return found
+
+
+def _score(worker: str, number: int) -> bytes:
+    return hashlib.blake2b(f"{worker} {number}".encode(), digest_size=8).digest()
+
+
+class Roster:
+    """One subscriber's view of it.
+
+    :param changed: called when somebody has come or gone.
+    :ivar me: how it is called.
+    :ivar fault: why it can't go on.
+    """
+
+    def __init__(
+        self, connection: Connection, options: RabbitOptions, queues: Queues, changed: Callable[[], None]
+    ) -> None:
+        self._connection = connection
+        self._options = options
+        self._exchange = queues.workers
+        self._changed = changed
+        self._copies = Copies(connection, options.ack_timeout)
+        self._channel: Channel | None = None
+        self._acks: Acks | None = None
+        self._seen: dict[str, float] = {}
+        self._beating: asyncio.Task[None] | None = None
+        self.me = uuid.uuid4().hex
+        self.fault: NotConnectedError | None = None
+
+    @property
+    def workers(self) -> list[str]:
+        """All that are there, this one among them."""
+        return sorted({self.me, *self._seen})
+
+    async def open(self) -> None:
+        """Begin to listen.
+
+        :raises NotConnectedError: RabbitMQ doesn't answer.
+        :raises TransportConfigurationError: it does not permit it.
+        """
+        connection, exchange = self._connection, self._exchange
+        channel = self._channel = await connection.channel()
+        self._acks = Acks(connection, channel)
+        try:
+            declare = self._options.declare
+            await connection.ask(
+                channel.exchange_declare(exchange, exchange_type="fanout", durable=True, passive=not declare)
+            )
+            queue = (await connection.ask(channel.queue_declare(exclusive=True, auto_delete=True))).queue or ""
+            await connection.ask(channel.queue_bind(queue, exchange))
+            await connection.ask(channel.consume(queue, self._on_message, self._on_deleted))
+        except ClosedError as error:
+            raise refused(connection, exchange, error, "exchange") from error
+        await self._copies.open()
+
+    def come(self) -> None:
+        """Tell the others that we are there, from now on."""
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._say(there=True)
+            await asyncio.sleep(_BEAT)
+            gone = [one for one, last in self._seen.items() if loop.time() - last > _SILENT]
+            for one in gone:
+                del self._seen[one]
+            if gone:
+                self._changed()
+
+    def _say(self, *, there: bool) -> None:
+        body = json.dumps({"worker": self.me, "there": there}).encode()
+        self._copies.send("", {}, body, "application/json", exchange=self._exchange)
+
+    def _on_message(self, message: DeliveredMessage) -> None:
+        if self._acks is None:
+            return
+        tag = message.delivery_tag or 0
+        self._acks.given(tag)
+        self._acks.settle(tag)
+        try:
+            said = json.loads(message.body)
+            worker, there = str(said["worker"]), bool(said["there"])
+        except (ValueError, KeyError, TypeError):  # somebody else's
+            return
+        if worker == self.me:
+            return
+        known = worker in self._seen
+        if there:
+            self._seen[worker] = asyncio.get_running_loop().time()
+            if not known and self._beating is not None:
+                self._say(there=True)  # they shall know us as soon
+        else:
+            self._seen.pop(worker, None)
+        if known != there:
+            self._changed()
+
+    def _on_deleted(self) -> None:
+        self.fault = NotConnectedError(
+            f"a queue of RabbitMQ that is bound to {self._exchange} was deleted", "it is made again when subscribing"
+        )
+        self._changed()
+
+    async def close(self) -> None:
+        """Tell the others that we are gone. Never raises."""
+        if self._beating is not None:
+            self._beating.cancel()
+            self._say(there=False)
+        if self._acks is not None:
+            self._acks.close()
+        for channel in (self._copies.channel, self._channel):
+            if channel is not None:
+                with contextlib.suppress(TransportError):
+                    await self._connection.end(channel)
+        self._copies.abandon("the subscription is closed")

@@ -1,0 +1,236 @@
+"""What only RabbitMQ has of order: 64 queues, each one subscriber's at a time, that are shared out among them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import random
+import re
+import time
+from collections import Counter, defaultdict
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
+from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
+from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues
+from tests.contract.harness import event, events, failing, run
+from tests.contract.rabbitmq_harness import RabbitHarness, there
+from tests.contract.test_rabbitmq_subscription import (
+    PATIENCE,
+    collect,
+    connected,
+    deleting,
+    do,
+    ids,
+    queues,
+    rabbit,
+    server,
+)
+
+__all__ = ["queues", "rabbit"]
+
+KEYS = [f"study-{number}" for number in range(400)]
+
+
+def shares(rabbit: RabbitHarness, queues: Queues) -> list[int]:
+    """How many partitions each subscriber has, as RabbitMQ sees it."""
+    lines = server(rabbit).ctl("list_channels", "pid", "connection").splitlines()
+    connections = dict(line.split("\t") for line in lines)
+    found: Counter[str] = Counter()
+    for line in server(rabbit).ctl("list_consumers", "queue_name", "channel_pid", "active").splitlines():
+        queue, channel, active = line.split("\t")
+        if re.fullmatch(rf"{re.escape(queues.live)}\.\d\d", queue) and active == "true":
+            found[connections[channel]] += 1
+    return sorted(found.values())
+
+
+async def in_order(transport: Transport, queues: Queues, *, oldest: bool = False) -> Subscription:
+    return await transport.subscribe(queues.name, oldest=oldest, ordered=True)
+
+
+class Worker:
+    """A subscriber that settles all it gets, and knows when it last got something of each partition."""
+
+    def __init__(self, rabbit: RabbitHarness, queues: Queues) -> None:
+        self._rabbit = rabbit
+        self._queues = queues
+        self._stack = contextlib.ExitStack()
+        self._task: asyncio.Task[None] | None = None
+        self.seen: dict[str, float] = {}
+
+    async def start(self) -> None:
+        self._transport, self._cut, _ = self._stack.enter_context(self._rabbit.slow(0.0))
+        await self._transport.connect()
+        self._subscription = await in_order(self._transport, self._queues)
+        self._task = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        with contextlib.suppress(NotConnectedError):
+            while True:
+                for delivery in await self._subscription.receive(64, 1.0):
+                    self.seen[delivery.message.address.rpartition(".")[2]] = time.monotonic()
+                    await delivery.ack()
+
+    async def end(self, *, die: bool = False) -> None:
+        if die:
+            self._cut()
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._subscription.close()
+        await self._transport.close()
+        self._stack.close()
+
+
+def test_eight_have_4_to_16_of_the_partitions_each_whoever_comes_and_goes(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    async def even(publisher: Transport, workers: list[Worker], least: int, most: int) -> float:
+        """Wait until each has so many of what is published; in how many seconds that is."""
+        began, number = time.monotonic(), 0
+        while True:
+            await publisher.publish(events(256, start=number, keys=KEYS))
+            number += 256
+            since = time.monotonic()
+            await asyncio.sleep(0.5)
+            counts = [sum(last >= since for last in worker.seen.values()) for worker in workers]
+            if sum(counts) == PARTITIONS and least <= min(counts) and max(counts) <= most:
+                return time.monotonic() - began
+            assert time.monotonic() - began < 2 * PATIENCE, f"the shares are {counts}"
+
+    async def main() -> None:
+        workers = [Worker(rabbit, queues) for _ in range(8)]
+        async with connected(rabbit.transport()) as publisher:
+            await workers[0].start()
+            print(f"1 alone: {await even(publisher, workers[:1], 64, 64):.1f} s")
+            for worker in workers[1:]:
+                await worker.start()
+            print(f"7 came: {await even(publisher, workers, 4, 16):.1f} s")
+            await workers.pop(3).end()
+            await workers.pop(5).end(die=True)
+            print(f"one went, and one died: {await even(publisher, workers, 5, 21):.1f} s")
+            while len(workers) > 1:
+                await workers.pop().end()
+            print(f"1 is left: {await even(publisher, workers, 64, 64):.1f} s")
+            await workers[0].end()
+
+    run(main(), seconds=8 * PATIENCE)
+
+
+def test_partitions_without_events_are_shared_too(rabbit: RabbitHarness, queues: Queues) -> None:
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(4):
+                transport = await stack.enter_async_context(connected(rabbit.transport()))
+                stack.push_async_callback((await in_order(transport, queues)).close)
+            end = time.monotonic() + PATIENCE
+            while (found := await asyncio.to_thread(shares, rabbit, queues)) != 4 * [PARTITIONS // 4]:
+                assert time.monotonic() < end, f"the shares are {found}"
+                await asyncio.sleep(0.5)
+
+    run(main(), seconds=2 * PATIENCE)
+
+
+def test_the_past_comes_first_and_in_order_whoever_receives_it(rabbit: RabbitHarness, queues: Queues) -> None:
+    """While events go on coming, and subscribers come and die."""
+    before, chance = 600, random.Random(7)
+    sent = events(before + 600, keys=KEYS[:150])
+    ordered = dataclasses.replace(queues, ordered=True)
+    first: dict[str, list[str]] = defaultdict(list)
+    met: set[str] = set()
+    by_id = {one.id: one for one in sent}
+
+    def note(found: list[str]) -> None:
+        for one in found:
+            if one not in met:
+                met.add(one)
+                first[by_id[one].key].append(one)
+
+    async def work(subscription: Subscription, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        with contextlib.suppress(NotConnectedError):
+            while time.monotonic() < end and len(met) < len(sent):
+                for delivery in await subscription.receive(10, 0.1):
+                    note(ids([delivery]))
+                    await delivery.ack()
+
+    async def dying() -> None:
+        with rabbit.slow(0.0) as (transport, cut, _):
+            await transport.connect()
+            subscription = await in_order(transport, queues, oldest=True)
+            await work(subscription, chance.uniform(0, 2))
+            cut()
+            await subscription.close()
+            await transport.close()
+
+    async def lasting(transport: Transport) -> None:
+        subscription = await in_order(transport, queues, oldest=True)
+        await work(subscription, 3 * PATIENCE)
+        await subscription.close()
+
+    async def publish(publisher: Transport) -> None:
+        for start in range(before, len(sent), 5):
+            await publisher.publish(sent[start : start + 5])
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as publisher, connected(rabbit.transport()) as transport:
+            await publisher.publish(sent[:before])
+            publishing = asyncio.create_task(publish(publisher))
+            await dying()
+            await asyncio.gather(lasting(transport), dying(), dying(), publishing)
+            assert not await asyncio.to_thread(there, rabbit.url, ordered.beginning)
+            subscription = await in_order(transport, queues)
+            try:
+                end = time.monotonic() + PATIENCE
+                while await asyncio.to_thread(there, rabbit.url, ordered.pasts[63]):  # it is deleted as the last
+                    assert time.monotonic() < end
+                    await asyncio.sleep(0.5)
+                assert not await asyncio.to_thread(there, rabbit.url, ordered.pasts[0])
+            finally:
+                await subscription.close()
+
+    run(main(), seconds=5 * PATIENCE)
+    assert met == by_id.keys()
+    for key, found in first.items():
+        assert found == [one.id for one in sent if one.key == key]
+
+
+def test_a_partition_that_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
+    sent = event(0)
+    queue = f"{queues.live}.{sent.partition}"
+
+    async def received(transport: Transport, one: Outgoing) -> None:
+        subscription = await in_order(transport, queues)
+        await transport.publish([one])
+        assert ids(await collect(subscription, 1)) == [one.id]
+        await do(rabbit, functools.partial(deleting, queue))
+        with failing(rabbit, NotConnectedError) as caught:
+            async with asyncio.timeout(PATIENCE):
+                await subscription.receive(1, 2 * PATIENCE)
+        assert queue in str(caught[0])
+        await subscription.close()
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            for number in range(2):
+                await received(transport, event(number))
+
+    run(main(), seconds=3 * PATIENCE)
+
+
+def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarness, queues: Queues) -> None:
+    async def main() -> None:
+        rabbit.make_place()
+        async with connected(rabbit.transport(declare=False)) as strict:
+            with failing(rabbit, TransportConfigurationError) as caught:
+                await in_order(strict, queues)
+            assert f"{queues.live}.00" in str(caught[0]) and "declare" in str(caught[0])
+            async with connected(rabbit.transport()) as transport:
+                await (await in_order(transport, queues)).close()
+            subscription = await in_order(strict, queues)
+            await strict.publish([event(0)])
+            assert ids(await collect(subscription, 1)) == [event(0).id]
+            await subscription.close()
+
+    run(main(), seconds=2 * PATIENCE)
