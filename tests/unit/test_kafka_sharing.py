@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
+from orthanc_events_bridge.transports.headers import DUE
 from orthanc_events_bridge.transports.kafka_delays import (
-    DUE,
     STEPS,
     copy_of,
     format_time,
