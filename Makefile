@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
+.PHONY: help setup demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
 	test-slow test-mutants test-bare lint format bench docs lock clean
 
 BIN := .venv/bin
@@ -29,6 +29,10 @@ setup: ## install what demo and tests need (Debian's packages as root, Python's 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
+
+hello: ## a consumer in ten lines, on a real broker (BROKER=nats|rabbitmq|kafka; KEEP=1: until Ctrl-C)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
+	@BROKER="$(BROKER)" KEEP="$(KEEP)" $(BIN)/python -m orthanc_events_bridge.testing.hello
 
 test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime

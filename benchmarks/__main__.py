@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import callback, drain, fan_out, ingest, latency, million, walk
+from benchmarks import callback, consuming, drain, fan_out, ingest, latency, million, walk
 from benchmarks.report import Section, page, say
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "drain": drain.run,
     "million": million.run,
     "walk": walk.run,
+    "handling": consuming.run,
 }
 RESULTS = Path(__file__).parent / "RESULTS.md"
 

@@ -14,7 +14,7 @@ from benchmarks.report import Row, Section, say
 from benchmarks.sending import Sent
 from orthanc_events_bridge import status
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.servers import scratch_folder
 

@@ -23,7 +23,8 @@ from orthanc_events_bridge.bridge.config import load
 from orthanc_events_bridge.bridge.state import Progress, State
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing.bridged import smallest
 from orthanc_events_bridge.testing.brokers import Broker
 

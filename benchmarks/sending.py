@@ -30,7 +30,7 @@ from orthanc_events_bridge.bridge.fleet import Source
 from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.events.mapping import to_outgoing
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.status import BridgeView
 from orthanc_events_bridge.testing.brokers import Broker
 from orthanc_events_bridge.testing.processes import Server, wait_until

@@ -19,6 +19,8 @@ from orthanc_events_bridge import (
     __version__,
     cli_backfill,
     cli_backup,
+    cli_consume,
+    cli_dlq,
     cli_orthanc,
     cli_replay,
     cli_status,
@@ -77,7 +79,7 @@ def _command(arguments: Sequence[str] | None) -> int:
 def _fail(error: BridgeError, *, supervised: bool) -> int:
     """One clear message, and the exit code that fits."""
     from orthanc_events_bridge.bridge import EXIT_BUSY, EXIT_CONFIGURATION, EXIT_FAILED, BusyError
-    from orthanc_events_bridge.bridge.config import ConfigError
+    from orthanc_events_bridge.loading import ConfigError
 
     for line in str(error).splitlines():
         print(f"E {line}" if supervised else f"orthanc-events: {line}", file=sys.stderr)
@@ -118,9 +120,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     cli_orthanc.run_options(run)
 
-    for module in (cli_status, cli_transports, cli_tail, cli_replay, cli_backfill, cli_verify, cli_backup):
+    for module in (
+        cli_status,
+        cli_transports,
+        cli_tail,
+        cli_replay,
+        cli_backfill,
+        cli_verify,
+        cli_backup,
+        cli_consume,
+        cli_dlq,
+    ):
         module.define(commands)
-    add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
+    schema = add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
+    schema.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
     return parser
 
 
@@ -224,6 +237,7 @@ def _run(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:
     from importlib import resources
 
-    text = resources.files("orthanc_events_bridge.bridge").joinpath("orthanc-events.schema.json")
+    package, name = ("consumers", "orthanc-consumer") if options.consumer else ("bridge", "orthanc-events")
+    text = resources.files(f"orthanc_events_bridge.{package}").joinpath(f"{name}.schema.json")
     print(text.read_text(encoding="utf-8"), end="")
     return 0

@@ -18,7 +18,7 @@ from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command,
 from orthanc_events_bridge.cli_status import table
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 
 #: Seconds between two looks at how far it is; and between two lines of progress where there is no terminal.
 _LOOK: Final = 0.5

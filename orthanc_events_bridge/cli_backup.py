@@ -25,7 +25,7 @@ from orthanc_events_bridge.cli_options import (
 from orthanc_events_bridge.cli_status import in_bytes
 from orthanc_events_bridge.errors import BridgeError, OutboxError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import translated
+from orthanc_events_bridge.outbox_schema import translated
 
 _ARCHIVES: Final = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz"}
 #: Pages that are copied between two looks at the clock.

@@ -98,7 +98,7 @@ def recorder(options: argparse.Namespace, folder: Folder) -> RemoteCapture:
 
     :raises ConfigError: they are wrong, or httpx is not installed.
     """
-    from orthanc_events_bridge.bridge.config import ConfigError, Problem
+    from orthanc_events_bridge.loading import ConfigError, Problem
     from orthanc_events_bridge.orthanc_api import OrthancApi
     from orthanc_events_bridge.remote import Pace, RemoteCapture
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.bridge.replays import Kept, Run
     from orthanc_events_bridge.bridge.settings import Settings
     from orthanc_events_bridge.folder import Folder
-    from orthanc_events_bridge.outbox import OutboxReader
+    from orthanc_events_bridge.outbox_reader import OutboxReader
     from orthanc_events_bridge.transports.options import TransportOptions
 
 _EPILOG: Final = """\
@@ -112,7 +112,7 @@ def _rate(text: str) -> float:
 def _replay(options: argparse.Namespace) -> int:
     from orthanc_events_bridge.bridge.replay import Pace, Selected, count
     from orthanc_events_bridge.cli_sending import again, send
-    from orthanc_events_bridge.outbox import OutboxReader
+    from orthanc_events_bridge.outbox_reader import OutboxReader
 
     _check(options)
     settings, place = settings_of(options.config), outbox_folder(options)

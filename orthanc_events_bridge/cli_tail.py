@@ -111,7 +111,7 @@ async def _recorded(
     """The outbox's events for a transport, as they are recorded."""
     from orthanc_events_bridge.bridge.fleet import Source
     from orthanc_events_bridge.events.mapping import short_name, to_outgoing
-    from orthanc_events_bridge.outbox import OutboxReader
+    from orthanc_events_bridge.outbox_reader import OutboxReader
     from orthanc_events_bridge.status import BridgeView
     from orthanc_events_bridge.transports.base import Incoming
 

@@ -24,7 +24,7 @@ from orthanc_events_bridge.cli_options import (
     settings_of,
 )
 from orthanc_events_bridge.cli_status import table
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.status import BridgeView
 
 if TYPE_CHECKING:

@@ -42,6 +42,14 @@ class LogUnavailableError(BridgeError):
     """Orthanc can't answer ``/changes`` at the moment: it is starting, or it is stopping."""
 
 
+class NotAnsweredError(LogUnavailableError):
+    """Orthanc answers other questions, and not this one: it is asked again, a few times."""
+
+
+class PassedOverError(BridgeError):
+    """Orthanc was asked often enough, and answers other questions: go on without its answer."""
+
+
 class GoneError(BridgeError):
     """Orthanc knows no such resource (any more)."""
 

@@ -61,19 +61,25 @@ class OrthancOptions:
         return f"OrthancOptions({self.url!r})"  # nothing secret
 
     @classmethod
-    def find(cls, given: Mapping[str, Any], environment: Mapping[str, str]) -> Self:
+    def find(cls, given: Mapping[str, Any], environment: Mapping[str, str], *defaults: Mapping[str, Any]) -> Self:
         """From the command line, or else the environment, option by option; a login is never put together from both.
 
         :param given: option → value, none where it isn't given.
         :param environment: ``ORTHANC_EVENTS_ORTHANC_URL`` and so on, as `ENVIRONMENT` says.
+        :param defaults: as `given`, for what neither says: the first that has it.
         :raises OrthancError: an option is wrong or missing.
         """
-        options = {name: value for name, value in given.items() if value is not None}
-        ours = any(name in options for name in _LOGIN)
+        found_outside = {}
         for field in fields(cls):
             value = environment.get(ENVIRONMENT + field.name.upper())
-            if value and field.name not in options and not (ours and field.name in _LOGIN):
-                options[field.name] = Path(value) if field.name.endswith("_file") else value
+            if value:
+                found_outside[field.name] = Path(value) if field.name.endswith("_file") else value
+        options: dict[str, Any] = {}
+        for place in (given, found_outside, *defaults):
+            login = any(name in options for name in _LOGIN)
+            for name, value in place.items():
+                if value is not None and name not in options and not (login and name in _LOGIN):
+                    options[name] = value
         if not options.get("url"):
             raise OrthancError("which Orthanc is not said", f"say --orthanc URL, or set {ENVIRONMENT}URL")
         try:

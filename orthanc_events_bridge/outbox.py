@@ -1,7 +1,7 @@
 """The outbox: what Orthanc's changes were, durable and in order, in one SQLite file.
 
-`OutboxWriter` belongs to capture, the only writer; `OutboxReader` to everyone else. Rows and log cursor move
-in the same transaction, so that a crash can't separate them. Standard library only.
+`OutboxWriter` belongs to capture, the only writer; `orthanc_events_bridge.outbox_reader.OutboxReader` to everyone else.
+Rows and log cursor move in the same transaction, so that a crash can't separate them. Standard library only.
 
 Durability: write-ahead log with ``synchronous=NORMAL`` (a killed process loses nothing), and
 `OutboxWriter.sync_path` to be fsynced at most once a second (that second is what a power cut can take).
@@ -14,97 +14,20 @@ import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from orthanc_events_bridge import resources
 from orthanc_events_bridge.changes.log import TAIL, Row
 from orthanc_events_bridge.changes.model import Fact
-from orthanc_events_bridge.errors import DamagedError, OutboxError, OutboxFullError
+from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import identity
-
-VERSION: Final = 2
-#: After a start that no clean stop came before, positions go on this much further: a power cut may have taken
-#: rows whose positions the world has seen, and no number may ever name two facts.
-JUMP: Final = 1_000_000
-
-_TABLES: Final = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rows (
-    position INTEGER PRIMARY KEY,  -- the event's `sequence`
-    change TEXT NOT NULL,          -- as /changes spells it
-    level TEXT NOT NULL,
-    resource TEXT,
-    at INTEGER NOT NULL,           -- of the change, milliseconds since the epoch
-    seq INTEGER,                   -- in Orthanc's log
-    date TEXT,                     -- as the log spells it; NULL: the row was never read
-    minted TEXT,                   -- the event's id where it can't be derived from the log's row
-    recorded INTEGER NOT NULL,     -- milliseconds since the epoch
-    settings INTEGER NOT NULL,     -- which of `settings` shapes it; 0: the first that come
-    extra TEXT NOT NULL            -- JSON: parents, tags, metadata, job, inferred
-) STRICT;
-CREATE TABLE IF NOT EXISTS tail (  -- the last rows of Orthanc's log
-    seq INTEGER PRIMARY KEY, date TEXT, change TEXT, level TEXT, resource TEXT
-) STRICT;
-CREATE TABLE IF NOT EXISTS settings (number INTEGER PRIMARY KEY, document TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS jumps (origin INTEGER PRIMARY KEY, target INTEGER NOT NULL) STRICT;
-"""
-#: Makes all tables of a new file.
-SCHEMA: Final = f"""
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-BEGIN IMMEDIATE;
-{_TABLES}
-{resources.SCHEMA}
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
+from orthanc_events_bridge.outbox_schema import JUMP, SCHEMA, VERSION, translated, used_bytes
 
 #: Pages that are given back to the disk at once: 8 MiB, some milliseconds.
 _VACUUM: Final = 2000
-_DAMAGE_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_FULL_CODES: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR})
-
-
-class OutboxRow(NamedTuple):
-    """A fact with its place in the outbox; the columns are explained in the schema above."""
-
-    position: int
-    change: str
-    level: str
-    resource: str | None
-    at: int
-    seq: int | None
-    date: str | None
-    minted: str | None
-    recorded: int
-    settings: int
-    extra: dict[str, Any]
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours.
-
-    :raises OutboxFullError: the disk is full, read-only or failing.
-    :raises DamagedError: what is in the file is no database, or not a whole one.
-    :raises OutboxError: anything else.
-    """
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in _FULL_CODES:
-            raise OutboxFullError(
-                f"{path} can't be written: {error}", "free space on its disk, or make it writable again"
-            ) from error
-        if code in _DAMAGE_CODES:
-            remedy = "it is set aside and made anew while Orthanc and the bridge are running; check its disk"
-            raise DamagedError(f"{path} can't be used: {error}", remedy) from error
-        remedy = "check the file's owner and permissions, and that its disk is sound"
-        raise OutboxError(f"{path} can't be used: {error}", remedy) from error
 
 
 class OutboxWriter:
@@ -157,6 +80,8 @@ class OutboxWriter:
         self.recorder: str = meta.get("recorder") or str(uuid.uuid4())
         self.cursor: int | None = meta.get("cursor")
         self.ahead: str = meta.get("ahead") or ""
+        #: After a salvage that lost rows: the Seq to go on from where the log has no order; none once it was gone on.
+        self.settled: int | None = meta.get("settled")
         #: When recording began, milliseconds since the epoch.
         self.began: int = meta.get("began", 0)
         self.position: int = meta.get("position", 0)
@@ -261,8 +186,15 @@ class OutboxWriter:
             self._write_tail(facts)
             if note is not None:
                 self._set(**{f"note.{note[0]}": json.dumps(note[1])})
-            self._set(cursor=cursor, ahead=ahead, position=position, resources=self.resources.count, other_logs=logs)
-        self.cursor, self.ahead, self.position, self._other_logs = cursor, ahead, position, logs
+            self._set(position=position, resources=self.resources.count, other_logs=logs)
+            self._set_cursor(cursor, ahead)
+        self.cursor, self.ahead, self.settled = cursor, ahead, None
+        self.position, self._other_logs = position, logs
+
+    def _set_cursor(self, cursor: int, ahead: str) -> None:
+        self._set(cursor=cursor, ahead=ahead)
+        if self.settled is not None:
+            self._set(settled=None)
 
     def move_cursor(self, cursor: int, ahead: str = "") -> None:
         """Pass over a part of the log without recording it.
@@ -271,8 +203,8 @@ class OutboxWriter:
         :raises OutboxError: the file can't be written.
         """
         with translated(self._path), self._transaction():
-            self._set(cursor=cursor, ahead=ahead)
-        self.cursor, self.ahead = cursor, ahead
+            self._set_cursor(cursor, ahead)
+        self.cursor, self.ahead, self.settled = cursor, ahead, None
 
     def _allowed_tags(self, settings: int) -> frozenset[str]:
         row = self._db.execute("SELECT document FROM settings WHERE number = ?", (settings,)).fetchone()
@@ -429,144 +361,3 @@ class OutboxWriter:
     def abandon(self) -> None:
         """Close without the mark of a clean stop."""
         self._db.close()
-
-
-class OutboxReader:
-    """Reads the outbox from another process or thread, while capture writes. No cursor is held open.
-
-    :raises OutboxError: there is no outbox, or it can't be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            path.stat()
-        except FileNotFoundError:
-            remedy = "start Orthanc with the bridge once, or name its folder"
-            raise OutboxError(f"there is no outbox at {path}", remedy) from None
-        except OSError as error:
-            raise OutboxError(f"{path} can't be opened: {error.strerror}", "be the user that owns it") from error
-        with translated(path):
-            self._file = identity(path)[0]
-            # Never made: between two looks the file may have been set aside.
-            uri = f"{path.absolute().as_uri()}?mode=rw"
-            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-            try:
-                self._db.execute("PRAGMA query_only = 1")
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if not 1 <= version <= VERSION:  # what is read has been the same since the first
-                    wrong = f"{path} has version {version}, this package reads 1 to {VERSION}"
-                    raise OutboxError(wrong, "use the same version")
-            except BaseException:
-                self._db.close()
-                raise
-
-    @property
-    def recorder(self) -> str:
-        with translated(self._path):
-            row = self._db.execute("SELECT value FROM meta WHERE key = 'recorder'").fetchone()
-        return str(row[0]) if row else ""
-
-    def exchanged(self) -> bool:
-        """Whether another file has our name now; not while there is none."""
-        now = identity(self._path)[0]
-        return now is not None and now != self._file
-
-    def meta(self) -> dict[str, Any]:
-        """Cursor, position, recorder, what was detached, and the notes."""
-        with translated(self._path):
-            return dict(self._db.execute("SELECT key, value FROM meta"))
-
-    def detached(self) -> int:
-        """The last position that was given up before every transport had it; 0 where there is none."""
-        with translated(self._path):
-            row = self._db.execute("SELECT value FROM meta WHERE key = 'detached'").fetchone()
-        return int(row[0]) if row else 0
-
-    def version(self) -> int:
-        """A number that changes with every commit of the writer's; cheap."""
-        with translated(self._path):
-            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
-
-    def rows(self, after: int, limit: int) -> list[OutboxRow]:
-        """The rows behind a position, in order."""
-        with translated(self._path):
-            found = self._db.execute(
-                "SELECT * FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
-            ).fetchall()
-        return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
-
-    def find(self, after: int, through: int, limit: int, *, recorded: int = 0, about: str = "") -> list[OutboxRow]:
-        """Some of the rows behind a position, in order.
-
-        :param through: the last position that is looked at.
-        :param recorded: not before this time, milliseconds since the epoch.
-        :param about: an id that must be in them, as their resource's or another.
-        """
-        with translated(self._path):
-            found = self._db.execute(
-                "SELECT * FROM rows WHERE position > ? AND position <= ? AND recorded >= ?"
-                " AND (?4 = '' OR resource = ?4 OR instr(extra, ?4)) ORDER BY position LIMIT ?",
-                (after, through, recorded, about, limit),
-            ).fetchall()
-        return [OutboxRow._make((*row[:-1], json.loads(row[-1]))) for row in found]
-
-    def numbers(self, after: int, limit: int) -> list[tuple[int, int | None]]:
-        """The positions of rows behind a position, in order, each with its number in Orthanc's log."""
-        with translated(self._path):
-            return self._db.execute(
-                "SELECT position, seq FROM rows WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
-            ).fetchall()
-
-    def resources(self) -> resources.Resources:
-        """What is announced and not deleted since, to be read.
-
-        :raises OutboxError: an older version has made the outbox, and this one has not opened it for writing yet.
-        """
-        with translated(self._path):
-            if self._db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
-                raise OutboxError(
-                    f"{self._path} was made by an older version",
-                    "start Orthanc with this one, which brings it up to date",
-                )
-            return resources.Resources(self._db)
-
-    def settings(self) -> dict[int, dict[str, Any]]:
-        """All that rows may name."""
-        with translated(self._path):
-            return {n: json.loads(document) for n, document in self._db.execute("SELECT * FROM settings")}
-
-    def extent(self) -> tuple[int, int, int]:
-        """(position of the oldest row, when it was recorded in ms, position of the last one), or zeros."""
-        with translated(self._path):
-            oldest = self._db.execute("SELECT position, recorded FROM rows ORDER BY position LIMIT 1").fetchone()
-            last = self._db.execute("SELECT max(position) FROM rows").fetchone()[0]
-        return (*oldest, last) if oldest else (0, 0, 0)
-
-    def count(self, after: int) -> int:
-        """How many rows are behind a position. Nothing is scanned: positions have no holes but the jumps."""
-        oldest, _, last = self.extent()
-        return self.span(max(after, oldest - 1), last) if oldest else 0
-
-    def span(self, after: int, last: int) -> int:
-        """How many rows there are, or were, behind a position and up to another."""
-        if after >= last:
-            return 0
-        with translated(self._path):
-            jumps: Iterable[tuple[int, int]] = self._db.execute("SELECT origin, target FROM jumps").fetchall()
-        return last - after - sum(min(to, last) - max(frm, after) for frm, to in jumps if to > after and frm < last)
-
-    def bytes_used(self) -> int:
-        with translated(self._path):
-            return used_bytes(self._db)
-
-    def close(self) -> None:
-        self._db.close()
-
-
-def used_bytes(db: sqlite3.Connection) -> int:
-    """The size of what an SQLite database keeps, free pages not counted."""
-    pages, free, size = (
-        db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * size)

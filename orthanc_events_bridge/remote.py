@@ -23,7 +23,7 @@ from orthanc_events_bridge.changes.merge import Anchor, Merge, MisalignedError
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.changes.rounds import SURE, Rounds
-from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OrthancError, OutboxError
+from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, NotAnsweredError, OrthancError, OutboxError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.outbox import OutboxWriter
@@ -188,7 +188,7 @@ class RemoteCapture(Capture):
         return random.uniform(longest / 2, longest)
 
     def _failed(self, error: Exception) -> None:
-        if not isinstance(error, LogUnavailableError | OrthancError):
+        if isinstance(error, NotAnsweredError) or not isinstance(error, LogUnavailableError | OrthancError):
             super()._failed(error)
         else:
             text = str(error)

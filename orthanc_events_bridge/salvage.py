@@ -2,8 +2,10 @@
 
 Taken over is what some transport has not had yet: the rows behind the one that every transport has, in order, up to
 the first that can't be read. Behind it the order would not hold any more; what Orthanc logs of it is read from its
-log again, with the same ids. The new outbox has a `recorder` of its own, so that its numbers begin anew and none names
-two facts; ids stay. Of the resources, whatever can be read is taken over. Standard library only.
+log again, with the same ids. Where Seq is not the order of the commits (PostgreSQL), what is missing may have lower
+numbers than what is there, and the log is read from further below. The new outbox has a `recorder` of its own, so that
+its numbers begin anew and none names two facts; ids stay. Of the resources, whatever can be read is taken over.
+Standard library only.
 
 SQLite keeps no checksums of what is in its pages: a damage that leaves their structure whole is not recognised.
 """
@@ -21,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from orthanc_events_bridge.outbox import JUMP, SCHEMA, translated
+from orthanc_events_bridge.changes.unordered import REREAD
+from orthanc_events_bridge.outbox_schema import JUMP, SCHEMA, translated
 
 #: What is written at once; between two such steps one is asked whether to stop.
 _STEP: Final = 5000
@@ -36,6 +39,7 @@ class Salvage:
     :ivar whole: whether no such row is missing.
     :ivar resources: how many entries; `all_resources`: whether none is missing.
     :ivar cursor: the Seq behind which Orthanc's log is read.
+    :ivar settled: the Seq behind which it is read where its numbers come in no order; none where no row is missing.
     """
 
     rows: int
@@ -43,6 +47,7 @@ class Salvage:
     resources: int
     all_resources: bool
     cursor: int
+    settled: int | None = None
 
 
 class StoppedError(Exception):
@@ -81,12 +86,14 @@ def salvage(
         resources = found.resources()
         entries = _copy(db, "INSERT OR IGNORE INTO resources VALUES (?,?,?,?,?,?)", resources, stopping)
         cursor = found.cursor(acknowledged)
+        settled = found.settled(cursor)
         _copy(db, "INSERT OR IGNORE INTO settings VALUES (?,?)", found.settings(), stopping)
         _copy(db, "INSERT OR IGNORE INTO tail VALUES (?,?,?,?,?)", found.tail(cursor), stopping)
         began = found.meta.get("began") if found.all_resources else None
         meta = {
             "recorder": str(uuid.uuid4()),
             "cursor": cursor,
+            "settled": settled,
             "ahead": found.meta.get("ahead") or "" if found.whole else "",
             "other_logs": found.meta.get("other_logs") or 0,
             "position": count,
@@ -102,7 +109,7 @@ def salvage(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Salvage(count, found.whole, entries, found.all_resources, cursor)
+    return Salvage(count, found.whole, entries, found.all_resources, cursor, settled)
 
 
 def _copy(db: sqlite3.Connection, statement: str, rows: Iterator[tuple[Any, ...]], stopping: Callable[[], bool]) -> int:
@@ -153,6 +160,11 @@ class _Source:
     def cursor(self, acknowledged: int | None) -> int:
         """The Seq up to which everything is delivered or taken over."""
         return int(self.meta["cursor"]) if self.whole else max(acknowledged or 0, self._seq)
+
+    def settled(self, cursor: int) -> int | None:
+        """The Seq up to which everything is delivered or taken over, also where the log has no order."""
+        mark = self.meta.get("cursor")
+        return None if self.whole else max(0, min(cursor - REREAD, mark if isinstance(mark, int) else cursor))
 
     def resources(self) -> Iterator[tuple[Any, ...]]:
         for row in self._read("SELECT id, level, parent, uids, born, growing FROM resources ORDER BY id"):

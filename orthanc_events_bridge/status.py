@@ -17,7 +17,8 @@ from typing import Any
 from orthanc_events_bridge import __version__
 from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader, translated
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import translated
 
 
 class BridgeView:

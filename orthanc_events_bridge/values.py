@@ -3,7 +3,7 @@
 Options are declared once, as pydantic models with their documentation in ``Field(description=…)``: the
 loader's messages, ``docs/configuration.md`` and the JSON Schema come from there. A validator that refuses a
 value raises what `mistake` returns, in words for the operator; pydantic's own words are translated by
-`orthanc_events_bridge.bridge.config`.
+`orthanc_events_bridge.mistakes`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from orthanc_events_bridge.bridge.relay import Relay
 from orthanc_events_bridge.bridge.replays import Kept, Run
 from orthanc_events_bridge.errors import EventRejectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.events.mapping import partition_key, short_name
-from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
 from orthanc_events_bridge.transports.options import TransportOptions
 

@@ -6,26 +6,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    ValidationInfo,
-)
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from orthanc_events_bridge.errors import TransportConfigurationError
-from orthanc_events_bridge.transports import REGISTERED, registration, types
-from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.blocks import TransportBlock
 from orthanc_events_bridge.values import Duration, EventFilter, Options, Place, Size, mistake
 
 #: What `template.yaml` carries in place of a source of one's own.
@@ -193,41 +183,6 @@ class OutboxSettings(Options):
     )
 
 
-def _transport(value: object, info: ValidationInfo) -> TransportOptions:
-    """Take the class of options that `type` names."""
-    if isinstance(value, TransportOptions):
-        return value
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("model_type", "a block of options is expected")
-    kind, known = value.get("type"), ", ".join(types())
-    if isinstance(kind, str) and kind in types():
-        try:
-            options = registration(kind).options
-        except TransportConfigurationError as wrong:
-            error = mistake(wrong.message, wrong.remedy)
-        else:
-            return options.model_validate(value, context=info.context)
-    elif kind is None:
-        error = mistake("is required", f"write one of: {known}")
-    elif isinstance(kind, str):
-        near = difflib.get_close_matches(kind.lower(), types(), 1)
-        right = f"did you mean {near[0]}? The types are: {known}" if near else f"the types are: {known}"
-        error = mistake("is no type of transport", right, shown=kind)
-    else:
-        error = mistake("has to be text", f"write one of: {known}")
-    raise ValidationError.from_exception_data(
-        "transport", [InitErrorDetails(type=error, loc=("type",), input=None)], hide_input=True
-    )
-
-
-class _ByType:
-    """The JSON Schema of a transport: one of the registered ones."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schemas = [handler(ours.options.__pydantic_core_schema__) for ours in REGISTERED.values()]
-        return {"type": "object", "required": ["type"], "oneOf": schemas}
-
-
 class Settings(Options):
     """What the file begins with, not indented. Only `source` and `transports` are required."""
 
@@ -256,7 +211,7 @@ class Settings(Options):
     events: EventFilter = Field(default_factory=EventFilter, description="Which events are sent.")
     capture: CaptureSettings = Field(default_factory=CaptureSettings, description="How changes are recorded.")
     outbox: OutboxSettings = Field(default_factory=OutboxSettings, description="Where changes wait.")
-    transports: tuple[Annotated[SerializeAsAny[TransportOptions], BeforeValidator(_transport), _ByType()], ...] = Field(
+    transports: tuple[TransportBlock, ...] = Field(
         min_length=1,
         description="Where the events go: at least one broker. Each has its own position in the outbox, so "
         "that one that is down doesn't hold up another.",

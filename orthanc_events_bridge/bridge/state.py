@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from orthanc_events_bridge.errors import DamagedError, OutboxError
 from orthanc_events_bridge.folder import identity, set_aside
-from orthanc_events_bridge.outbox import translated as translated_errors
+from orthanc_events_bridge.outbox_schema import translated as translated_errors
 
 VERSION: Final = 1
 #: Pages that are given back to the disk at once.

@@ -11,18 +11,21 @@ has a number in Orthanc's log, so a resource that was seen, and is not known whe
 recorded, was there before.
 
 What was announced is in the registry of resources from then on, so that a walk that was interrupted, or a second one,
-announces nothing twice; it begins anew and soon comes to where it was.
+announces nothing twice; it begins anew and soon comes to where it was. What Orthanc can't describe is passed over.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import date_to_ms
-from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.changes.questions import Announced, Orthanc, found_of, is_new
+from orthanc_events_bridge.errors import PassedOverError
 
 #: From the top; a level stands for all in front of it too.
 LEVELS: Final = ("patient", "study", "series", "instance")
@@ -34,21 +37,6 @@ _PAGE: Final = 200
 _OVERLAP: Final = 100
 #: So many resources that were seen wait for the log at most.
 _WAITING: Final = 1000
-
-
-class Registry(Protocol):
-    """What was announced (`orthanc_events_bridge.resources.Resources`)."""
-
-    def find(self, resource: str) -> Resource | None: ...
-
-
-class Orthanc(Protocol):
-    """What is asked of Orthanc (`orthanc_events_bridge.plugin.lookup.Lookup`); each raises `LogUnavailableError`."""
-
-    def resource(self, level: str, resource: str) -> Mapping[str, Any] | None: ...
-    def studies(self, since: int, limit: int) -> Sequence[str]: ...
-    def count_studies(self) -> int: ...
-    def received(self, instance: str) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +66,6 @@ class _Seen:
 class Backfill:
     """One request. Used by capture's thread alone.
 
-    :param tip: the counter of Orthanc's log.
     :param announced: by an interrupted walk for the same request, by change.
     :ivar over: whether everything was looked at, and announced.
     :ivar looked: how many studies were looked at.
@@ -88,15 +75,13 @@ class Backfill:
     def __init__(
         self,
         request: Request,
-        registry: Registry,
+        registry: Announced,
         orthanc: Orthanc,
-        tip: Callable[[], int],
         announced: Mapping[str, int] | None = None,
     ) -> None:
         self._request = request
         self._registry = registry
         self._orthanc = orthanc
-        self._tip = tip
         self._levels = LEVELS[: LEVELS.index(request.level) + 1]
         self._walk: Iterator[None] | None = None
         self._index = 0  # in Orthanc's list of studies
@@ -190,7 +175,8 @@ class Backfill:
             yield
             for study in page:
                 if study not in self._recent:
-                    yield from self._look_at(study)
+                    with suppress(PassedOverError):
+                        yield from self._look_at(study)
                     self._recent.append(study)
                     self.looked += 1
             self._index += begin + len(page) - at
@@ -201,7 +187,7 @@ class Backfill:
         known = self._registry.find(study)
         if self._request.level in ("patient", "study") and known is not None and known.parent is not None:
             wanted = [known.parent, study][: len(self._levels)]
-            if not any(self._is_new(one) for one in wanted):
+            if not any(is_new(self._registry, one) for one in wanted):
                 return
         answer = self._orthanc.resource("study", study)
         yield
@@ -211,23 +197,18 @@ class Backfill:
         above = {"study": study, "patient": patient}
         for series in answer.get("Series", ()) if "series" in self._levels else ():
             if "instance" in self._levels:
-                below = self._orthanc.resource("series", series) or {}
+                below = found_of(self._orthanc, "series", series) or {}
                 yield
                 found += [("instance", one, {"series": series, **above}) for one in below.get("Instances", ())]
             found.append(("series", series, above))
         if "study" in self._levels:
             found.append(("study", study, {"patient": patient}))
         found.append(("patient", patient, {}))
-        new = [one for one in found if self._is_new(one[1]) and one[1] not in self._ids]
+        new = [one for one in found if is_new(self._registry, one[1]) and one[1] not in self._ids]
         if new:
-            tip = self._tip()
+            tip = self._orthanc.tip()
             self._waiting.extend(_Seen(*one, tip) for one in new)
             self._ids.update(resource for _, resource, _ in new)
-
-    def _is_new(self, resource: str) -> bool:
-        """Whether nobody has said that it was created."""
-        known = self._registry.find(resource)
-        return known is None or known.born is None
 
     # -- announcing ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +217,7 @@ class Backfill:
         facts: list[Fact] = []
         ready = [one for one in list(self._waiting)[:_QUESTIONS] if one.tip <= cursor]
         for seen in ready:
-            told = self._facts(seen) if self._is_new(seen.resource) else []
+            told = self._facts(seen) if is_new(self._registry, seen.resource) else []
             if told and not self._request.dry_run:
                 facts += told
                 continue
@@ -249,12 +230,12 @@ class Backfill:
 
     def _facts(self, seen: _Seen) -> list[Fact]:
         answer: Mapping[str, Any] = {}
-        if seen.level == "instance":
-            date = self._orthanc.received(seen.resource)
-        else:
-            found = self._orthanc.resource(seen.level, seen.resource)
-            answer = found or {}
-            date = None if found is None else str(found.get("LastUpdate") or "")
+        date = None
+        with suppress(PassedOverError):
+            if seen.level == "instance":
+                date = self._orthanc.received(seen.resource)
+            elif (found := self._orthanc.resource(seen.level, seen.resource)) is not None:
+                answer, date = found, str(found.get("LastUpdate") or "")
         if date is None or date_to_ms(date) < self._request.since:
             return []
         name, at, extra = seen.level.capitalize(), date_to_ms(date), {"inferred": True}

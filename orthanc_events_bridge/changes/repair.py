@@ -29,15 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import date_to_ms
+from orthanc_events_bridge.changes.looks import Looks, Registry
 from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.questions import Orthanc, found_of
 from orthanc_events_bridge.changes.strangers import Strangers
 from orthanc_events_bridge.changes.walk import CALM, Doubts, Walk
-from orthanc_events_bridge.errors import LogUnavailableError
 
-__all__ = ["CALM", "Registry", "Repair", "deletion"]
+__all__ = ["CALM", "Repair", "deletion"]
 
 #: Questions to Orthanc in one step; 0.1 to 1.4 ms each.
 _QUESTIONS: Final = 10
@@ -48,27 +49,12 @@ _FACTS: Final = 200
 _MISSING: Final = 1000
 #: So many studies are remembered before it is kept how far that has come.
 _MET: Final = 500
-#: How often Orthanc may fail to answer about a resource, answering all else, before it is passed over.
-_REFUSALS: Final = 3
 #: So many inferred facts are remembered, in case Orthanc says them after all.
 _REMEMBERED: Final = 10_000
 #: Level → the change that says that one is stable.
 STABLE: Final = {"series": "StableSeries", "study": "StableStudy", "patient": "StablePatient"}
 _ORDER: Final = {"instance": 0, "series": 1, "study": 2, "patient": 3}
 _GROWN: Final = ("series", "study", "patient")
-
-
-class Registry(Protocol):
-    """What was announced (`orthanc_events_bridge.resources.Resources`)."""
-
-    def find(self, resource: str) -> Resource | None: ...
-    def below(self, resource: Resource) -> list[Resource]: ...
-    def members(self, series: Resource) -> list[Resource]: ...
-    def is_childless(self, resource: Resource) -> bool: ...
-    def page(self, level: str, after: str, limit: int) -> list[Resource]: ...
-    def growing(self) -> list[Resource]: ...
-    def meet(self, resources: Iterable[Resource]) -> None: ...
-    def forget(self, resources: Sequence[Resource]) -> None: ...
 
 
 def deletion(resource: Resource, at: int) -> Fact:
@@ -84,10 +70,7 @@ class Repair:
     """One start's repair. Used by capture's thread alone.
 
     :param registry: what was announced.
-    :param ask: Orthanc's answer about a resource, by level and id; none when it is gone.
-    :param tip: the counter of Orthanc's log.
-    :param studies: so many ids of studies that Orthanc has, from an index on.
-    :param received: when Orthanc received an instance, as it spells dates; empty where it can't say.
+    :param orthanc: what Orthanc is asked by.
     :param now: seconds, monotonic.
     :param wall: seconds since the epoch.
     :param stable_age: Orthanc's ``StableAge``, seconds.
@@ -97,16 +80,12 @@ class Repair:
     :ivar remembered: entries of the registry were lost, and so many of Orthanc's studies are remembered again; none
         where nothing was lost.
     :ivar inferred: how many facts were inferred so far, by their change.
-    :ivar passed_over: how many resources Orthanc could not answer about.
     """
 
     def __init__(
         self,
         registry: Registry,
-        ask: Callable[[str, str], Mapping[str, Any] | None],
-        tip: Callable[[], int],
-        studies: Callable[[int, int], Sequence[str]],
-        received: Callable[[str], str | None],
+        orthanc: Orthanc,
         now: Callable[[], float],
         wall: Callable[[], float],
         *,
@@ -116,13 +95,12 @@ class Repair:
         place: Mapping[str, Any] | None = None,
     ) -> None:
         self._registry = registry
-        self._orthanc = ask
-        self._tip = tip
+        self._orthanc = orthanc
         self._now = now
         self._wall = wall
-        self._studies = studies
         self._stable_age = stable_age
         self._instances = instances
+        self._looks = Looks(registry, orthanc, instances)
         # With instances the series come first, so that those in them are told before them.
         self._levels = ("series", "study", "patient") if instances else ("study", "patient", "series")
         self._due = 0.0
@@ -139,14 +117,11 @@ class Repair:
         #: What is looked for behind another log: received something since then. And what was told meanwhile.
         self._since = 0
         self._calmed: set[str] = set()
-        self._strangers = Strangers(registry, self._ask, tip, studies, received, now, began, place.get("listed"))
-        self._last_asked = ""
-        self._refused: dict[str, int] = {}
+        self._strangers = Strangers(registry, orthanc, now, began, place.get("listed"))
         self._told_gone: dict[str, None] = {}
         self._told_there: dict[str, int] = {}
         self._heard: tuple[set[str], set[str]] = (set(), set())
         self.inferred: dict[str, int] = {}
-        self.passed_over = 0
 
     @property
     def active(self) -> bool:
@@ -169,7 +144,7 @@ class Repair:
     def go_on(self, registry: Registry, remembered: int | None) -> None:
         """What was announced is kept elsewhere now, and perhaps not all of it."""
         self._registry, self.remembered = registry, remembered
-        self._strangers.registry = registry
+        self._looks.registry = self._strangers.registry = registry
         self._met = Doubts[Resource](self._now)
         self._next_met, self._met_enough = remembered or 0, False
         self.compare()
@@ -252,16 +227,6 @@ class Repair:
         :return: facts to be recorded now, and then to be handed to `done`; those that are not, come again.
         :raises LogUnavailableError: Orthanc can't answer now; call again, a while later.
         """
-        self._last_asked = ""
-        try:
-            return self._step(cursor, calm)
-        except LogUnavailableError:
-            self._tip()  # where that fails too, it is not about this resource
-            refused = self._refused[self._last_asked] = self._refused.get(self._last_asked, 0) + 1
-            self.passed_over += refused == _REFUSALS
-            raise
-
-    def _step(self, cursor: int, calm: float) -> list[Fact]:
         facts = self._told(cursor, calm)
         if not facts:
             if self._growing and self._now() >= self._due:
@@ -291,27 +256,19 @@ class Repair:
                 _remember(self._told_there, resource, self._strangers.told(resource))
                 self._growing[resource] = (Resource(fact.level, resource, None, None), 0)
 
-    def _ask(self, level: str, resource: str) -> Mapping[str, Any] | None:
-        self._last_asked = resource
-        return self._orthanc(level, resource)
-
-    def _is_mute(self, resource: str) -> bool:
-        """Whether Orthanc has failed to answer about it often enough."""
-        return self._refused.get(resource, 0) >= _REFUSALS
-
     # -- stable --------------------------------------------------------------------------------------------------------
 
     def _look_at_growing(self) -> None:
         stable: list[tuple[Resource, str]] = []
         for one, since in list(islice(self._growing.values(), _QUESTIONS)):
-            answer = None if self._is_mute(one.id) else self._ask(one.level, one.id)
+            answer = found_of(self._orthanc, one.level, one.id)
             # What isn't there, the walk finds; what isn't stable has a timer, whose end Orthanc will tell.
             if answer is None or not answer.get("IsStable") or date_to_ms(str(answer.get("LastUpdate"))) < since:
                 del self._growing[one.id]
             else:
                 stable.append((one, str(answer.get("LastUpdate") or "")))
         if stable:
-            tip = self._tip()
+            tip = self._orthanc.tip()
             for one, date in stable:
                 del self._growing[one.id]
                 self._resting.add(one.id, (one.level, date), tip)
@@ -331,15 +288,13 @@ class Repair:
         last = page[-1].id if page else ""
         questions = 0
         for one in page:
-            if self._is_mute(one.id):
-                continue
             if walk.level == "study":
-                missing += self._of_study(one)
+                missing += self._looks.of_study(one)
             elif walk.level == "series" and self._instances:
-                missing += self._of_series(one)
-            elif not self._is_loose(one):
+                missing += self._looks.of_series(one)
+            elif not self._looks.is_loose(one):
                 continue
-            elif self._ask(one.level, one.id) is None:
+            elif self._looks.is_gone(one):
                 missing.append(one)
             questions += 1
             if questions == _QUESTIONS:
@@ -351,40 +306,9 @@ class Repair:
 
     def _doubt(self, missing: Sequence[Resource]) -> None:
         if missing:
-            tip = self._tip()
+            tip = self._orthanc.tip()
             for one in missing:
                 self._missing.add(one.id, one, tip)
-
-    def _of_study(self, study: Resource) -> list[Resource]:
-        answer = self._ask("study", study.id)
-        below = self._registry.below(study)
-        if answer is not None:
-            there = set(answer.get("Series", ()))
-            return self._with_members([one for one in below if one.id not in there])
-        missing = [*self._with_members(below), study]
-        patient = self._registry.find(study.parent) if study.parent else None
-        if patient is not None and not self._is_mute(patient.id) and self._ask("patient", patient.id) is None:
-            missing.append(patient)
-        return missing
-
-    def _of_series(self, series: Resource) -> list[Resource]:
-        answer = self._ask("series", series.id)
-        members = self._registry.members(series)
-        if answer is None:
-            return [*members, series]
-        there = set(answer.get("Instances", ()))
-        return [one for one in members if one.id not in there]
-
-    def _with_members(self, series: Sequence[Resource]) -> list[Resource]:
-        if not self._instances:
-            return list(series)
-        return [one for parent in series for one in (*self._registry.members(parent), parent)]
-
-    def _is_loose(self, one: Resource) -> bool:
-        """Whether the walk over the studies says nothing of it."""
-        if one.level == "patient":
-            return self._registry.is_childless(one)
-        return one.parent is None or self._registry.find(one.parent) is None
 
     def _deletions(self, cursor: int, calm: float) -> list[Fact]:
         """Of what is missing, that of which nobody can say anything any more."""
@@ -401,7 +325,7 @@ class Repair:
     # -- creations -----------------------------------------------------------------------------------------------------
 
     def _look_at_listed(self) -> None:
-        for study, answer in self._strangers.look(self._is_mute):
+        for study, answer in self._strangers.look():
             if not self._since or date_to_ms(str(answer.get("LastUpdate"))) < self._since:
                 continue
             known = [("patient", str(answer.get("ParentPatient"))), ("study", study)]
@@ -414,7 +338,7 @@ class Repair:
             self._calmed.clear()
 
     def _creations(self, cursor: int, calm: float) -> list[Fact]:
-        return self._strangers.facts(cursor, calm, _QUESTIONS // 2, self._is_mute)
+        return self._strangers.facts(cursor, calm, _QUESTIONS // 2)
 
     # -- entries that were lost ----------------------------------------------------------------------------------------
 
@@ -431,16 +355,16 @@ class Repair:
             if not self._met:
                 self.remembered, self._met_enough = None if self._met_all else self._next_met, False
             return
-        page = self._studies(self._next_met, _QUESTIONS)
+        page = self._orthanc.studies(self._next_met, _QUESTIONS)
         met: list[Resource] = []
         for study in page:
-            answer = None if self._is_mute(study) else self._ask("study", study)
+            answer = found_of(self._orthanc, "study", study)
             if answer is not None:
                 patient = str(answer["ParentPatient"])
                 met += [Resource("patient", patient, None, None), Resource("study", study, patient, None)]
                 met += [Resource("series", str(one), study, None) for one in answer.get("Series", ())]
         if met:
-            tip = self._tip()
+            tip = self._orthanc.tip()
             for one in met:
                 self._met.add(one.id, one, tip)
         self._next_met += len(page)

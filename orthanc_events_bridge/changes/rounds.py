@@ -23,6 +23,7 @@ from typing import Any, Final
 from orthanc_events_bridge.changes.listing import Listing
 from orthanc_events_bridge.changes.log import date_to_ms
 from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.questions import found_of
 from orthanc_events_bridge.changes.repair import STABLE, Repair
 
 #: Seconds within which the row of a stable event is in the log, once Orthanc calls its resource stable.
@@ -86,13 +87,12 @@ class Rounds(Repair):
         """Of what may be stable, Orthanc is asked in any case."""
         super().announce()
 
-    def _step(self, cursor: int, calm: float) -> list[Fact]:
+    def step(self, cursor: int, calm: float) -> list[Fact]:
         if self._listing_due:
             self._next_listing = float("inf")
             self._begin_listing()
         if self._round_due:
             self._next_round = float("inf")
-            self._refused.clear()
             self.compare()
         if self._listing or self._doubtful:
             facts = self._told(cursor, calm)
@@ -100,19 +100,19 @@ class Rounds(Repair):
                 self._look_quickly()
             return facts
         before = self._walk
-        facts = super()._step(cursor, calm)
+        facts = super().step(cursor, calm)
         if before is not None and self._walk is None:
             self.rounds += 1
             self._next_round = self._now() + self._every
         return facts
 
     def _begin_listing(self) -> None:
-        self._listing = Listing(self._studies, lambda after, limit: self._registry.page("study", after, limit))
+        self._listing = Listing(self._orthanc.studies, lambda after, limit: self._registry.page("study", after, limit))
 
     def _look_quickly(self) -> None:
         if self._doubtful:
             study = self._doubtful[0]
-            missing = [] if self._is_mute(study.id) else self._of_study(study)
+            missing = self._looks.of_study(study)
             self._doubtful.popleft()
             self._doubt(missing)
         elif self._listing is not None:
@@ -133,7 +133,7 @@ class Rounds(Repair):
             self._next_look = now + self._stable_age
         for _ in range(min(_QUESTIONS, len(self._to_ask))):
             one = self._to_ask[0]
-            answer = None if self._is_mute(one.id) else self._ask(one.level, one.id)
+            answer = found_of(self._orthanc, one.level, one.id)
             self._to_ask.popleft()
             if answer is not None and answer.get("IsStable"):
                 self._calm[one.id] = one, now
@@ -143,7 +143,7 @@ class Rounds(Repair):
         growing_now = {one.id for one in self._registry.growing()}
         facts: list[Fact] = []
         for one in due:
-            found = self._ask(one.level, one.id) if one.id in growing_now and not self._is_mute(one.id) else None
+            found = found_of(self._orthanc, one.level, one.id) if one.id in growing_now else None
             if found is None or not found.get("IsStable"):
                 del self._calm[one.id]
                 continue

@@ -8,12 +8,14 @@ as old as the first instance that is left of it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 from orthanc_events_bridge.changes.log import date_to_ms
-from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.model import Fact
+from orthanc_events_bridge.changes.questions import Announced, Orthanc, found_of, is_new
 from orthanc_events_bridge.changes.walk import Doubts
+from orthanc_events_bridge.errors import PassedOverError
 
 #: Ids of studies in one page of Orthanc's list, and how many of the last page are asked for again: where something is
 #: deleted meanwhile, all behind it move up.
@@ -23,12 +25,6 @@ _AGAIN: Final = 20
 _STUDIES: Final = 10
 _BELOW: Final = {"patient": "Studies", "study": "Series", "series": "Instances"}
 _LEVEL_BELOW: Final = {"patient": "study", "study": "series", "series": "instance"}
-
-Ask = Callable[[str, str], Mapping[str, Any] | None]
-
-
-class _Registry(Protocol):
-    def find(self, resource: str) -> Resource | None: ...
 
 
 class Strangers:
@@ -41,20 +37,14 @@ class Strangers:
 
     def __init__(
         self,
-        registry: _Registry,
-        ask: Ask,
-        tip: Callable[[], int],
-        studies: Callable[[int, int], Sequence[str]],
-        received: Callable[[str], str | None],
+        registry: Announced,
+        orthanc: Orthanc,
         now: Callable[[], float],
         began: int,
         place: int | None,
     ) -> None:
         self.registry = registry
-        self._ask = ask
-        self._tip = tip
-        self._studies = studies
-        self._received = received
+        self._orthanc = orthanc
         self._began = began // 1000 * 1000  # Orthanc's dates have whole seconds
         self._seen = Doubts[str](now)
         self._page: deque[str] = deque()
@@ -90,23 +80,23 @@ class Strangers:
         self._seen.drop(resource)
         return self._tips.pop(resource, 0)
 
-    def look(self, is_mute: Callable[[str], bool]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def look(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Look at some studies; gives those that were announced, with Orthanc's answers."""
         if not self._page and not self._turn_the_page():
             return
-        found: list[str] = []
+        new: list[str] = []
         for study in list(self._page)[:_STUDIES]:
-            answer = None if is_mute(study) else self._ask("study", study)
+            answer = found_of(self._orthanc, "study", study)
             if answer is not None:
                 if date_to_ms(str(answer.get("LastUpdate"))) >= self._began:  # else nothing of it has come since
-                    found += [one for one in answer.get("Series", ()) if self._is_new(one)]
-                if not self._is_new(study):
+                    new += [one for one in answer.get("Series", ()) if is_new(self.registry, one)]
+                if not is_new(self.registry, study):
                     yield study, answer
         for _ in range(min(_STUDIES, len(self._page))):
             self._page.popleft()
-        if found:
-            tip = self._tip()
-            for series in found:
+        if new:
+            tip = self._orthanc.tip()
+            for series in new:
                 self._seen.add(series, series, tip)
 
     def _turn_the_page(self) -> bool:
@@ -114,17 +104,19 @@ class Strangers:
             return False
         start = max(0, self._next - self._deleted - (_AGAIN if self._next else 0))
         self._deleted = 0
-        page = self._studies(start, _PAGE)
+        page = self._orthanc.studies(start, _PAGE)
         self._began_at, self._next = start, start + _PAGE if len(page) == _PAGE else None
         self._page.extend(page)
         return bool(page)
 
-    def facts(self, cursor: int, calm: float, limit: int, is_mute: Callable[[str], bool]) -> list[Fact]:
+    def facts(self, cursor: int, calm: float, limit: int) -> list[Fact]:
         """What some of them are announced with: the series, their study, its patient, in the order of Orthanc's own."""
         facts: dict[str, Fact] = {}
         for series, _, tip in self._seen.settled(cursor, calm)[:limit]:
-            answer = self._ask("series", series) if self._is_new(series) and not is_mute(series) else None
-            family = self._family(series, answer) if answer is not None else []
+            try:
+                family = self._family(series) if is_new(self.registry, series) else []
+            except PassedOverError:  # it can't be told as a whole
+                family = []
             if not family:
                 self._seen.drop(series)
             for fact in family:
@@ -133,9 +125,12 @@ class Strangers:
                 self._tips.setdefault(fact.resource, tip)
         return list(facts.values())
 
-    def _family(self, series: str, answer: Mapping[str, Any]) -> list[Fact]:
+    def _family(self, series: str) -> list[Fact]:
+        answer = self._orthanc.resource("series", series)
+        if answer is None:
+            return []
         study = str(answer["ParentStudy"])
-        own = self._ask("study", study)
+        own = self._orthanc.resource("study", study)
         if own is None:
             return []
         patient = str(own["ParentPatient"])
@@ -145,9 +140,9 @@ class Strangers:
             ("study", study, own, {"patient": patient}),
             ("patient", patient, None, {}),
         ):
-            if not self._is_new(one):
+            if not is_new(self.registry, one):
                 continue
-            found = found or self._ask(level, one) or {}
+            found = found or self._orthanc.resource(level, one) or {}
             date = str(found.get("LastUpdate") or "")
             if date_to_ms(date) >= self._began and self._came_since(level, found):
                 change = f"New{level.capitalize()}"
@@ -162,12 +157,7 @@ class Strangers:
                 return True
             level = _LEVEL_BELOW[level]
             if level == "instance":
-                date = self._received(below[0])
+                date = self._orthanc.received(below[0])
                 return not date or date_to_ms(date) >= self._began
-            answer = self._ask(level, below[0]) or {}
+            answer = self._orthanc.resource(level, below[0]) or {}
         return True
-
-    def _is_new(self, resource: str) -> bool:
-        """Whether nobody has said that it was created."""
-        known = self.registry.find(resource)
-        return known is None or known.born is None

@@ -11,7 +11,10 @@ from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions, client_settings
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
+    from httpx_retries import Retry
 
 
 class Clients:
@@ -42,9 +45,8 @@ class Clients:
             from httpx_retries import RetryTransport
 
             settings = self._settings()
-            verify, limits = settings.pop("verify"), settings.pop("limits")
-            base = httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False)
-            self._async = httpx.AsyncClient(transport=RetryTransport(base, _retries()), **settings)
+            wire = self._async_wire(settings.pop("verify"), settings.pop("limits"))
+            self._async = httpx.AsyncClient(transport=RetryTransport(wire, self._retries()), **settings)
         return self._async
 
     def for_sync(self) -> httpx.Client:
@@ -57,9 +59,8 @@ class Clients:
             from httpx_retries import RetryTransport
 
             settings = self._settings()
-            verify, limits = settings.pop("verify"), settings.pop("limits")
-            base = httpx.HTTPTransport(verify=verify, limits=limits, trust_env=False)
-            self._sync = httpx.Client(transport=RetryTransport(base, _retries()), **settings)
+            wire = self._sync_wire(settings.pop("verify"), settings.pop("limits"))
+            self._sync = httpx.Client(transport=RetryTransport(wire, self._retries()), **settings)
         return self._sync
 
     async def close(self) -> None:
@@ -79,12 +80,23 @@ class Clients:
             )
         return client_settings(self._options)
 
+    # What tests replace.
 
-def _retries() -> Any:
-    """What may be asked again by itself: what changes nothing, or the same when done twice.
+    def _async_wire(self, verify: ssl.SSLContext, limits: httpx.Limits) -> httpx.AsyncBaseTransport:
+        import httpx
 
-    RFC 9110, section 9.2.2.
-    """
-    from httpx_retries import Retry
+        return httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False)
 
-    return Retry(total=4, backoff_factor=0.2, max_backoff_wait=5.0, status_forcelist=(429, 502, 503, 504))
+    def _sync_wire(self, verify: ssl.SSLContext, limits: httpx.Limits) -> httpx.BaseTransport:
+        import httpx
+
+        return httpx.HTTPTransport(verify=verify, limits=limits, trust_env=False)
+
+    def _retries(self) -> Retry:
+        """What may be asked again by itself: what changes nothing, or the same when done twice.
+
+        RFC 9110, section 9.2.2.
+        """
+        from httpx_retries import Retry
+
+        return Retry(total=4, backoff_factor=0.2, max_backoff_wait=5.0, status_forcelist=(429, 502, 503, 504))

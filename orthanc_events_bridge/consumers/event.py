@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.events.catalog import TYPES, VERSION
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _OURS: Final = re.compile(r"^(?P<prefix>.+)\.(?P<level>[a-z]+)\.(?P<verb>[a-z-]+)\.(?P<version>v[0-9]+)$")
 _NAMES: Final = frozenset(one.name for one in TYPES)
 _REQUIRED: Final = ("id", "source", "type")
-_OF_EVENT: Final = frozenset({"data", "data_base64"})
 
 
 class UnreadableError(Exception):
@@ -151,8 +151,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
     :param attempt: how often it was given.
     :raises UnreadableError: it is no CloudEvent, or one of a version that this package doesn't know.
     """
-    content_type = message.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type.startswith("application/cloudevents-batch"):
+    if message.headers.get("content-type", "").lower().startswith("application/cloudevents-batch"):
         raise UnreadableError("it is a batch of CloudEvents, and events come one by one")
     try:
         found = event_of(message)
@@ -165,24 +164,34 @@ def read(message: Incoming, attempt: int = 1) -> Event:
     for needed in _REQUIRED:
         if not isinstance(found.get(needed), str) or not found[needed]:
             raise UnreadableError(f"it is a CloudEvent without {needed}")
-    data = found.get("data")
+    data = found.pop("data", None)
     if "data_base64" in found or not isinstance(data, dict | None):
         raise UnreadableError("its data is no JSON object")
-    ours = _OURS.match(found["type"])
-    name = f"{ours['level']}.{ours['verb']}" if ours else ""
-    if ours is not None and name in _NAMES and ours["version"] != VERSION:
-        raise UnreadableError(f"it is of the version {ours['version']} of its type, and this package reads {VERSION}")
+    name, version = _name(found["type"])
+    if version not in ("", VERSION):
+        raise UnreadableError(f"it is of the version {version} of its type, and this package reads {VERSION}")
+    for attribute, value in found.items():
+        if type(value) is not str:
+            found[attribute] = str(value)
     return Event(
         id=found["id"],
         source=found["source"],
         type=found["type"],
-        name=found["type"] if name not in _NAMES else name,
+        name=name,
         time=_time(found.get("time")),
         data=data or {},
-        attributes={name: str(value) for name, value in found.items() if name not in _OF_EVENT},
+        attributes=found,
         attempt=attempt,
         operation=message.headers.get("orthanc-operation", ""),
     )
+
+
+@lru_cache(maxsize=1024)
+def _name(event_type: str) -> tuple[str, str]:
+    """The short name, and the version; the type itself and none where it is not one of ours."""
+    ours = _OURS.match(event_type)
+    name = f"{ours['level']}.{ours['verb']}" if ours else ""
+    return (name, ours["version"]) if ours and name in _NAMES else (event_type, "")
 
 
 def _time(text: object) -> datetime | None:

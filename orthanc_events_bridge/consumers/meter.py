@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from datetime import datetime
 from typing import Final
 
 from orthanc_events_bridge.events.catalog import TYPES
@@ -12,15 +13,24 @@ BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0, 1800.0)
 #: What events of others, and messages that are none, are counted under.
 OTHER: Final = "other"
 _NAMES: Final = frozenset(one.name for one in TYPES)
+#: How an event can end, and what that means.
+OUTCOMES: Final = {
+    "handled": "Events whose handlers have returned.",
+    "ignored": "Events that no handler is for.",
+    "retried": "Deliveries that are given again, because a handler failed.",
+    "dead": "Events that went among the dead letters.",
+}
 
 
 class Meter:
     """Counts since the start.
 
-    :ivar counts: (``handled``, ``ignored``, ``retried`` or ``dead``; short name of the type) → number.
+    :ivar counts: (one of `OUTCOMES`; short name of the type) → number.
     :ivar in_flight: handlers that run.
     :ivar durations: short name → how many ended within each of `BUCKETS`, and all.
     :ivar seconds: short name → seconds in handlers.
+    :ivar newest: when the newest event that is handled was recorded, in seconds since the epoch; none: there is none.
+    :ivar lag: seconds from then until it was handled.
     """
 
     def __init__(self) -> None:
@@ -28,6 +38,8 @@ class Meter:
         self.in_flight = 0
         self.durations: dict[str, list[int]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.newest: float | None = None
+        self.lag = 0.0
 
     def count(self, outcome: str, name: str) -> None:
         """One more event has come to this end."""
@@ -45,6 +57,19 @@ class Meter:
         place = next((number for number, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
         found[place] += 1
         self.seconds[name] += seconds
+
+    def handled(self, recorded: str, now: float) -> None:
+        """How far behind it is.
+
+        :param recorded: the event's ``recordedtime``; of a retry or replay nothing is to be learned.
+        :param now: seconds since the epoch.
+        """
+        try:
+            moment = datetime.fromisoformat(recorded).timestamp()
+        except ValueError:
+            return
+        if self.newest is None or moment >= self.newest:
+            self.newest, self.lag = moment, max(0.0, now - moment)
 
     def total(self, outcome: str) -> int:
         """Over all types."""

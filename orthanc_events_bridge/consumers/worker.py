@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import random
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -34,8 +34,11 @@ from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route
+from orthanc_events_bridge.consumers.threads import DaemonThreads
+from orthanc_events_bridge.consumers.tracing import Spans
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
 if TYPE_CHECKING:
@@ -58,11 +61,6 @@ _SLOW: Final = 15.0
 #: Seconds between two tries to put something among the dead letters.
 _DEAD: Final = 1.0
 _LONGEST_TEXT: Final = 500
-
-FIRST_FAILURE: Final = "orthanc-first-failure"
-LAST_FAILURE: Final = "orthanc-last-failure"
-REASON: Final = "orthanc-reason"
-EXCEPTION: Final = "orthanc-exception"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,9 @@ class Worker:
     """See the module's text.
 
     :param clients: what handlers ask Orthanc with.
+    :param system: the kind of broker, for traces.
     :param now: seconds of the epoch.
+    :param clock: seconds, also those for which the machine slept.
     :param chance: 0 to 1, at random.
     :ivar ready: whether it is subscribed.
     :ivar ticked: when it last looked at the clock (`boot_time`).
@@ -125,7 +125,9 @@ class Worker:
         clients: Clients,
         meter: Meter | None = None,
         *,
+        system: str = "memory",
         now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = boot_time,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._transport = transport
@@ -134,18 +136,20 @@ class Worker:
         self._clients = clients
         self.meter = meter or Meter()
         self._now = now
+        self._clock = clock
         self._chance = chance
+        self._spans = Spans(terms.name, system)
         self._repeats = Repeats(time.monotonic)
         self._by_type: dict[str, list[Route]] = {}
         self._held: dict[_Held, None] = {}
         self._chains: dict[str, deque[_Held]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(terms.concurrency)
-        self._threads = ThreadPoolExecutor(terms.concurrency, thread_name_prefix=f"{terms.name}-handler")
+        self._threads = DaemonThreads(terms.concurrency, f"{terms.name}-handler")
         self._stop = asyncio.Event()
         self._thawed = asyncio.Event()
         self.ready = False
-        self.ticked = boot_time()
+        self.ticked = clock()
 
     # Its life.
 
@@ -159,19 +163,37 @@ class Worker:
         failures = 0
         try:
             while not self._stop.is_set():
-                began = boot_time()
+                began = self._clock()
                 try:
                     subscription = await self._until_stopped(self._subscribe())
                     if subscription is not None:
                         await self._work(subscription)
                 except TransportError as error:
                     await self._transport.close()
-                    failures = failures + 1 if boot_time() - began < _LONGEST else 1
+                    failures = failures + 1 if self._clock() - began < _LONGEST else 1
                     await self._pause(error, failures)
         finally:
             ticking.cancel()
             await self._transport.close()
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self.close()
+
+    async def work_off(self, subscription: Subscription) -> int:
+        """Handle what is there now, and wait for nothing that comes later. For tests, in place of `run`.
+
+        :return: how many deliveries that were.
+        :raises NotConnectedError: the subscription has ended.
+        """
+        count = 0
+        while deliveries := await subscription.receive(self._terms.prefetch, 0.0):
+            for delivery in deliveries:
+                self._accept(delivery)
+            await asyncio.gather(*self._tasks)
+            count += len(deliveries)
+        return count
+
+    def close(self) -> None:
+        """Let go of the threads that handlers ran in; `run` does so itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _subscribe(self) -> Subscription:
         terms = self._terms
@@ -284,7 +306,7 @@ class Worker:
 
     def _look(self) -> None:
         """Did we stand still?"""
-        now = boot_time()
+        now = self._clock()
         gap, self.ticked = now - self.ticked, now
         if gap > _FROZEN * self._terms.ack_wait:
             self._give_up()
@@ -295,7 +317,7 @@ class Worker:
         every = self._terms.ack_wait * _EXTEND
         while True:
             await asyncio.sleep(every / 4)
-            now = boot_time()
+            now = self._clock()
             for held in [one for one in self._held if now - one.since >= every]:
                 with contextlib.suppress(TransportError):  # receiving says it
                     if held in self._held:
@@ -308,11 +330,11 @@ class Worker:
         try:
             event = read(delivery.message, delivery.attempt)
         except UnreadableError as error:
-            held = _Held(delivery, _NOTHING, [], boot_time())
+            held = _Held(delivery, _NOTHING, [], self._clock())
             self._held[held] = None
             self._start(self._bury(held, error.reason, ""))
             return
-        held = _Held(delivery, event, self._routes_of(event), boot_time())
+        held = _Held(delivery, event, self._routes_of(event), self._clock())
         self._held[held] = None
         chain = self._chains.get(event.key)
         if chain is None:
@@ -369,9 +391,14 @@ class Worker:
         outcome: Again | Dead | None = None
         problem: BaseException | None = None
         try:
-            for current in held.routes:
-                if current.where is None or current.where(event):
-                    await self._call(current, event)
+            with self._spans.processing(event) as span:
+                try:
+                    for current in held.routes:
+                        if current.where is None or current.where(event):
+                            await self._call(current, event)
+                except BaseException as error:
+                    span.failed(_kind(error))
+                    raise
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
@@ -385,6 +412,8 @@ class Worker:
             self.meter.end(event.name, time.perf_counter() - began)
         if problem is None:
             self.meter.count("handled", event.name)
+            if event.ours and not event.operation:
+                self.meter.handled(event.attributes.get("recordedtime", ""), self._now())
             await self._settle(held, held.delivery.ack)
             return
         await self._failed(held, current, problem, outcome)
@@ -412,13 +441,13 @@ class Worker:
         kind = "" if isinstance(problem, Retry | Reject) else _kind(problem)
         headers = {FIRST_FAILURE: _time(first), LAST_FAILURE: _time(now)} | ({EXCEPTION: kind} if kind else {})
         why = f"{kind} in {_place(problem, route)}" if kind else f"{type(problem).__name__} of {route.name}"
+        if kind:
+            log.debug("what was raised may hold patient data", exc_info=problem)
         if isinstance(outcome, Dead):
             await self._bury(held, outcome.reason, why, headers)
             return
         self.meter.count("retried", event.name)
         log.warning("%r: %s; attempt %d, again in %.3g s", event, why, event.attempt, outcome.delay)
-        if kind:
-            log.debug("what was raised may hold patient data", exc_info=problem)
         delay = outcome.delay
         await self._settle(held, lambda: held.delivery.nack(delay, headers))
 
@@ -470,7 +499,7 @@ def _kind(problem: BaseException) -> str:
 
 def _place(problem: BaseException, route: Route) -> str:
     """Where a handler failed: the deepest line of the file that the handler is in."""
-    file = getattr(getattr(route.handler, "__code__", None), "co_filename", None)
+    file = getattr(getattr(inspect.unwrap(route.handler), "__code__", None), "co_filename", None)
     frames = traceback.extract_tb(problem.__traceback__)
     for frame in reversed(frames):
         if frame.filename == file:

@@ -15,7 +15,7 @@ from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from orthanc_events_bridge.events.catalog import VERSION, verb
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing
 
 NAMESPACE: Final = uuid.UUID("8be797cd-5573-46b7-8097-bea664a99a80")

@@ -11,10 +11,13 @@ if TYPE_CHECKING:
 
 #: Prefixes of the headers that carry attributes in binary mode: of Kafka's binding, and of the others.
 _PREFIXES: Final = ("ce-", "ce_")
+_STRUCTURED: Final = "application/cloudevents+json"
 
 
 def event_of(message: Incoming) -> dict[str, Any] | None:
     """A message as an event in CloudEvents' JSON format, whichever mode it came in; none where it isn't one."""
+    if message.headers.get("content-type", "").startswith(_STRUCTURED):
+        return _from_json(message.body)
     attributes = {
         name[len(prefix) :]: value
         for prefix in _PREFIXES
@@ -22,11 +25,7 @@ def event_of(message: Incoming) -> dict[str, Any] | None:
         if name.startswith(prefix)
     }
     if "specversion" not in attributes:
-        try:
-            event = json.loads(message.body)
-        except ValueError:
-            return None
-        return event if isinstance(event, dict) and "specversion" in event else None
+        return _from_json(message.body)
     content_type = message.headers.get("content-type", "")
     event = {**attributes, **({"datacontenttype": content_type} if content_type else {})}
     if not message.body:
@@ -35,3 +34,11 @@ def event_of(message: Incoming) -> dict[str, Any] | None:
         return {**event, "data": json.loads(message.body)}
     except ValueError:
         return {**event, "data_base64": b64encode(message.body).decode()}
+
+
+def _from_json(body: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(body)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "specversion" in event else None

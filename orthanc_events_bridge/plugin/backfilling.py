@@ -18,13 +18,12 @@ class Backfilling:
     """Used by capture's thread alone.
 
     :param asked: what the bridge has last been asked for; empty where that is nothing.
-    :param tip: the counter of Orthanc's log.
+    :param look_up: what Orthanc is asked by.
     """
 
-    def __init__(self, asked: Callable[[], Mapping[str, Any]], look_up: Lookup, tip: Callable[[], int]) -> None:
+    def __init__(self, asked: Callable[[], Mapping[str, Any]], look_up: Lookup) -> None:
         self._asked = asked
         self._look_up = look_up
-        self._tip = tip
         self._backfill: Backfill | None = None
         self._kept: dict[str, Any] = {}
 
@@ -51,7 +50,7 @@ class Backfilling:
             ended = (
                 last
                 if last.get("state") == "running"
-                else Backfill(Request(number), outbox.resources, self._look_up, self._tip).status()
+                else Backfill(Request(number), outbox.resources, self._look_up).status()
             )
             self._kept = {**ended, "number": number, "state": "stopped"}
             self._backfill = None
@@ -64,7 +63,7 @@ class Backfilling:
             bool(asked.get("dry_run")),
         )
         announced = last.get("announced") if last.get("number") == number else None
-        self._backfill = Backfill(request, outbox.resources, self._look_up, self._tip, announced)
+        self._backfill = Backfill(request, outbox.resources, self._look_up, announced)
 
     def step(self, outbox: OutboxWriter, cursor: int, limit: int) -> list[Fact]:
         """Do a little, if there is room for it: `Backfill.step`.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from orthanc_events_bridge.changes.log import PAGE, TAIL, ChangeLog, Row, common_seq, same_log
+from orthanc_events_bridge.errors import PassedOverError
 from orthanc_events_bridge.outbox import OutboxWriter
 
 EMPTIED: Final = "was emptied (DELETE /changes)"
@@ -77,7 +78,14 @@ class Continuity:
             return False
         new = {row.resource for row in oldest}  # deleted, and stored again
         last = list({row.resource: row for row in tail if row.resource not in new}.values())[-_ASKED:]
-        return any(self._ask(row.level, row.resource) is not None for row in last)
+        return any(self._is_there(row) for row in last)
+
+    def _is_there(self, row: Row) -> bool:
+        """Whether Orthanc says so. One that it can't describe proves nothing."""
+        try:
+            return self._ask(row.level, row.resource) is not None
+        except PassedOverError:
+            return False
 
     def is_emptied(self, outbox: OutboxWriter, cursor: int) -> bool:
         """Look whether the log was emptied while it is followed: its first rows are gone, what they are about is not.
@@ -104,4 +112,4 @@ class Continuity:
         # What another Orthanc on the same database watches over (0), it may have stored anew.
         if known is None or known.born == 0 or (known.born or 0) > row.seq:
             return False
-        return self._ask(row.level, row.resource) is not None
+        return self._is_there(row)

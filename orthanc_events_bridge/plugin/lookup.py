@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import OrderedDict
@@ -9,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from orthanc_events_bridge.changes.model import Callback, Fact
-from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+from orthanc_events_bridge.errors import GoneError, LogUnavailableError, PassedOverError
+from orthanc_events_bridge.plugin.unanswered import Unanswered
 
 _ABOVE: Final = {"instance": "series", "series": "study", "study": "patient"}
 _ROUTES: Final = {"patient": "patients", "study": "studies", "series": "series", "instance": "instances"}
@@ -42,12 +44,25 @@ _JOB_CONTENT: Final = {
 class Lookup:
     """Asks Orthanc's REST API, as seldom as possible.
 
+    What Orthanc can't say of a single resource, although it answers else, is asked a few times and then passed over.
+
     :param get: a GET; raises `GoneError` for a resource that isn't there, and anything else when it can't
         answer.
+    :param tip: the counter of Orthanc's log.
+    :param now: seconds, monotonic.
+    :param say: told what is wrong with each question that is passed over, once.
     """
 
-    def __init__(self, get: Callable[[str], bytes | str]) -> None:
+    def __init__(
+        self,
+        get: Callable[[str], bytes | str],
+        tip: Callable[[], int],
+        now: Callable[[], float],
+        say: Callable[[str], None],
+    ) -> None:
         self._get = get
+        self.tip = tip
+        self._unanswered = Unanswered(tip, now, say)
         self._tags: list[str] = []
         self._metadata: list[str] = []
         self._above: OrderedDict[str, str] = OrderedDict()
@@ -73,6 +88,20 @@ class Lookup:
         except Exception as error:
             raise LogUnavailableError(f"Orthanc can't be asked for {path.split('/')[1]}: {error}") from error
 
+    def _describe(self, path: str) -> dict[str, Any] | None:
+        """The answer about a resource or a job, or none when it is gone.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        :raises PassedOverError: it can't answer this, though it was asked several times and answers else.
+        """
+        self._unanswered.check(path)
+        try:
+            answer = self._ask(path)
+        except LogUnavailableError as error:
+            raise self._unanswered.failed(path, error) from error
+        self._unanswered.answered(path)
+        return answer
+
     def database(self) -> str | None:
         """The plugin that keeps Orthanc's index; none for Orthanc's own SQLite.
 
@@ -85,8 +114,9 @@ class Lookup:
         """Orthanc's answer about a resource; none when it is gone.
 
         :raises LogUnavailableError: Orthanc can't answer now.
+        :raises PassedOverError: it can't answer this, though it was asked several times and answers else.
         """
-        return self._ask(f"/{_ROUTES[level]}/{resource}")
+        return self._describe(f"/{_ROUTES[level]}/{resource}")
 
     def studies(self, since: int, limit: int) -> list[str]:
         """The ids of some of Orthanc's studies, from an index on.
@@ -109,14 +139,15 @@ class Lookup:
         """When Orthanc received an instance, as it spells dates (UTC); empty where it can't say, none when it is gone.
 
         :raises LogUnavailableError: Orthanc can't answer now.
+        :raises PassedOverError: it can't answer this, though it was asked several times and answers else.
         """
-        found = self._ask(f"/instances/{instance}/metadata?expand")
+        found = self._describe(f"/instances/{instance}/metadata?expand")
         return None if found is None else str(found.get("ReceptionDate") or "")
 
     # -- parents ---------------------------------------------------------------------------------------------
 
     def parents(self, level: str, resource: str) -> dict[str, str] | None:
-        """Level → id of the parents; none when the resource is gone.
+        """Level → id of the parents; none when the resource is gone, or nobody can say.
 
         Parents are remembered without a check: an id is a hash over the parents' identifiers and never moves.
         """
@@ -124,7 +155,10 @@ class Lookup:
         while level in _ABOVE:
             above = self._above.get(resource) or self._foreseen.get(resource)
             if above is None:
-                answer = self._ask(f"/{_ROUTES[level]}/{resource}")
+                try:
+                    answer = self.resource(level, resource)
+                except PassedOverError:
+                    answer = None
                 if answer is None:
                     return found or None
                 above = str(answer[f"Parent{_ABOVE[level].capitalize()}"])
@@ -146,8 +180,11 @@ class Lookup:
         while len(unknown) >= _TOGETHER:
             first = next(iter(unknown))
             del unknown[first]
-            series = str((self._ask(f"/instances/{first}") or {}).get("ParentSeries", ""))
-            answer = self._ask(f"/series/{series}") if series else None
+            try:
+                series = str((self.resource("instance", first) or {}).get("ParentSeries", ""))
+                answer = self.resource("series", series) if series else None
+            except PassedOverError:
+                continue
             if answer is None:
                 continue
             self._keep(series, str(answer["ParentStudy"]))
@@ -163,10 +200,16 @@ class Lookup:
     # -- jobs ------------------------------------------------------------------------------------------------
 
     def take_job(self, callback: Callback) -> bool:
-        """Snapshot the job of a callback, once; false when Orthanc has forgotten it already."""
+        """Snapshot the job of a callback, once; false when Orthanc has forgotten it already, or can't describe it.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
         if callback in self._jobs:
             return True
-        answer = self._ask(f"/jobs/{callback.resource}")
+        try:
+            answer = self._describe(f"/jobs/{callback.resource}")
+        except PassedOverError:
+            answer = None
         self._jobs[callback] = job_snapshot(answer) if answer is not None else None
         return answer is not None
 
@@ -181,7 +224,12 @@ class Lookup:
     # -- tags and metadata -----------------------------------------------------------------------------------
 
     def describe(self, facts: Iterable[Fact]) -> None:
-        """Add the allow-listed tags and metadata to facts about resources that still exist."""
+        """Add the allow-listed tags and metadata to facts about resources that still exist.
+
+        What Orthanc can't describe, though it answers else, goes without any.
+
+        :raises LogUnavailableError: Orthanc can't answer now.
+        """
         if not self._tags and not self._metadata:
             return
         seen: dict[str, dict[str, Any]] = {}
@@ -195,24 +243,36 @@ class Lookup:
     def _described(self, level: str, resource: str) -> dict[str, Any]:
         described: dict[str, Any] = {}
         if self._tags:
-            described["tags"] = self._tags_of(level, resource)
+            with contextlib.suppress(PassedOverError):
+                described["tags"] = self._tags_of(level, resource)
         if self._metadata:
-            found = self._ask(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
-            described["metadata"] = {name: found[name] for name in self._metadata if name in found}
+            with contextlib.suppress(PassedOverError):
+                found = self._describe(f"/{_ROUTES[level]}/{resource}/metadata?expand") or {}
+                described["metadata"] = {name: found[name] for name in self._metadata if name in found}
         return described
 
     def _tags_of(self, level: str, resource: str) -> dict[str, str]:
-        """From Orthanc's index alone: main DICOM tags of the resource and of its parents, nearest first."""
+        """From Orthanc's index alone: main DICOM tags of the resource and of its parents, nearest first.
+
+        :raises PassedOverError: there is something that Orthanc can't describe, and nothing else is known.
+        """
         tags: dict[str, str] = {}
+        unknown: PassedOverError | None = None
         chain = [(level, resource), *(self.parents(level, resource) or {}).items()]
         for at_level, identifier in chain:
             missing = [tag for tag in self._tags if tag not in tags]
             if not missing:
                 break
-            answer = self._ask(f"/{_ROUTES[at_level]}/{identifier}") or {}
+            try:
+                answer = self.resource(at_level, identifier) or {}
+            except PassedOverError as error:  # what others say is known all the same
+                unknown = error
+                continue
             for field in _TAG_FIELDS:
                 known: Mapping[str, str] = answer.get(field, {})
                 tags.update((tag, known[tag]) for tag in missing if tag in known and tag not in tags)
+        if unknown is not None and not tags:
+            raise unknown
         return {tag: tags[tag] for tag in self._tags if tag in tags}
 
 

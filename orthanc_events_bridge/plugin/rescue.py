@@ -156,8 +156,9 @@ def _said(found: Salvage, aside: Path | None) -> str:
     parts.append(f"{found.rows} changes that some transport has not had were taken over")
     if not found.whole:
         parts.append(
-            f"LOST is what could not be read and Orthanc does not log (deletions, jobs); its log is read again behind"
-            f" Seq {found.cursor}, and what transports have had of that comes twice, with the same ids"
+            "LOST is what could not be read and Orthanc does not log (deletions, jobs); its log is read again behind"
+            f" Seq {found.cursor} ({found.settled} where it has no order), and what transports have had of that comes"
+            " twice, with the same ids"
         )
     if not found.all_resources:
         parts.append(

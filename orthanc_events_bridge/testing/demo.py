@@ -1,4 +1,4 @@
-"""``make demo``: from a DICOM file in a real Orthanc to a CloudEvent on a broker, and a count of both ends.
+"""``make demo``: from a DICOM file in a real Orthanc to a CloudEvent on a broker, a consumer that reacts, and a count.
 
 What is expected comes from Orthanc's own answers; what arrived, from a plain client of the broker.
 """
@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -21,6 +22,7 @@ from orthanc_events_bridge.testing.brokers.events import Event
 from orthanc_events_bridge.testing.guard import scratch_folder
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import ServerError
+from orthanc_events_bridge.testing.reacting import Reacting
 from orthanc_events_bridge.testing.servers import MissingComponentError
 
 #: Seconds between two looks at the broker.
@@ -143,6 +145,16 @@ def _summary(line: Line, subscriber: Subscriber) -> int:
     return 0 if report.ok else 1
 
 
+def _reacted(line: Line, consumer: Reacting) -> bool:
+    """Say what the consumer has handled; whether that is all."""
+    stable = {event.subject.rpartition("/")[2] for event in line.broker.read() if ".study.stable." in event.type}
+    _wait("the consumer", lambda: stable <= set(consumer.studies) or consumer.problem is not None)
+    print(f"a consumer has reacted to {len(set(consumer.studies))} of {len(stable)} stable studies")
+    if consumer.problem is not None:
+        print(f"the consumer failed: {consumer.problem}", file=sys.stderr)
+    return stable <= set(consumer.studies)
+
+
 def run(scratch: Path, kind: str, *, keep: bool, fault: str) -> int:
     """The demonstration. Returns the exit code."""
     if kind not in BROKERS:
@@ -157,13 +169,17 @@ def run(scratch: Path, kind: str, *, keep: bool, fault: str) -> int:
         orthanc = line.orthanc
         print(f"Orthanc {orthanc.get('/system')['Version']} runs at {orthanc.url}, with the bridge")
         line.ledger.expect("server.started")
-        with Subscriber(line.broker) as subscriber:
+        # A webhook has no consumers: its receiver is told.
+        reacting = nullcontext() if kind == "webhook" else Reacting(line.broker, orthanc.url)
+        with Subscriber(line.broker) as subscriber, reacting as consumer:
             _say("The CloudEvents as a plain client of the broker reads them (time, type, subject):")
             _wait("the first event", lambda: bool(subscriber.seen))
             study = _ingest(line)
             _delete(line, study)
             _run_job(line)
             code = _summary(line, subscriber)
+            if consumer is not None and not _reacted(line, consumer):
+                code = 1
             if subscriber.problem is not None:
                 print(f"the subscriber failed: {subscriber.problem!r}", file=sys.stderr)
                 code = 1

@@ -185,8 +185,8 @@ IN_ORTHANC: Final[dict[str, str]] = {
     "rebirth": "from orthanc_events_bridge.resources import Resources\n"
     "Resources.lost_deletions = lambda self, facts, index: []\n",
     # A backfill doesn't look at what was announced.
-    "announced": "from orthanc_events_bridge.changes.backfill import Backfill\n"
-    "Backfill._is_new = lambda self, resource: True\n",
+    "announced": "import orthanc_events_bridge.changes.backfill as backfill\n"
+    "backfill.is_new = lambda announced, resource: True\n",
 }
 
 

@@ -28,10 +28,13 @@ Errors
 What a consumer may rely on
 ---------------------------
 Sharing
-    Subscribers of one name share its events: each is given to one of them. Another name gets all of them too.
+    Subscribers of one name share its events: each is given to one of them. Another name gets all of them too. What
+    is sent to a name's inbox (`Transport.inbox`) its subscribers share as well, under the address that everybody got it
+    by; neither waits for the other.
 Beginning
     A name's very first subscription begins with the next event, or with the oldest kept one. Every later one begins
-    with what the name has not settled yet, however long nobody was there.
+    with what the name has not settled yet, however long nobody was there. Where the place was deleted and made again,
+    that is everything in the new one.
 Settling
     A delivery is settled exactly once: `Delivery.ack`; or `Delivery.nack`, which gives it to the name again, not
     before the delay has passed, without holding up others meanwhile, and also if everything is restarted in between;
@@ -59,6 +62,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from orthanc_events_bridge.errors import TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.headers import ADDRESS, CONSUMER
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.options import TransportOptions
@@ -110,9 +114,11 @@ class Outgoing(NamedTuple):
     def in_inbox(self, consumer: str, address: str) -> Outgoing:
         """The event as it is sent to one consumer.
 
-        :param address: under which everybody gets it.
+        :param address: under which everybody gets it, unless its headers say so already: what is sent again may have
+            come from elsewhere.
         """
-        return self._replace(headers=(*self.headers, ("orthanc-consumer", consumer), ("orthanc-address", address)))
+        kept = dict(self.headers)
+        return self._replace(headers=tuple({ADDRESS: address, **kept, CONSUMER: consumer}.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -19,6 +20,7 @@ from orthanc_events_bridge.transports.base import (
     Transport,
 )
 from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_dead import KafkaDeadLetters
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_publisher import Publisher
 from orthanc_events_bridge.transports.kafka_reader import offsets, read
@@ -126,7 +128,14 @@ class KafkaTransport(Transport):
     # Receiving, and looking at it.
 
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> Subscription:
         check_name(self.name, name)
         _, topic = self._connected()
@@ -139,10 +148,18 @@ class KafkaTransport(Transport):
             in_flight=in_flight,
             ack_wait=ack_wait,
             behind=self._behind.setdefault(name, set()),
+            ordered=ordered,
         )
         self._begun.add(name)
         self._subscriptions = {one for one in self._subscriptions if not one.closed} | {subscription}
         return subscription
+
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        cluster, _ = self._connected()
+        check_name(self.name, consumer)
+        found = KafkaDeadLetters(cluster, self._everybodys, consumer)
+        await found.find()
+        return found
 
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         _, topic = self._connected()

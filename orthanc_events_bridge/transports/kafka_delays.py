@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from orthanc_events_bridge.transports.base import Incoming
+
 #: Seconds that an event waits in each topic of delays. Delays below the first wait there too, each for itself.
 STEPS: Final = (1, 5, 30, 120, 600, 3600)
 
@@ -76,8 +78,22 @@ def copy_of(record: Any, topic: str, changes: Mapping[str, str]) -> Copy:
 
     :param changes: headers that are set, in place of those of the same name.
     """
-    kept = [(name, value) for name, value in record.headers if name not in changes]
-    return Copy(topic, record.key, record.value, [*kept, *((name, text.encode()) for name, text in changes.items())])
+    return Copy(topic, record.key, record.value, changed(record.headers, changes))
+
+
+def changed(headers: Sequence[tuple[str, bytes | None]], changes: Mapping[str, str]) -> list[tuple[str, bytes | None]]:
+    """Headers, with others in place of those of the same name, or behind them."""
+    kept = [(name, value) for name, value in headers if name.lower() not in changes]
+    return [*kept, *((name, text.encode()) for name, text in changes.items())]
+
+
+def message_of(record: Any, topic: str, number: int) -> Incoming:
+    """A record as a subscriber receives it; a copy says where it came from.
+
+    :param number: of its partition.
+    """
+    headers = {name.lower(): (value or b"").decode("utf-8", "replace") for name, value in record.headers}
+    return Incoming(headers.get(ADDRESS, topic), record.value or b"", headers, f"{number}:{record.offset}")
 
 
 def attempts_of(headers: Mapping[str, str], name: str) -> int:

@@ -24,8 +24,9 @@ from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, by_topic, share_out
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
-#: How members of ours share; Kafka lets nobody in who knows another way.
+#: How members of ours share, without an order and with one; Kafka lets nobody in who knows another way.
 _PROTOCOL: Final = "orthanc-events-1"
+_ORDERED: Final = "orthanc-events-1-ordered"
 #: Seconds that a server may take to find, load or move a group, beside what it takes to answer.
 _LOADING: Final = 15.0
 #: Seconds between two tries meanwhile.
@@ -44,7 +45,8 @@ HAS_MEMBERS: Final = errors.UnknownMemberIdError.errno
 NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, errors.InvalidCommitOffsetSizeError.errno})
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
-    errors.InconsistentGroupProtocolError.errno: "another program has a consumer group of this name; use another name",
+    errors.InconsistentGroupProtocolError.errno: "another program has a consumer group of this name, or a subscriber "
+    "with another `ordered`; use another name",
     errors.InvalidSessionTimeoutError.errno: "choose an ack_wait that group.min.session.timeout.ms and "
     "group.max.session.timeout.ms of the server allow",
     errors.GroupAuthorizationFailedError.errno: "let the user read the consumer group",
@@ -84,15 +86,20 @@ class Group:
     :param cluster: for joining alone: a server that has all members wait answers nothing else meanwhile.
     :param beside: for everything else.
     :param session: after so many seconds without a word of a member, its places are given to others.
+    :param ordered: whether its members keep an order.
+    :ivar name: of the group.
     :ivar member: our id; empty before we have one.
     :ivar lease: until then, on the clock `boot_time`, we are certainly a member.
     """
 
-    def __init__(self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float) -> None:
+    def __init__(
+        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float, *, ordered: bool
+    ) -> None:
         self._cluster = cluster
         self._beside = beside
         self._patience = options.ack_timeout
-        self._name = name
+        self.name = name
+        self._protocol = _ORDERED if ordered else _PROTOCOL
         self._session = session
         self.member = ""
         self._generation = -1
@@ -107,7 +114,7 @@ class Group:
         """
         tries = _Tries()
         while True:
-            answer = await self._beside.ask(FindCoordinatorRequest(self._name, 0))
+            answer = await self._beside.ask(FindCoordinatorRequest(self.name, 0))
             self._server = answer.coordinator_id
             if answer.error_code not in (_LOADS, *_MOVED) or not await tries.again():
                 break
@@ -154,7 +161,7 @@ class Group:
         known = ConsumerProtocolMemberMetadata(0, topics, claim.encode()).encode()
         milliseconds = round(self._session * 1000)
         request = JoinGroupRequest(
-            self._name, milliseconds, milliseconds, self.member, None, "consumer", [(_PROTOCOL, known)]
+            self.name, milliseconds, milliseconds, self.member, None, "consumer", [(self._protocol, known)]
         )
         self.lease = float("inf")  # who is waiting for the others is not given up
         answer = await self._ask(self._cluster, request, self._session + _LOADING + self._patience)
@@ -168,7 +175,7 @@ class Group:
         if answer.leader_id == answer.member_id:
             found = await counts()
             shares = _share(answer.members, found)
-        sync = SyncGroupRequest(self._name, self._generation, self.member, None, shares)
+        sync = SyncGroupRequest(self.name, self._generation, self.member, None, shares)
         began = boot_time()
         answer = await self._ask(self._cluster, sync, self._session + self._patience)
         if answer.error_code:
@@ -185,7 +192,7 @@ class Group:
         :raises TransportError: we are no member any more.
         """
         began = boot_time()
-        request = HeartbeatRequest(self._name, self._generation, self.member)
+        request = HeartbeatRequest(self.name, self._generation, self.member)
         answer = await self._ask(self._cluster, request, self._patience)
         if answer.error_code not in (0, _SHARING):
             raise self._refused(answer.error_code)
@@ -199,7 +206,7 @@ class Group:
         :param member: another one than us.
         :raises TransportError: nobody has heard it.
         """
-        await self._ask(cluster or self._beside, LeaveGroupRequest(self._name, member or self.member), self._patience)
+        await self._ask(cluster or self._beside, LeaveGroupRequest(self.name, member or self.member), self._patience)
 
     # Places.
 
@@ -208,7 +215,7 @@ class Group:
 
         :raises TransportError: it can't be had.
         """
-        request = OffsetFetchRequest(self._name, list(by_topic((place, place[1]) for place in places).items()))
+        request = OffsetFetchRequest(self.name, list(by_topic((place, place[1]) for place in places).items()))
         tries = _Tries()
         while True:
             answer = await self._ask(self._beside, request, self._patience)
@@ -231,7 +238,7 @@ class Group:
         """
         rows = by_topic((place, (place[1], offset, note)) for place, (offset, note) in places.items())
         generation, member = (-1, "") if outside else (self._generation, self.member)
-        request = OffsetCommitRequest(self._name, generation, member, _REMEMBERED, list(rows.items()))
+        request = OffsetCommitRequest(self.name, generation, member, _REMEMBERED, list(rows.items()))
         answer = await self._ask(self._beside, request, self._patience)
         codes = {code for _, those in answer.topics for _, code in those} - {0}
         passing = {_LOADS, _SHARING, *_MOVED, *NOTE_TOO_LONG}
@@ -249,14 +256,14 @@ class Group:
         text = f"{errors.for_code(code).__name__} ({code})"
         if code in _MISTAKES:
             return TransportConfigurationError(
-                f"Kafka does not let us into the consumer group {self._name}: {text}", _MISTAKES[code]
+                f"Kafka does not let us into the consumer group {self.name}: {text}", _MISTAKES[code]
             )
         if code in (errors.UnknownMemberIdError.errno, errors.IllegalGenerationError.errno):
             return NotConnectedError(
-                f"Kafka has given our share of {self._name} to others: nothing was heard of us for too long",
+                f"Kafka has given our share of {self.name} to others: nothing was heard of us for too long",
                 "what was in hand comes again; subscribe again",
             )
-        return NotConnectedError(f"Kafka's consumer group {self._name} can't be used now: {text}", "subscribe again")
+        return NotConnectedError(f"Kafka's consumer group {self.name} can't be used now: {text}", "subscribe again")
 
 
 def _share(members: Iterable[tuple[str, Any, bytes]], counts: Mapping[str, int]) -> list[tuple[str, bytes]]:

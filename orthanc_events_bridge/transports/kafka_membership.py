@@ -11,6 +11,7 @@ from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
 from orthanc_events_bridge.transports.kafka_group import NOTE_TOO_LONG, Group, Share
+from orthanc_events_bridge.transports.kafka_ordered import begun_as
 from orthanc_events_bridge.transports.kafka_partition import NOTE, Partition, mark_of
 from orthanc_events_bridge.transports.kafka_retries import Retries
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place
@@ -32,6 +33,7 @@ class Membership:
     :param topic: the one that events go to.
     :param lost: told of a partition that goes to another member although something of it is in hand: it is too late
         for that.
+    :param ordered: whether of a partition of that topic one event is in hand at a time.
     :ivar partitions: those that are ours.
     :ivar joined: set once we are a member.
     """
@@ -45,6 +47,8 @@ class Membership:
         fetcher: Fetcher,
         ack_wait: float,
         lost: Callable[[Partition], None],
+        *,
+        ordered: bool,
     ) -> None:
         self.partitions: dict[Place, Partition] = {}
         self.joined = asyncio.Event()
@@ -55,6 +59,7 @@ class Membership:
         self._fetcher = fetcher
         self._ack_wait = ack_wait
         self._lost = lost
+        self._ordered = ordered
         self._told: frozenset[str] = frozenset()
         self._stirred = asyncio.Event()
         self._settled = asyncio.Event()
@@ -104,10 +109,17 @@ class Membership:
         new = share.places - self.partitions.keys()
         stored = await self._group.stored(new) if new else {}
         for place in new:
-            mark = mark_of(self._topic.metadata.id) if place[0] == self._topic.name else ""
+            events = place[0] == self._topic.name
             step = self._retries.steps.get(place[0])
-            self.partitions[place] = Partition.begin(place, step, stored.get(place), mark)
+            row, mark = stored.get(place), self._mark(place)
+            self.partitions[place] = Partition.begin(place, step, row, mark, ordered=self._ordered and events)
         self._fetcher.use(self.partitions.values())
+
+    def _mark(self, place: Place) -> str:
+        """With what the notes on a partition begin."""
+        if place == (self._retries.inbox, 0):
+            return begun_as(self._ordered)
+        return mark_of(self._topic.metadata.id) if place[0] == self._topic.name else ""
 
     async def _keep(self, share: Share) -> None:
         """Say that we are alive, until it is time to share anew."""

@@ -125,6 +125,12 @@ class KafkaOptions(TransportOptions):
         "sent to this consumer alone (`orthanc-events replay`), and of what it gets again. It is made when it is "
         "first needed, with as many partitions as the topic.",
     )
+    dead_prefix: Annotated[str, AfterValidator(_prefix)] = Field(
+        default="orthanc.dead",
+        description="Beginning of the name of the topic of a consumer's dead letters, `{dead_prefix}.{consumer}`. It "
+        "is made when it is first needed, with one partition and `cleanup.policy=compact`: a dead letter is kept until "
+        "somebody removes it.",
+    )
     declare: bool = Field(
         default=True,
         description="Make the topics if they are missing. `false`: only check that they are there and fit.",

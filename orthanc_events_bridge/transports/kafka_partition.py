@@ -12,12 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from orthanc_events_bridge.transports.kafka_ordered import Again
+
 if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.kafka_delivery import KafkaDelivery
     from orthanc_events_bridge.transports.kafka_sharing import Place
-    from orthanc_events_bridge.transports.kafka_subscription import KafkaDelivery
 
 #: Bytes of a note that every server takes, unless its offset.metadata.max.bytes was lowered.
 NOTE: Final = 4096
+#: What notes of ours can begin with.
+_MARK: Final = re.compile(r"[0-9a-f]{8}:|(un)?ordered:")
 #: So many events of a partition wait here before no more are fetched.
 _ENOUGH: Final = 500
 
@@ -80,7 +84,9 @@ class Partition:
     :ivar gone: it is not ours any more.
     :ivar queued: it stands in line with what it has.
     :ivar stored: what Kafka keeps of our progress.
-    :ivar mark: with what its notes begin: `mark_of`.
+    :ivar mark: with what its notes begin: `mark_of`, and `orthanc_events_bridge.transports.kafka_ordered.begun_as`.
+    :ivar ordered: nothing is given out while something is held.
+    :ivar again: where it is ordered: what was given back and is not settled.
     """
 
     place: Place
@@ -97,19 +103,32 @@ class Partition:
     gone: bool = False
     queued: bool = False
     mark: str = ""
+    ordered: bool = False
+    again: Again | None = None
 
     @classmethod
-    def begin(cls, place: Place, step: int | None, stored: tuple[int, str] | None, mark: str = "") -> Partition:
+    def begin(
+        cls,
+        place: Place,
+        step: int | None,
+        stored: tuple[int, str] | None,
+        mark: str = "",
+        *,
+        ordered: bool = False,
+    ) -> Partition:
         """Begin where the group has got to; with the oldest event where it has never begun with this topic.
 
         An offset that an administrator has set, without a mark, counts.
         """
-        marked = re.match(r"[0-9a-f]{8}:", stored[1]) if stored else None
+        marked = _MARK.match(stored[1]) if stored else None
         if marked and mark and marked[0] != mark:
             stored = None
         offset, note = stored or (0, "")
-        rest, high = read_note(offset, note[len(marked[0]) :] if marked else note)
-        return cls(place, step, -1, offset, offset, stored, frozenset(rest), high, mark=mark)
+        note = note[len(marked[0]) :] if marked else note
+        rest, high = read_note(offset, note)
+        again = Again.read(offset, note) if ordered else None
+        rows = frozenset(rest)
+        return cls(place, step, -1, offset, offset, stored, rows, high, mark=mark, ordered=ordered, again=again)
 
     def arrived(self, records: Iterable[Any]) -> None:
         """Take what was fetched, but for what is settled already."""
@@ -122,6 +141,37 @@ class Partition:
     def hungry(self) -> bool:
         """Whether more of it is to be fetched."""
         return len(self.records) < _ENOUGH and not self.leaving
+
+    @property
+    def blocked(self) -> bool:
+        """Whether what is held comes first."""
+        return self.ordered and bool(self.held)
+
+    @property
+    def due(self) -> float:
+        """When the next may be given out, as a time of the epoch."""
+        again = self.again_of(self.records[0])
+        return again.due if again else 0.0
+
+    def again_of(self, record: Any) -> Again | None:
+        """What is known of a record that was given back."""
+        return self.again if self.again is not None and self.again.offset == record.offset else None
+
+    def settled(self, offset: int) -> None:
+        """It is not held any more, and never will be."""
+        self.held.pop(offset, None)
+        if self.again is not None and self.again.offset == offset:
+            self.again = None
+
+    def give_back(self, record: Any, again: Again) -> None:
+        """What is held is to be given out again, before all others."""
+        self.held.pop(record.offset, None)
+        self.again = again
+        self.given = record.offset
+        if self.leaving:
+            self.wanted = record.offset
+        else:
+            self.records.appendleft(record)
 
     def restart(self, offset: int) -> None:
         """Go on elsewhere: what we wanted is not there."""
@@ -144,6 +194,7 @@ class Partition:
             unsettled += sorted(offset for offset in self.rest if offset >= self.given)
         high = max(self.given, self.high)
         mark = self.mark if len(self.mark) <= room else ""
-        if not unsettled:
-            return high, mark
-        return unsettled[0], mark + write_note(unsettled[0], unsettled, high, room - len(mark))
+        low, room = unsettled[0] if unsettled else high, room - len(mark)
+        if self.again is not None and self.again.offset == low:
+            return low, mark + self.again.write(room)
+        return low, mark + (write_note(low, unsettled, high, room) if unsettled else "")

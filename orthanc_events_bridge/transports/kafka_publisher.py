@@ -16,7 +16,8 @@ from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from orthanc_events_bridge.errors import EventRejectedError, NotConnectedError, RefusedError, TransportError
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
-from orthanc_events_bridge.transports.kafka_connection import Cluster, Connection
+from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_node import Connection
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_producer import Batch, Producer, size
 from orthanc_events_bridge.transports.kafka_protocol import refused

@@ -61,16 +61,20 @@ class Queue:
             had_enough, ready = not one.hungry, now
             try:
                 for _ in range(min(_TURN, len(one.records))):
-                    due = now
+                    if one.blocked:
+                        break
+                    ready, due = max(now, one.due), now
                     if one.step is not None:
                         ready, due = waiting_time(one.records[0], one.step)
-                        if ready > now:
-                            break
+                    if ready > now:
+                        break
                     record = one.records.popleft()
                     one.given = record.offset + 1
                     yield one, record, due - now
             finally:
-                if ready > now:
+                if one.blocked:
+                    one.queued = False
+                elif ready > now:
                     heapq.heappush(self._later, (ready, next(self._numbers), one))
                 elif one.records:
                     self._ready.append(one)

@@ -7,21 +7,19 @@ copy of comes again.
 from __future__ import annotations
 
 import asyncio
-import time
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import errors
-from aiokafka.protocol.admin import CreateTopicsRequest
 from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_delays import STEPS, Copy, retry_topic
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_places import LED_ELSEWHERE, batch_of, need_topic
 from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refused
 
 #: The wire contract's number of partitions, whatever a topic has.
@@ -31,17 +29,8 @@ _REQUEST: Final = 512 * 1024
 #: Bytes that a copy, with its headers, may be larger than the largest event by.
 _LARGER: Final = 64 * 1024
 _SEGMENT: Final = 64 * 1024**2
-#: Seconds between two looks at a topic that is coming into being.
+#: Seconds between two tries to store something whose partition has no leader yet.
 _LOOK: Final = 0.02
-
-#: What Kafka answers where nothing is stored, and another node, or the same one soon, does it.
-_LED_ELSEWHERE: Final = frozenset(
-    {
-        errors.UnknownTopicOrPartitionError.errno,
-        errors.LeaderNotAvailableError.errno,
-        errors.NotLeaderForPartitionError.errno,
-    }
-)
 
 
 def inbox_topic(options: KafkaOptions, name: str) -> str:
@@ -92,50 +81,26 @@ class Retries:
         :raises NotConnectedError: Kafka doesn't answer.
         :raises TransportConfigurationError: it is not there, and can't be made.
         """
-        found = self._known.get(topic) or await self._cluster.topic(topic)
+        found = self._known.get(topic)
         if found is None:
-            if not self._options.declare:
-                raise TransportConfigurationError(
-                    f"Kafka has no topic {topic}, and declare is false",
-                    "make it, with as many partitions as the events' topic has, or set declare to true",
-                )
-            await self._make(topic)
-            self.made.add(topic)
-        end = asyncio.get_running_loop().time() + self._options.connect_timeout
-        while found is None or -1 in found.leaders or not found.leaders:
-            if asyncio.get_running_loop().time() > end:
-                raise NotConnectedError(f"no server of Kafka leads the topic {topic}", "start the servers that hold it")
-            await asyncio.sleep(_LOOK)
-            found = await self._cluster.topic(topic)
-        self._known[topic] = found
+            partitions = len(self._main.leaders)
+            found, made = await need_topic(self._cluster, self._options, topic, partitions, self._settings())
+            if made:
+                self.made.add(topic)
+            self._known[topic] = found
         return found
 
-    async def _make(self, topic: str) -> None:
+    def _settings(self) -> dict[str, str]:
         limits = self._options.limits
         settings = {
             "cleanup.policy": "delete",
-            "unclean.leader.election.enable": "false",
-            "min.insync.replicas": str(limits.needed_replicas),
             "retention.ms": str(round(limits.max_age * 1000) or -1),
             "retention.bytes": str(limits.max_bytes or -1),
             "segment.bytes": str(_SEGMENT),
         }
         if self._largest is not None:
             settings["max.message.bytes"] = str(self._largest)
-        new: tuple[Any, ...] = (topic, len(self._main.leaders), limits.replicas, [], list(settings.items()))
-        timeout = round(self._options.connect_timeout * 1000)
-        answer = await self._cluster.ask(CreateTopicsRequest([new], timeout, False))
-        for _, code, text in answer.topic_errors:
-            # Another subscriber can have been quicker.
-            if code in (errors.NoError.errno, errors.TopicAlreadyExistsError.errno):
-                continue
-            error = refused(code, topic)
-            if isinstance(error, TransportConfigurationError) or getattr(errors.for_code(code), "retriable", False):
-                raise error
-            raise TransportConfigurationError(
-                f"Kafka can't make the topic {topic}: {text or errors.for_code(code).__name__} ({code})",
-                "check `limits`; limits.replicas can't be more than there are servers",
-            )
+        return settings
 
     # Copies.
 
@@ -201,7 +166,7 @@ class Retries:
             for answer, batches in zip(answers, by_leader.values(), strict=True):
                 found = await self._cluster.wait(answer, self._options.ack_timeout)
                 for topic, number, code in ((topic, *row[:2]) for topic, rows in found.topics for row in rows):
-                    if code in _LED_ELSEWHERE and not last:
+                    if code in LED_ELSEWHERE and not last:
                         self._known.pop(topic, None)
                         again += batches[topic, number]
                     elif code:
@@ -214,22 +179,6 @@ class Retries:
     def _request(self, batches: Mapping[tuple[str, int], Sequence[Copy]]) -> Any:
         rows: dict[str, list[tuple[int, bytes]]] = {}
         for (topic, number), copies in batches.items():
-            rows.setdefault(topic, []).append((number, _batch(copies)))
+            rows.setdefault(topic, []).append((number, batch_of(copies)))
         # Kafka says itself that replicas are missing, before we give up.
         return ProduceRequest(None, -1, round(self._options.ack_timeout * 800), list(rows.items()))
-
-
-def _batch(copies: Sequence[Copy]) -> bytes:
-    builder = DefaultRecordBatchBuilder(
-        magic=2,
-        compression_type=0,
-        is_transactional=0,
-        producer_id=-1,
-        producer_epoch=-1,
-        base_sequence=-1,
-        batch_size=2**30,
-    )
-    now = time.time_ns() // 1_000_000
-    for offset, copy in enumerate(copies):
-        builder.append(offset, now, copy.key, copy.value, list(copy.headers))
-    return bytes(builder.build())

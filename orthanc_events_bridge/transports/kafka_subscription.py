@@ -12,31 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.base import Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.base import Delivery, Subscription
+from orthanc_events_bridge.transports.kafka_beginning import begin
 from orthanc_events_bridge.transports.kafka_connection import Cluster
-from orthanc_events_bridge.transports.kafka_delays import (
-    ADDRESS,
-    ATTEMPTS,
-    CONSUMER,
-    DUE,
-    OPERATION,
-    attempts_of,
-    copy_of,
-    format_time,
-    retry_topic,
-    step_for,
-)
+from orthanc_events_bridge.transports.kafka_dead import DeadTopic
+from orthanc_events_bridge.transports.kafka_delays import copy_of, retry_topic, step_for
+from orthanc_events_bridge.transports.kafka_delivery import KafkaDelivery
 from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
-from orthanc_events_bridge.transports.kafka_group import HAS_MEMBERS, NOTE_TOO_LONG, Group
+from orthanc_events_bridge.transports.kafka_group import Group
 from orthanc_events_bridge.transports.kafka_membership import Membership
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from orthanc_events_bridge.transports.kafka_partition import Partition, mark_of
+from orthanc_events_bridge.transports.kafka_partition import Partition
 from orthanc_events_bridge.transports.kafka_queue import Queue
-from orthanc_events_bridge.transports.kafka_reader import offsets
 from orthanc_events_bridge.transports.kafka_retries import Retries
 from orthanc_events_bridge.transports.kafka_topic import Topic
 from orthanc_events_bridge.transports.subscriptions import boot_time
@@ -44,39 +35,8 @@ from orthanc_events_bridge.transports.subscriptions import boot_time
 #: Kafka's smallest session by default, and what a member's has beyond ``ack_wait``: its last word is that old.
 _SHORTEST_SESSION: Final = 6.0
 _MARGIN: Final = 1.0
-#: Seconds between two tries to note where a name begins.
-_LOOK: Final = 0.02
 #: Seconds that each of the steps of closing may take.
 _CLOSING: Final = 0.35
-
-
-class KafkaDelivery(Delivery):
-    """Settled here; Kafka is told a moment later."""
-
-    def __init__(
-        self, subscription: KafkaSubscription, partition: Partition, record: Any, message: Incoming, attempt: int
-    ) -> None:
-        super().__init__(message, attempt)
-        self.subscription = subscription
-        self.partition = partition
-        self.record = record
-        self.since = boot_time()
-        self.lost = False
-
-    async def ack(self) -> None:
-        """See `orthanc_events_bridge.transports.base.Delivery.ack`.
-
-        It is stored within a tenth of a second. What dies or is lost before that comes again.
-        """
-        if self.subscription.take_back(self):
-            self.subscription.settle(self.partition, self.record.offset)
-
-    async def nack(self, delay: float = 0.0) -> None:
-        await self.subscription.retry(self, delay)
-
-    async def extend(self) -> None:
-        self.subscription.check(self)
-        self.since = boot_time()
 
 
 class KafkaSubscription(Subscription):
@@ -95,6 +55,7 @@ class KafkaSubscription(Subscription):
         in_flight: int,
         ack_wait: float,
         behind: set[str],
+        ordered: bool,
     ) -> None:
         self._options = options
         self._topic = topic
@@ -106,10 +67,14 @@ class KafkaSubscription(Subscription):
         self._behind = behind
         joining, beside, fetching = clusters
         self._beside = beside
-        self._group = Group(joining, beside, options, name, max(_SHORTEST_SESSION, ack_wait + _MARGIN))
+        session = max(_SHORTEST_SESSION, ack_wait + _MARGIN)
+        self._group = Group(joining, beside, options, name, session, ordered=ordered)
         self._retries = Retries(beside, options, name, topic.metadata, topic.largest)
+        self._dead = DeadTopic(beside, options, name, topic.largest)
         self._fetcher = Fetcher(fetching, beside, options, topic, self._arrived)
-        self._membership = Membership(self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose)
+        self._membership = Membership(
+            self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose, ordered=ordered
+        )
         self._queue = Queue(self._fetcher.wake)
         self._held: set[KafkaDelivery] = set()
         self._news: set[asyncio.Future[None]] = set()
@@ -129,6 +94,7 @@ class KafkaSubscription(Subscription):
         in_flight: int,
         ack_wait: float,
         behind: set[str],
+        ordered: bool,
     ) -> KafkaSubscription:
         """Fix where the name begins, make its inbox, and become a member.
 
@@ -144,13 +110,13 @@ class KafkaSubscription(Subscription):
         try:
             while len(clusters) < 3:
                 clusters.append(await connect())
-            self = cls(options, topic, connect, clusters, name, in_flight, ack_wait, behind)
+            self = cls(options, topic, connect, clusters, name, in_flight, ack_wait, behind, ordered)
             await self._group.find()
             for member in sorted(behind):
                 await self._group.leave(member=member)
                 behind.discard(member)
             await self._retries.need(self._retries.inbox)
-            await self._begin(oldest)
+            await begin(self._group, self._beside, options, topic, self._retries.inbox, oldest=oldest, ordered=ordered)
             membership = self._membership
             for work in (membership.run(), membership.follow(), self._fetcher.run(), self._retries.run()):
                 self._tasks.append(asyncio.create_task(self._guard(work)))
@@ -165,32 +131,6 @@ class KafkaSubscription(Subscription):
                 await asyncio.gather(*(cluster.give_up() for cluster in clusters))
             raise
         return self
-
-    async def _begin(self, oldest: bool) -> None:
-        """Fix where a new name begins, so that it is the same whatever happens from now on.
-
-        With the topic, Kafka forgets what a name has had of it. Its inbox then tells that it is not new.
-        """
-        places = [(self._topic.name, number) for number in range(len(self._topic.metadata.leaders))]
-        begun = (self._retries.inbox, 0)
-        stored = await self._group.stored([*places, begun])
-        if stored.keys() - {begun}:
-            return
-        found = await offsets(self._beside, self._options, self._topic.metadata, oldest=oldest or begun in stored)
-        mark = mark_of(self._topic.metadata.id)
-        end = asyncio.get_running_loop().time() + self._options.connect_timeout
-        while True:
-            rows = {(self._topic.name, one): (offset, mark) for one, offset in found.items()}
-            codes = await self._group.store({**rows, begun: stored.get(begun, (0, ""))}, outside=True)
-            if not codes - {HAS_MEMBERS}:  # where the name has subscribers, it has begun
-                return
-            if asyncio.get_running_loop().time() > end:  # without a place it would begin with the oldest event
-                raise NotConnectedError(
-                    f"Kafka does not note where {self._name} begins: {sorted(codes)}", "it is tried again by itself"
-                )
-            if codes & NOTE_TOO_LONG:
-                mark = ""
-            await asyncio.sleep(_LOOK)
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -252,10 +192,7 @@ class KafkaSubscription(Subscription):
         sending.add_done_callback(lambda sent: self._sent(one, record.offset, sent))
 
     def _give(self, one: Partition, record: Any) -> KafkaDelivery:
-        headers = {name.lower(): (value or b"").decode("utf-8", "replace") for name, value in record.headers}
-        topic, number = one.place
-        message = Incoming(headers.get(ADDRESS, topic), record.value or b"", headers, f"{number}:{record.offset}")
-        delivery = KafkaDelivery(self, one, record, message, attempts_of(headers, self._name) + 1)
+        delivery = KafkaDelivery(self, one, record, self._name)
         one.held[record.offset] = delivery
         self._held.add(delivery)
         return delivery
@@ -290,8 +227,10 @@ class KafkaSubscription(Subscription):
 
     def settle(self, one: Partition, offset: int) -> None:
         """The name is never given it again."""
-        one.held.pop(offset, None)
+        one.settled(offset)
         self._membership.settled(one)
+        if one.records:  # they have waited for it, where there is an order
+            self._arrived(one)
 
     def _lose(self, one: Partition) -> None:
         for delivery in one.held.values():
@@ -300,23 +239,32 @@ class KafkaSubscription(Subscription):
                 self._held.discard(delivery)
         self._tell()
 
-    async def retry(self, delivery: KafkaDelivery, delay: float) -> None:
-        """Store a copy for later, and settle it.
+    async def bury(self, delivery: KafkaDelivery, headers: Mapping[str, str]) -> None:
+        """Put it among the dead letters, and settle it.
+
+        :raises NotConnectedError: it comes again, and may be among the dead letters too.
+        :raises TransportError: it is not there, and is held on.
+        """
+        self.check(delivery)
+        if delivery in self._held:
+            await self._dead.put(delivery.record, delivery.dead_headers(headers))
+            if self.take_back(delivery):
+                self.settle(delivery.partition, delivery.record.offset)
+
+    async def retry(self, delivery: KafkaDelivery, delay: float, headers: Mapping[str, str]) -> None:
+        """Store a copy for later, and settle it; where there is an order, let its partition wait for it.
 
         :raises NotConnectedError: it comes again, and maybe the copy too.
         """
         if not self.take_back(delivery):
             return
-        topic = self._retries.inbox if delay <= 0 else retry_topic(self._name, step_for(delay))
-        changes = {
-            OPERATION: "retry",
-            ATTEMPTS: str(delivery.attempt),
-            DUE: format_time(time.time() + max(0.0, delay)),
-            CONSUMER: self._name,
-            ADDRESS: delivery.message.address,
-        }
         one, record = delivery.partition, delivery.record
-        sending = self._retries.send(copy_of(record, topic, changes))
+        if one.ordered:
+            one.give_back(record, delivery.again(delay, headers))
+            self._membership.settled(one)
+            self._arrived(one)
+            return
+        sending = self._retries.send(delivery.copy_for_later(self._retries.inbox, delay, headers))
         sending.add_done_callback(lambda sent: self._sent(one, record.offset, sent))
         await asyncio.wait({sending})  # to be cancelled here changes nothing
         if sending.exception() is not None:

@@ -6,6 +6,8 @@ Events are gone with the process.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -18,6 +20,7 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -25,6 +28,7 @@ from orthanc_events_bridge.transports.base import (
     Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.memory_dead import MemoryDeadLetters
 from orthanc_events_bridge.transports.memory_subscription import MemorySubscription, Name
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.subscriptions import check_name
@@ -38,31 +42,37 @@ _LOOK: Final = 0.01
 class Broker:
     """What outlives a connection. Tests set its attributes, from any thread, to make it fail.
 
+    :param clock: seconds, by which delays and ``ack_wait`` are measured.
     :ivar messages: what is stored, in order.
     :ivar names: of consumers, and how far each has come.
     :ivar inboxes: of consumers, what is stored for each alone, in order.
     :ivar dead: of consumers, their dead letters, in order.
+    :ivar begun: consumers that have subscribed, and how far each has come in its inbox.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
     :ivar latency: for how many seconds an answer is under way.
     :ivar generation: another number: the place was deleted and made again.
+    :ivar removed: how often an inbox was deleted.
     :ivar connections: another number: all connections were cut.
     :ivar refuse: asked before each event is stored; what it returns is raised.
     :ivar refuse_dead: the same of dead letters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self.messages: list[Incoming] = []
         self.ids: set[str] = set()
         self.names: dict[str, Name] = {}
         self.inboxes: dict[str, list[Incoming]] = {}
         self.dead: dict[str, list[Incoming]] = {}
+        self.begun: dict[str, Name] = {}
         self.up = True
         self.frozen = False
         self.deadline = 5.0
         self.latency = 0.0
         self.generation = 1
+        self.removed: Counter[str] = Counter()
         self.connections = 1
         self.refuse: Callable[[Outgoing], TransportError | None] = lambda event: None
         self.refuse_dead: Callable[[], TransportError | None] = lambda: None
@@ -97,16 +107,31 @@ class Broker:
         self.dead.setdefault(consumer, []).append(replace(message, headers={**message.headers, **named, **headers}))
 
     def recreate(self) -> None:
-        """Delete everything, as an operator who deletes a stream and makes it again."""
+        """Delete the place for everybody, as an operator who deletes a stream and makes it again."""
         self.messages = []
         self.ids = set()
         self.names = {}
-        self.inboxes = {}
         self.generation += 1
+
+    def remove_inbox(self, consumer: str) -> None:
+        """Delete a consumer's inbox, and what is known of the consumer there."""
+        self.ids -= {_key_of(one) for one in self.inboxes.pop(consumer, [])}
+        self.begun.pop(consumer, None)
+        self.removed[consumer] += 1
+
+    def forget(self) -> None:
+        """Lose everything, as a process that ends."""
+        self.recreate()
+        for consumer in {*self.inboxes, *self.begun}:
+            self.remove_inbox(consumer)
 
     def cut(self) -> None:
         """Cut every connection."""
         self.connections += 1
+
+
+def _key_of(message: Incoming) -> str:
+    return message.headers.get("dedupe-key", message.headers["orthanc-event-id"])
 
 
 class MemoryTransport(Transport):
@@ -160,6 +185,8 @@ class MemoryTransport(Transport):
         if self._connection != self.broker.connections:
             self._connection = self.broker.connections
             self._opened += 1
+        if self._consumer:
+            return f"{self._consumer} {self.broker.removed[self._consumer]}"
         return str(self.broker.generation)
 
     def inbox(self, consumer: str) -> Place:
@@ -208,22 +235,36 @@ class MemoryTransport(Transport):
         self._check()
         await self._answer()
         self._check()
-        messages, names, opened = self.broker.messages, self.broker.names, self._opened
-        state = names.setdefault(name, Name(messages, 0 if oldest else len(messages), ordered))
-        if state.ordered != ordered:
+        broker, opened = self.broker, self._opened
+        # Who has begun before misses nothing of a place that was made again.
+        first = 0 if oldest or name in broker.begun else len(broker.messages)
+        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
+        if live.ordered != ordered:
             raise TransportConfigurationError(
-                f"the broker has the consumer {name}, and it is {'ordered' if state.ordered else 'not ordered'}",
+                f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
                 "give the consumer another name, or subscribe as before",
             )
+        inbox = broker.begun.setdefault(name, Name(broker.inboxes.setdefault(name, []), 0, clock=broker.clock))
 
         def connected() -> bool:
-            there = self.broker.up and self._connection == self.broker.connections and self._opened == opened
-            return there and self.broker.names is names
+            there = broker.up and self._connection == broker.connections and self._opened == opened
+            return there and broker.names.get(name) is live and broker.begun.get(name) is inbox
 
         def bury(message: Incoming, headers: Mapping[str, str]) -> None:
-            self.broker.bury(name, message, headers)
+            broker.bury(name, message, headers)
 
-        return MemorySubscription(state, connected, self._answer, in_flight, ack_wait, bury)
+        return MemorySubscription((live, inbox), connected, self._answer, in_flight, ack_wait, bury)
+
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        check_name(self.name, consumer)
+        self._check()
+        await self._answer()
+
+        async def check() -> None:
+            self._check()
+            await self._answer()
+
+        return MemoryDeadLetters(self.broker.dead.setdefault(consumer, []), check)
 
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         self._check()

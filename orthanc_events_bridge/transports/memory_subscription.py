@@ -19,14 +19,22 @@ _LOOK: Final = 0.01
 
 
 class Name:
-    """What the broker knows of a name, whoever subscribes.
+    """What the broker knows of a name in one place, whoever subscribes.
 
-    :param messages: the broker's own list.
+    :param messages: the broker's own list: what is for everybody, or an inbox.
     :param position: so many of them are given already, or never will be.
     :param ordered: whether a partition's next event waits until the one before is settled.
+    :param clock: seconds.
     """
 
-    def __init__(self, messages: list[Incoming], position: int, ordered: bool = False) -> None:
+    def __init__(
+        self,
+        messages: list[Incoming],
+        position: int,
+        ordered: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._messages = messages
         self._position = position
         self.ordered = ordered
@@ -34,6 +42,11 @@ class Name:
         self._again: list[tuple[float, int, Incoming, int]] = []  # due, place among equals, what, next attempt
         self._places = itertools.count()
         self.held: dict[MemoryDelivery, None] = {}
+
+    @property
+    def due(self) -> float | None:
+        """When the next of those that wait is to be given again; none where none waits."""
+        return self._again[0][0] if self._again else None
 
     def give_again(self, delivery: MemoryDelivery, due: float, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """To be taken once more, not before that time."""
@@ -67,7 +80,7 @@ class Name:
 
     def take(self, subscription: MemorySubscription, limit: int) -> list[Delivery]:
         """What is there now: what is due again before what is new."""
-        now = time.monotonic()
+        now = self.clock()
         for delivery in [one for one in self.held if not one.subscription.alive() or one.deadline < now]:
             self.give_again(delivery, now)
         found: list[Delivery] = []
@@ -78,7 +91,7 @@ class Name:
                 message, attempt = new, 1
             else:
                 break
-            delivery = MemoryDelivery(subscription, message, attempt)
+            delivery = MemoryDelivery(subscription, self, message, attempt)
             self.held[delivery] = None
             found.append(delivery)
         return found
@@ -91,40 +104,43 @@ def _partition(message: Incoming) -> str:
 class MemoryDelivery(Delivery):
     """Settled at once."""
 
-    def __init__(self, subscription: MemorySubscription, message: Incoming, attempt: int) -> None:
-        super().__init__(message, attempt)
+    def __init__(self, subscription: MemorySubscription, name: Name, message: Incoming, attempt: int) -> None:
+        address = message.headers.get("orthanc-address", message.address)  # in an inbox: where everybody gets it
+        super().__init__(replace(message, address=address), attempt)
         self.subscription = subscription
-        self.deadline = time.monotonic() + subscription.ack_wait
+        self._name = name
+        self._clock = name.clock
+        self.deadline = self._clock() + subscription.ack_wait
         self._settled = False
 
     async def ack(self) -> None:
         if not self._settled:
             self._settled = True
             await self._check()
-            self.subscription.name.settled(self)
+            self._name.settled(self)
 
     async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
         if not self._settled:
             self._settled = True
-            due = time.monotonic() + delay
+            due = self._clock() + delay
             await self._check()
-            self.subscription.name.give_again(self, due, {"orthanc-operation": "retry", **headers})
+            self._name.give_again(self, due, {"orthanc-operation": "retry", **headers})
 
     async def reject(self, headers: Mapping[str, str]) -> None:
         if not self._settled:
             await self._check()
             self.subscription.bury(self.message, {"orthanc-attempts": str(self.attempt), **headers})
             self._settled = True
-            self.subscription.name.settled(self)
+            self._name.settled(self)
 
     async def extend(self) -> None:
         if not self._settled:
             await self._check()
-            self.deadline = time.monotonic() + self.subscription.ack_wait
+            self.deadline = self._clock() + self.subscription.ack_wait
 
     async def _check(self) -> None:
         await self.subscription.check()
-        if self not in self.subscription.name.held or self.deadline < time.monotonic():
+        if self not in self._name.held or self.deadline < self._clock():
             raise NotConnectedError(
                 f"the broker gives an event to another: its ack_wait of {self.subscription.ack_wait:g} s is over",
                 "raise ack_wait, or extend in time",
@@ -134,6 +150,7 @@ class MemoryDelivery(Delivery):
 class MemorySubscription(Subscription):
     """One subscriber.
 
+    :param names: its name where everybody gets events, and in its inbox: they take turns.
     :param connected: whether the connection is still the one that it was made over.
     :param answer: waits until the broker answers.
     :param bury: puts a message among the dead letters, with further headers.
@@ -141,14 +158,14 @@ class MemorySubscription(Subscription):
 
     def __init__(
         self,
-        name: Name,
+        names: tuple[Name, Name],
         connected: Callable[[], bool],
         answer: Callable[[], Awaitable[None]],
         in_flight: int,
         ack_wait: float,
         bury: Callable[[Incoming, Mapping[str, str]], None],
     ) -> None:
-        self.name = name
+        self._turns = deque(names)
         self.bury = bury
         self.ack_wait = ack_wait
         self._connected = connected
@@ -173,8 +190,12 @@ class MemorySubscription(Subscription):
         end = time.monotonic() + wait
         while True:
             await self.check()
-            held = sum(1 for one in self.name.held if one.subscription is self)
-            found = self.name.take(self, min(limit, self._in_flight - held))
+            held = sum(one.subscription is self for name in self._turns for one in name.held)
+            found: list[Delivery] = []
+            for _ in range(len(self._turns)):
+                self._turns.rotate()
+                if found := self._turns[0].take(self, min(limit, self._in_flight - held)):
+                    break
             if found or time.monotonic() >= end:
                 return found
             await asyncio.sleep(min(_LOOK, max(0.0, end - time.monotonic())))

@@ -11,7 +11,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
-from urllib.parse import quote
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -24,6 +23,7 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.transports.base import (
     Capabilities,
+    DeadLetters,
     Incoming,
     Outgoing,
     Place,
@@ -31,8 +31,11 @@ from orthanc_events_bridge.transports.base import (
     Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.nats_batch import Batch, more_headers, size_of
 from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_dead import NatsDeadLetters
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.nats_ordered import NatsOrderedSubscription
 from orthanc_events_bridge.transports.nats_stream import open_stream, refused
 from orthanc_events_bridge.transports.nats_subscription import NatsSubscription
 from orthanc_events_bridge.transports.nats_tail import tail
@@ -44,61 +47,6 @@ from orthanc_events_bridge.values import format_duration, format_size
 _HEADERS: Final = 256
 #: Events that are handed over before acknowledgements get their turn.
 _SLICE: Final = 100
-
-
-#: What a header's value can hold as it is: the draft of the binding's 1.0.3, section 3.1.3.2.
-_SAFE: Final = "".join(chr(number) for number in range(0x21, 0x7F) if chr(number) not in '"%')
-
-
-def _more_headers(event: Outgoing) -> str:
-    """The event's own further headers, and those of binary mode, in ASCII; of that, none in structured mode.
-
-    The draft calls for ``ce-datacontenttype``, and SDKs read ``content-type``: both are given.
-    """
-    if not event.attributes and not event.headers:
-        return ""
-    further = "".join(f"{name}: {value}\r\n" for name, value in event.headers)
-    if not event.attributes:
-        return further
-    attributes = (*event.attributes, ("datacontenttype", event.content_type))
-    return further + "".join(f"ce-{name}: {quote(value, safe=_SAFE)}\r\n" for name, value in attributes)
-
-
-def _size(event: Outgoing) -> int:
-    """How many bytes of ``max_payload`` it takes, but for `_HEADERS`."""
-    return len(event.body) + len(_more_headers(event))
-
-
-class _Batch:
-    """The acknowledgements of one batch as they come in.
-
-    In a cluster a refusal can overtake the acknowledgements of the events before it: it counts only when they
-    are there.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.acknowledged = bytearray(size)
-        self.leading = 0  # so many from the first on are confirmed without a hole
-        self.end = size  # those from here on don't matter any more
-        self.error: TransportError | None = None
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.progress = 0
-
-    def acknowledge(self, index: int) -> None:
-        self.acknowledged[index] = 1
-        self.progress += 1
-        while self.leading < self.end and self.acknowledged[self.leading]:
-            self.leading += 1
-        self._look()
-
-    def fail(self, index: int, error: TransportError) -> None:
-        if index < self.end:
-            self.end, self.error = index, error
-        self._look()
-
-    def _look(self) -> None:
-        if self.leading >= self.end and not self.done.done():
-            self.done.set_result(None)
 
 
 class NatsTransport(Transport):
@@ -132,7 +80,7 @@ class NatsTransport(Transport):
         self._server = 0
         self._inbox = ""
         self._batches = 0
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._last = 0  # the stream's number of the last message that we know of
 
     async def connect(self) -> str:
@@ -142,7 +90,7 @@ class NatsTransport(Transport):
             connection = self._connection = await self._open()
             self._inbox = connection.new_inbox()
             await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
-        info = await open_stream(connection, self._options, inbox=bool(self._consumer))
+        info = await open_stream(connection, self._options, "inbox" if self._consumer else "events")
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
 
@@ -189,11 +137,11 @@ class NatsTransport(Transport):
         if self._consumer:
             events = [event.in_inbox(self._consumer, self._subject(event)) for event in events]
         largest = connection.max_payload - _HEADERS
-        sendable = next((i for i, event in enumerate(events) if _size(event) > largest), len(events))
+        sendable = next((i for i, event in enumerate(events) if size_of(event) > largest), len(events))
         if sendable:
             await self._publish(connection, events[:sendable])
         if sendable < len(events):
-            size = _size(events[sendable])
+            size = size_of(events[sendable])
             raise PublishError(
                 sendable,
                 EventRejectedError(
@@ -203,7 +151,7 @@ class NatsTransport(Transport):
 
     async def _publish(self, connection: Connection, events: Sequence[Outgoing]) -> None:
         self._batches += 1
-        batch = self._batch = _Batch(len(events))
+        batch = self._batch = Batch(len(events))
         sending = asyncio.create_task(self._send(connection, batch, events))
         try:
             if "confirm" in self.without:
@@ -218,7 +166,7 @@ class NatsTransport(Transport):
         if batch.error is not None:
             raise PublishError(batch.leading, batch.error)
 
-    async def _send(self, connection: Connection, batch: _Batch, events: Sequence[Outgoing]) -> None:
+    async def _send(self, connection: Connection, batch: Batch, events: Sequence[Outgoing]) -> None:
         reply = f"{self._inbox}.{self._batches}."
         try:
             for start in range(0, len(events), _SLICE):
@@ -233,12 +181,12 @@ class NatsTransport(Transport):
     def _message(self, event: Outgoing, reply: str) -> bytes:
         """As the protocol spells it: nats-py takes much of a drain's time to check what is right already."""
         dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.dedupe or event.id}\r\n"
-        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{_more_headers(event)}\r\n"
+        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{more_headers(event)}\r\n"
         subject = self._subjects if self._consumer else self._subject(event)
         sizes = f"{len(headers)} {len(headers) + len(event.body)}"
         return b"%b%b\r\n" % (f"HPUB {subject} {reply} {sizes}\r\n{headers}".encode(), event.body)
 
-    async def _settle(self, connection: Connection, batch: _Batch) -> None:
+    async def _settle(self, connection: Connection, batch: Batch) -> None:
         """Wait for the acknowledgements, as long as they keep coming.
 
         :raises TransportError: they don't.
@@ -286,12 +234,25 @@ class NatsTransport(Transport):
     # Receiving, and looking at it.
 
     async def subscribe(
-        self, name: str, *, oldest: bool = False, in_flight: int = 256, ack_wait: float = 30.0
+        self,
+        name: str,
+        *,
+        oldest: bool = False,
+        in_flight: int = 256,
+        ack_wait: float = 30.0,
+        ordered: bool = False,
+        longest: float = 0.0,
     ) -> Subscription:
+        """See `orthanc_events_bridge.transports.base.Transport.subscribe`. NATS has no limit below ``longest``."""
         check_name(self.name, name)
-        return await NatsSubscription.open(
+        kind = NatsOrderedSubscription if ordered else NatsSubscription
+        return await kind.open(
             self._connected(), self._options, name, oldest=oldest, in_flight=in_flight, ack_wait=ack_wait
         )
+
+    async def dead_letters(self, consumer: str) -> DeadLetters:
+        check_name(self.name, consumer)
+        return NatsDeadLetters(self._connected(), self._options, consumer)
 
     def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         return tail(self._connected, self._options, oldest=oldest)

@@ -1,73 +1,119 @@
-"""The durable pull consumer that a name's subscribers share at a NATS stream: found and checked, or made."""
+"""The durable pull consumers that a name's subscribers share at NATS: found and checked, or made."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import nats.js.errors
-from nats.js import JetStreamManager
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.nats_stream import open_stream
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
 #: JetStream's numbers for: no leader at the moment, or the stream has just been deleted.
-_PASSING: Final = frozenset({10008, 10009, 10059})
+_NO_STREAM: Final = 10059
+_PASSING: Final = frozenset({10008, 10009, _NO_STREAM})
 #: Settings with which a consumer would lose events, or hold them up.
 _NEEDED: Final = ("ack_policy", "max_deliver", "max_ack_pending", "deliver_subject", "headers_only", "backoff")
 
 
-async def open_consumer(
-    connection: Connection, options: NatsOptions, name: str, *, oldest: bool, ack_wait: float
-) -> ConsumerInfo:
-    """Find the consumer and check it, or make it.
+async def open_consumers(
+    connection: Connection, options: NatsOptions, name: str, *, oldest: bool, ack_wait: float, ordered: bool = False
+) -> list[ConsumerInfo]:
+    """Find a name's consumers and check them, or make them: of the stream for everybody, and, last, of its inbox.
 
-    :raises NotConnectedError: NATS doesn't answer, or the stream is gone.
-    :raises TransportConfigurationError: it can't be used as it is, or not be made.
+    With the stream for everybody goes what NATS knows of the name there. The consumer of its inbox, in another stream
+    and made last, then tells that the name is not new: it begins with the oldest event, so that it misses nothing.
+
+    :param ordered: one consumer for each partition, which gives the next event when the one before is settled.
+    :raises NotConnectedError: NATS doesn't answer, or a stream is gone.
+    :raises TransportConfigurationError: they can't be used as they are, or not be made.
     """
-    manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
-    wanted = ConsumerConfig(
+    asking = _Asking(connection, options)
+    others = name if ordered else _of_partition(name, 0)
+    if await asking.find(options.stream, others, needed=False) is not None:
+        raise TransportConfigurationError(
+            f"the NATS stream {options.stream} has the consumer {others}: {name} is {'not ' if ordered else ''}ordered",
+            f"subscribe as before, use another name, or delete the consumers of {name}",
+        )
+    wanted = {name: _wanted(name, f"{options.subject_prefix}.>", ack_wait)}
+    if ordered:
+        partitions = (
+            (_of_partition(name, one), f"{options.subject_prefix}.*.*.*.{one:02d}") for one in range(PARTITIONS)
+        )
+        wanted = {one: _wanted(one, subject, ack_wait, in_order=True) for one, subject in partitions}
+    found = {one: await asking.find(options.stream, one) for one in wanted}
+    await open_stream(connection, options, "inbox")
+    inbox = await asking.find(options.inbox_stream, name)
+    begin = DeliverPolicy.ALL if oldest or inbox is not None else DeliverPolicy.NEW
+    made: list[ConsumerInfo] = []
+    for one, config in wanted.items():
+        info = found[one] or await asking.make(options.stream, config.evolve(deliver_policy=begin))
+        _check(info, config, options.stream)
+        made.append(info)
+    config = _wanted(name, f"{options.inbox_prefix}.{name}", ack_wait)
+    if inbox is None:
+        inbox = await asking.make(options.inbox_stream, config)
+    _check(inbox, config, options.inbox_stream)
+    return [*made, inbox]
+
+
+def _of_partition(name: str, number: int) -> str:
+    return f"{name}-{number:02d}"
+
+
+def _wanted(name: str, subject: str, ack_wait: float, *, in_order: bool = False) -> ConsumerConfig:
+    return ConsumerConfig(
         name=name,
         durable_name=name,
-        deliver_policy=DeliverPolicy.ALL if oldest else DeliverPolicy.NEW,
+        deliver_policy=DeliverPolicy.ALL,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
-        filter_subject=f"{options.subject_prefix}.>",
+        filter_subject=subject,
         max_deliver=-1,  # with fewer, NATS skips an event silently
-        max_ack_pending=-1,  # those that wait for their delay would fill it
+        # In order: one at a time, whoever asks. Otherwise no limit: those that wait for their delay would fill it.
+        max_ack_pending=1 if in_order else -1,
     )
-    try:
-        info = await _find(connection, manager, options.stream, name)
-        if info is None:
-            if not options.declare:
-                raise TransportConfigurationError(
-                    f"the NATS stream {options.stream} has no consumer {name}, and declare is false",
-                    "make it, or set declare to true",
-                )
-            info = await _make(connection, manager, options.stream, wanted)
-    except nats.js.errors.APIError as error:
-        raise _no_consumer(error, options.stream, name) from error
-    _check(info, wanted, options.stream)
-    return info
 
 
-async def _find(connection: Connection, manager: JetStreamManager, stream: str, name: str) -> ConsumerInfo | None:
-    try:
-        return await connection.ask(manager.consumer_info(stream, name))
-    except nats.js.errors.NotFoundError:
-        return None
+class _Asking:
+    """Asks for consumers."""
 
+    def __init__(self, connection: Connection, options: NatsOptions) -> None:
+        self._connection = connection
+        self._manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
+        self._declare = options.declare
 
-async def _make(connection: Connection, manager: JetStreamManager, stream: str, wanted: ConsumerConfig) -> ConsumerInfo:
-    try:
-        return await connection.ask(manager.add_consumer(stream, wanted))
-    except nats.js.errors.APIError:
-        # Perhaps another subscriber has made it meanwhile, to begin elsewhere.
-        info = await _find(connection, manager, stream, wanted.name or "")
-        if info is None:
-            raise
-        return info
+    async def find(self, stream: str, name: str, *, needed: bool = True) -> ConsumerInfo | None:
+        """Find one.
+
+        :param needed: whether we would make it.
+        :raises TransportConfigurationError: it isn't there, and is not to be made.
+        """
+        try:
+            return await self._connection.ask(self._manager.consumer_info(stream, name))
+        except nats.js.errors.NotFoundError as error:
+            if self._declare or not needed or error.err_code == _NO_STREAM:
+                return None
+            raise TransportConfigurationError(
+                f"the NATS stream {stream} has no consumer {name}, and declare is false",
+                "make it, or set declare to true",
+            ) from error
+        except nats.js.errors.APIError as error:
+            raise _no_consumer(error, stream, name) from error
+
+    async def make(self, stream: str, wanted: ConsumerConfig) -> ConsumerInfo:
+        """Make one, unless another subscriber has made it meanwhile, perhaps to begin elsewhere."""
+        try:
+            return await self._connection.ask(self._manager.add_consumer(stream, wanted))
+        except nats.js.errors.APIError as error:
+            info = await self.find(stream, str(wanted.name))
+            if info is None:
+                raise _no_consumer(error, stream, str(wanted.name)) from error
+            return info
 
 
 def _no_consumer(error: nats.js.errors.APIError, stream: str, name: str) -> TransportError:

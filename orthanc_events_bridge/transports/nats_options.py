@@ -145,6 +145,21 @@ class NatsOptions(TransportOptions):
         "this much of its storage aside. 0: unlimited.",
         examples=["1GiB"],
     )
+    dead_stream: Annotated[str, AfterValidator(_token)] = Field(
+        default="ORTHANC_EVENTS_DEAD",
+        description="Name of the JetStream stream with the dead letters of all consumers. It is made when it is first "
+        "needed; a dead letter stays in it until somebody removes it (`orthanc-events dlq`).",
+    )
+    dead_prefix: Annotated[str, AfterValidator(_subject)] = Field(
+        default="orthanc.dead",
+        description="Beginning of the subject of dead letters: `{dead_prefix}.{consumer}`.",
+    )
+    dead_max_bytes: Annotated[int, Size(minimum=64 * 1024, zero="unlimited")] = Field(
+        default=1024**3,
+        description="How large all dead letters together can grow. A full stream refuses: consumers then hold what "
+        "they can't put there. NATS sets this much of its storage aside. 0: unlimited.",
+        examples=["1GiB"],
+    )
     declare: bool = Field(
         default=True,
         description="Make the streams if they are missing. `false`: only check that they are there and fit.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import nats.js.errors
 from nats.js import JetStreamManager
@@ -41,16 +41,19 @@ _NEEDED: Final = ("retention", "discard", "no_ack", "max_msgs_per_subject")
 _LIMITS: Final = ("max_age", "max_bytes", "max_msgs", "storage", "num_replicas", "duplicate_window")
 
 
-async def open_stream(connection: Connection, options: NatsOptions, *, inbox: bool = False) -> StreamInfo:
+#: The stream for everybody, the one with the consumers' inboxes, or the one with their dead letters.
+Which = Literal["events", "inbox", "dead"]
+
+
+async def open_stream(connection: Connection, options: NatsOptions, which: Which = "events") -> StreamInfo:
     """Find the stream and check it, or make it.
 
-    :param inbox: not the one for everybody, but the one with the consumers' inboxes.
     :raises NotConnectedError: NATS doesn't answer.
     :raises TransportConfigurationError: the stream can't be used as it is.
     """
     manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
-    wanted = _inboxes(options) if inbox else _wanted(options)
-    stream = options.inbox_stream if inbox else options.stream
+    wanted = {"events": _wanted, "inbox": _inboxes, "dead": _dead}[which](options)
+    stream = str(wanted.name)
     try:
         try:
             info = await connection.ask(manager.stream_info(stream))
@@ -63,7 +66,7 @@ async def open_stream(connection: Connection, options: NatsOptions, *, inbox: bo
             return await _make(connection, manager, wanted)
     except nats.js.errors.APIError as error:
         raise _no_stream(error, stream) from error
-    ours = f"{options.inbox_prefix}.*" if inbox else f"{options.subject_prefix}.*.*.*.*"
+    ours = f"{options.subject_prefix}.*.*.*.*" if which == "events" else str((wanted.subjects or [])[0])
     _check(info.config, wanted, ours, declared=options.declare)
     return info
 
@@ -90,9 +93,9 @@ def _no_stream(error: nats.js.errors.APIError, stream: str) -> TransportError:
         )
     remedy = "check the account's limits and the user's permissions"
     if code in _FULL:
-        remedy = "lower `limits.max_bytes` or `inbox_max_bytes`, or give JetStream or the account more room"
+        remedy = "lower `limits.max_bytes`, `inbox_max_bytes` or `dead_max_bytes`, or give the account more room"
     if code == _OVERLAP:
-        remedy = "let no stream of others take them: choose other names for `subject_prefix` and `inbox_prefix`"
+        remedy = "let no stream of others take them: choose another `subject_prefix`, `inbox_prefix` or `dead_prefix`"
     return TransportConfigurationError(f"NATS can't make or read the stream {stream}: {text}", remedy)
 
 
@@ -121,6 +124,18 @@ def _inboxes(options: NatsOptions) -> StreamConfig:
         subjects=[f"{options.inbox_prefix}.*"],
         retention=RetentionPolicy.WORK_QUEUE,
         max_bytes=options.inbox_max_bytes or -1,
+        max_msgs=-1,
+    )
+
+
+def _dead(options: NatsOptions) -> StreamConfig:
+    """Nothing goes by itself: somebody has to look at it first."""
+    return _wanted(options).evolve(
+        name=options.dead_stream,
+        description="Changes of Orthanc that a consumer could not handle",
+        subjects=[f"{options.dead_prefix}.*"],
+        max_age=0.0,
+        max_bytes=options.dead_max_bytes or -1,
         max_msgs=-1,
     )
 

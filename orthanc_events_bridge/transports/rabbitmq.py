@@ -25,13 +25,14 @@ from orthanc_events_bridge.transports.base import (
     Transport,
 )
 from orthanc_events_bridge.transports.options import TransportOptions
-from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Connection, Servers
+from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_dead import RabbitDeadLetters
 from orthanc_events_bridge.transports.rabbitmq_inbox import RabbitInbox
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_ordered import OrderedSubscription
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues, check_longest
+from orthanc_events_bridge.transports.rabbitmq_servers import Servers
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
 from orthanc_events_bridge.transports.rabbitmq_topology import Watch, count, offset, open_place
 from orthanc_events_bridge.transports.subscriptions import check_name

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
-from orthanc_events_bridge.transports.rabbitmq_connection import Connection, Servers
+from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_publisher import Publisher
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues, open_inbox
+from orthanc_events_bridge.transports.rabbitmq_servers import Servers
 
 
 class RabbitInbox(Place):

@@ -26,6 +26,7 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
+from orthanc_events_bridge.transports.rabbitmq_batch import Batch
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 
@@ -43,55 +44,6 @@ _FRAME: Final = struct.Struct(">BHI")
 _HEADER: Final = struct.Struct(">HHQH")
 _LENGTH: Final = struct.Struct(">I")
 _PROPERTIES: Final = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 7
-
-
-class _Batch:
-    """The answers to one batch as they come in.
-
-    :param first: the delivery tag of its first event.
-    """
-
-    def __init__(self, first: int, size: int) -> None:
-        self.first = first
-        self.end = size  # those from here on are not sent any more
-        self.sent = 0
-        self.answered = bytearray(size)
-        self.leading = 0  # so many from the first on are answered without a hole
-        self.refused: set[int] = set()
-        self.returned: set[int] = set()
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.progress = 0
-
-    def answer(self, tag: int, multiple: bool, acked: bool) -> None:
-        last = min(tag - self.first, len(self.answered) - 1)
-        for index in range(self.leading, last + 1) if multiple else (last,):
-            if index >= 0 and not self.answered[index]:
-                self.answered[index] = 1
-                self.progress += 1
-                if not acked:
-                    self.refused.add(index)
-                    self.end = self.sent  # what is refused again and again would be overtaken by too many
-        while self.leading < self.end and self.answered[self.leading]:
-            self.leading += 1
-        if self.leading >= self.end:
-            self.finish()
-
-    def give_back(self, tag: int) -> None:
-        """It is unroutable; its ack follows."""
-        if 0 <= tag - self.first < len(self.answered):
-            self.returned.add(tag - self.first)
-            self.end = self.sent
-
-    def finish(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def failed(self, error: TransportError) -> PublishError:
-        """The error of the whole batch, with what is confirmed in spite of it."""
-        without = self.refused | self.returned
-        confirmed = [bool(answered) and index not in without for index, answered in enumerate(self.answered)]
-        leading = confirmed.index(False) if False in confirmed else len(confirmed)
-        return PublishError(leading, error, (index for index, one in enumerate(confirmed) if one and index > leading))
 
 
 class Publisher:
@@ -113,7 +65,7 @@ class Publisher:
         self._delivery = b"\x01" if "persistent" in without else b"\x02"
         self._mark = ""
         self._tag = 0  # of the last event that was sent
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._accepted = _SMALL  # a body of this size was taken already
         self._largest: int | None = None  # the server's limit, once it has told
         self._method = functools.lru_cache(maxsize=10_000)(self._encode_method)
@@ -156,7 +108,7 @@ class Publisher:
         return len(events)
 
     async def _publish(self, events: Sequence[Outgoing]) -> None:
-        batch = self._batch = _Batch(self._tag + 1, len(events))
+        batch = self._batch = Batch(self._tag + 1, len(events))
         sending: asyncio.Task[None] | None = None
         try:
             if self._channel.fault is not None:
@@ -181,7 +133,7 @@ class Publisher:
             if sending is not None:
                 sending.cancel()
 
-    async def _send(self, batch: _Batch, events: Sequence[Outgoing]) -> None:
+    async def _send(self, batch: Batch, events: Sequence[Outgoing]) -> None:
         try:
             for some in _slices(events):
                 await asyncio.sleep(0)
@@ -234,7 +186,7 @@ class Publisher:
         if self._batch is not None:
             self._batch.finish()
 
-    async def _settle(self, batch: _Batch) -> None:
+    async def _settle(self, batch: Batch) -> None:
         """Wait for the answers, as long as anything moves.
 
         :raises ClosedError: the server has closed the channel.

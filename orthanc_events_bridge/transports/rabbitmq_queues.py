@@ -5,6 +5,10 @@
 is tried again, and the past of a name that begins with the oldest event. What is to be tried later waits in
 ``orthanc.retry.{name}.{seconds}`` and goes to the inbox when the time is over. ``orthanc.dead.{name}`` holds what the
 name can't handle; nobody is given it.
+
+When the exchange is deleted, the binding goes with it, and what the one that is made again is sent would never come. A
+binding can't be asked for. So there is an exchange ``orthanc.consumer.{name}`` that leads to it and carries nothing.
+RabbitMQ deletes that by itself with the last thing that it leads to: as long as it is there, so is the binding.
 """
 
 from __future__ import annotations
@@ -133,11 +137,17 @@ class Queues:
 
 
 async def open_queues(
-    connection: Connection, options: RabbitOptions, queues: Queues, begin: Callable[[], Awaitable[None]] | None
+    connection: Connection,
+    options: RabbitOptions,
+    queues: Queues,
+    begin: Callable[[], Awaitable[None]],
+    *,
+    oldest: bool,
 ) -> bool:
     """Find a name's queues and check them, or make them.
 
-    :param begin: makes the name's very first subscription begin with the oldest event.
+    :param begin: writes down that the name begins with the oldest event.
+    :param oldest: the name's very first subscription does; and each that finds the exchange made again.
     :return: whether the past is still to be copied; otherwise the name's queue is bound to the exchange.
     :raises NotConnectedError: RabbitMQ doesn't answer.
     :raises TransportConfigurationError: they can't be used as they are.
@@ -146,19 +156,27 @@ async def open_queues(
     try:
         if not options.declare:
             await asking.check(queues.lasting)
-        elif not await asking.exists(queues.made):
+        elif not (await asking.exists(queues.made) and await asking.bound(queues)):
             async with alone(connection, f"{queues.live}.making"):
-                if not await asking.exists(queues.made):
-                    await _check_kind(asking, queues)
-                    await _make(asking, queues, begin)
+                known = await asking.exists(queues.made)
+                if not (known and await asking.bound(queues)):
+                    if not known:
+                        await _check_kind(asking, queues)
+                    await _make(asking, queues, begin if known or oldest else None)
         # Where there is one, it was made before the name's queues.
         beginning = await asking.exists(queues.beginning)
         if options.declare:
             for queue, arguments in queues.lasting.items():
                 await asking.declare(queue, arguments)
+            # It is not made here: one that is missing by now says that the exchange was deleted.
+            await asking.ask(queues.live, lambda channel: channel.exchange_bind(options.exchange, queues.live))
             if not beginning:
                 for queue, keys in queues.published.items():
                     await asking.bind(queue, options.exchange, keys)
+            if not await asking.bound(queues):
+                raise NotConnectedError(
+                    f"the exchange {options.exchange} of RabbitMQ was deleted while we subscribed", "subscribe again"
+                )
         return beginning
     finally:
         await asking.end()
@@ -236,7 +254,7 @@ async def _open(
 
 
 async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
-    """Make a new name's queues."""
+    """Make the queues of a name that is new, or whose exchange is another one."""
     # Of a start that was not finished; it may not even say how far it had come.
     await asking.delete(queues.beginning)
     pasts = queues.pasts if queues.ordered else []
@@ -246,7 +264,14 @@ async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[No
         for queue in (queues.beginning, *pasts):
             await asking.declare(queue, ONE_AT_A_TIME)
         await begin()
+    # Behind that, and before the name's queue: whoever dies in between has not begun, and does not begin anew.
+    await asking.ask(queues.live, lambda channel: _sign(channel, queues.live))
     await _make_all(asking, queues, queues.lasting)
+
+
+def _sign(channel: Channel, name: str) -> Awaitable[object]:
+    """Make the exchange that is deleted with the one that it leads to."""
+    return channel.exchange_declare(name, exchange_type="fanout", durable=True, auto_delete=True)
 
 
 async def _make_all(asking: Asking, queues: Queues, wanted: dict[str, dict[str, Any]]) -> None:
@@ -304,12 +329,19 @@ class Asking:
 
     async def exists(self, queue: str) -> bool:
         """Whether there is such a queue."""
+        return await self._found(queue, lambda channel: channel.queue_declare(queue, passive=True))
+
+    async def bound(self, queues: Queues) -> bool:
+        """Whether the exchange is the one still that the name's queue was bound to."""
+        return await self._found(queues.live, lambda channel: channel.exchange_declare(queues.live, passive=True))
+
+    async def _found(self, name: str, question: Callable[[Channel], Awaitable[object]]) -> bool:
         try:
-            await self._answer(lambda channel: channel.queue_declare(queue, passive=True))
+            await self._answer(question)
         except ClosedError as error:
             if error.missing:
                 return False
-            raise refused(self._connection, queue, error) from error
+            raise refused(self._connection, name, error) from error
         return True
 
     async def check(self, queues: Iterable[str]) -> None:

@@ -111,7 +111,7 @@ class RabbitSubscription(Subscription):
         connection = self._connection
         await self._copies.open()
         beginning = Beginning(connection, self._options, self._queues, self._copies)
-        if await open_queues(connection, self._options, self._queues, beginning.announce if oldest else None):
+        if await open_queues(connection, self._options, self._queues, beginning.announce, oldest=oldest):
             self._beginning = beginning
         channel = self._channel = await connection.channel()
         self._acks = Acks(connection, channel)

@@ -12,6 +12,10 @@ from orthanc_events_bridge.errors import TransportConfigurationError
 _LONGEST_NAME: Final = 128
 
 
+#: Of the wire contract: by which events are shared in order. Fixed for good.
+PARTITIONS: Final = 64
+
+
 def check_name(transport: str, name: str) -> None:
     """May a consumer be called so?
 

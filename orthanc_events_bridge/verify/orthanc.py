@@ -11,7 +11,7 @@ from orthanc_events_bridge.changes.log import OrthancLog, Row, date_to_ms
 from orthanc_events_bridge.changes.model import Resource
 from orthanc_events_bridge.errors import GoneError
 from orthanc_events_bridge.orthanc_api import OrthancApi
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.verify import EXTRA, MISSING, Difference, Findings, Show
 
 _PLURALS: Final = {"patient": "patients", "study": "studies", "series": "series", "instance": "instances"}

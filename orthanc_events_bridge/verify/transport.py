@@ -11,7 +11,8 @@ from typing import Any, Final
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.mapping import event_id, short_name, to_event
 from orthanc_events_bridge.events.reading import event_of
-from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.status import BridgeView
 from orthanc_events_bridge.transports.base import Incoming, Transport
 from orthanc_events_bridge.verify import EXTRA, MISSING, OUT_OF_ORDER, Difference, Findings, Show

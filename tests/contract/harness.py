@@ -285,7 +285,7 @@ class MemoryHarness(Harness):
         return [self._stored(one) for one in self._broker.inboxes.get(consumer, [])]
 
     def remove_inbox(self, consumer: str) -> None:
-        self._broker.recreate()
+        self._broker.remove_inbox(consumer)
 
     @staticmethod
     def _stored(one: Incoming) -> Stored:
@@ -304,7 +304,7 @@ class MemoryHarness(Harness):
         self._broker.cut()
 
     def start(self) -> None:
-        self._broker.recreate()  # all is gone with the process
+        self._broker.forget()
         self._broker.up = True
 
     def freeze(self) -> None:

@@ -67,6 +67,7 @@ class KafkaHarness(Harness):
                     "topic": self.place,
                     "partitions": PARTITIONS,
                     "inbox_prefix": f"inbox.{self.place}",
+                    "dead_prefix": f"dead.{self.place}",
                     "declare": declare,
                     "sasl": "plain",
                     "user": "contract",

@@ -10,7 +10,7 @@ from typing import Any
 
 from orthanc_events_bridge.bridge.relay import Relay
 from orthanc_events_bridge.bridge.state import Progress
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 
 STUDIES = [f"{number:08x}-00000000-00000000-00000000-00000000" for number in range(20)]
 SHAPE = {

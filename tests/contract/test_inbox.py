@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import time
 
 import pytest
 
@@ -13,9 +13,22 @@ from orthanc_events_bridge.errors import (
     NotConnectedError,
     TransportConfigurationError,
 )
-from orthanc_events_bridge.transports.base import Incoming, Outgoing, Place, PublishError
+from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
 from tests.contract.harness import CONTENT_TYPE, Harness, Stored, event, events, failing, run
 from tests.contract.table import TABLE
+from tests.contract.test_subscribe import (
+    CLOCKS,
+    PATIENCE,
+    collect,
+    connected,
+    drain,
+    id_of,
+    ids,
+    name_of,
+    over_new_connections,
+    remaining,
+    subscribed,
+)
 
 needs_inboxes = pytest.mark.needs("has_inboxes")
 KEYS = [f"study-{number}" for number in range(7)]
@@ -264,34 +277,136 @@ def test_a_consumer_may_not_be_called_anything(harness: Harness) -> None:
             transport.inbox(name)
 
 
-@pytest.mark.parametrize("kind", ["rabbitmq", "kafka"])
-def test_a_subscriber_gets_what_is_in_its_inbox(brokers: Callable[[str], Harness], kind: str) -> None:
-    """Also what is put there while it listens. (NATS' subscribers don't look into theirs yet.)"""
-    harness = brokers(kind)
-    harness.new_place()
-    live, replayed = events(3), again(events(5, keys=KEYS))
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+def test_a_subscriber_gets_what_is_in_its_inbox(harness: Harness) -> None:
+    """Also what is put there while it listens, beside what is for everybody; and nobody else gets it."""
+    live = events(30, keys=KEYS)
+    replayed = again(events(300, keys=KEYS))
 
     async def main() -> None:
-        transport = harness.transport()
-        await transport.connect()
-        subscription = await transport.subscribe("one", oldest=True)
-        await transport.publish(live)
-        await send(transport.inbox("one"), replayed)
-        got: list[Incoming] = []
-        while len(got) < len(live) + len(replayed):
-            for delivery in await subscription.receive(10, 1):
-                got.append(delivery.message)
-                await delivery.ack()
-        mine = [one for one in got if one.headers.get("orthanc-operation") == "replay"]
-        assert {one.body for one in mine} == {one.body for one in replayed}
-        assert {one.address for one in mine} <= {one.headers["orthanc-address"] for one in mine}
-        await subscription.close()
-        await transport.close()
+        mine, others = name_of(harness), name_of(harness, "other")
+        async with (
+            connected(harness) as transport,
+            subscribed(transport, mine) as subscription,
+            subscribed(transport, others) as other,
+        ):
+            await send(transport.inbox(mine), replayed[:150])
+            await transport.publish(live)
+            sending = asyncio.create_task(send(transport.inbox(mine), replayed[150:]))
+            found = await collect(subscription, len(live) + len(replayed))
+            await sending
+            got = [one.message for one in found if one.message.headers.get("orthanc-operation") == "replay"]
+            sent = {one.id: one for one in replayed}
+            assert by_key([Stored("", one.body, "", "") for one in got]) == bodies(replayed)
+            for one in got:
+                original = sent[one.headers["orthanc-event-id"]]
+                assert one.body == original.body
+                assert one.address == one.headers["orthanc-address"]
+                assert one.address.endswith(harness.address(original))
+                assert one.headers["content-type"] == CONTENT_TYPE
+                assert one.headers["orthanc-consumer"] == mine
+            assert await remaining(transport, subscription) == []
+            assert sorted(await remaining(transport, other)) == [one.id for one in live]
+        async with connected(harness) as transport, subscribed(transport, mine) as subscription:
+            assert await remaining(transport, subscription) == []
 
-    try:
-        run(main(), seconds=120)
-    finally:
-        harness.tidy()
+    run(main(), seconds=4 * PATIENCE)
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+def test_what_is_in_an_inbox_is_settled_like_anything_else(harness: Harness) -> None:
+    replayed = again(events(3))
+
+    async def main() -> None:
+        name, delay = name_of(harness), 1.5
+        async with connected(harness) as transport:
+            async with subscribed(transport, name) as subscription:
+                await send(transport.inbox(name), replayed)
+                first = await collect(subscription, 3, ack=False)
+                assert {one.attempt for one in first} == {1}
+                began = time.monotonic()
+                await first[0].nack(delay)
+                await first[1].ack()
+                await first[2].extend()
+                (again_,) = await collect(subscription, 1, ack=False)
+                assert time.monotonic() - began >= delay - CLOCKS
+                assert (id_of(again_), again_.attempt) == (id_of(first[0]), 2)
+                assert again_.message.address == first[0].message.address
+                await again_.ack()
+            async with subscribed(transport, name) as subscription:  # what was held when its subscriber ended
+                (last,) = await collect(subscription, 1)
+                assert id_of(last) == id_of(first[2])
+                assert await remaining(transport, subscription) == []
+
+    run(main(), seconds=3 * PATIENCE)
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+@pytest.mark.parametrize("in_flight", [1, 7])
+@pytest.mark.parametrize("flooded", ["inbox", "rest"])
+def test_neither_an_inbox_nor_the_rest_waits_for_the_other(harness: Harness, flooded: str, in_flight: int) -> None:
+    """Of the one there is always more than was received; the other comes all the same. Together they are bounded."""
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with (
+            connected(harness) as transport,
+            subscribed(transport, name, oldest=False, in_flight=in_flight) as subscription,
+        ):
+            inbox = transport.inbox(name)
+            await inbox.connect()
+            flood, other = (inbox, transport) if flooded == "inbox" else (transport, inbox)
+            (wanted,) = again(events(1, start=500_000))
+            sent, got = 0, list[str]()
+            end = time.monotonic() + PATIENCE
+            while wanted.id not in got:
+                assert time.monotonic() < end, f"it waits for the other {len(got)}"
+                if sent - len(got) < 100:
+                    await flood.publish(again(events(200, start=sent, keys=KEYS)))
+                    if sent == 200:  # it is in full flood
+                        await other.publish([wanted])
+                    sent += 200
+                held = await drain(subscription, bool, ack=False)
+                assert len(held) <= in_flight
+                if len(held) == in_flight:
+                    assert await subscription.receive(10, 0) == []
+                for delivery in held:
+                    await delivery.ack()
+                got += ids(held)
+            await inbox.close()
+
+    run(main(), seconds=3 * PATIENCE)
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+def test_an_inbox_that_is_deleted_under_its_subscriber_is_made_again(harness: Harness) -> None:
+    live, replayed = events(3), again(events(5, start=3, keys=KEYS))
+
+    async def main() -> None:
+        name, found = name_of(harness), set[str]()
+        async with connected(harness) as transport, subscribed(transport, name, oldest=False) as subscription:
+            await transport.publish(live)
+            await collect(subscription, len(live))
+            await asyncio.to_thread(harness.remove_inbox, name)
+            with failing(harness, NotConnectedError):
+                await drain(subscription, bool)
+        wanted = {one.id for one in replayed}
+
+        async def consume(first: bool) -> None:
+            async with connected(harness) as transport, subscribed(transport, name, oldest=False) as subscription:
+                if first:
+                    await send(transport.inbox(name), replayed)
+                found.update(ids(await drain(subscription, lambda some: {*ids(some), *found} >= wanted)))
+                assert await remaining(transport, subscription) == []  # and nothing of before
+
+        await over_new_connections(consume)
+        assert found == wanted
+
+    run(main(), seconds=4 * PATIENCE)
 
 
 def test_a_transport_without_inboxes_says_so(harness: Harness) -> None:

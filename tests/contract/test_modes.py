@@ -18,7 +18,7 @@ from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from orthanc_events_bridge.events.mapping import to_outgoing
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing
 from tests.contract.harness import CONTENT_TYPE, Harness, run
 

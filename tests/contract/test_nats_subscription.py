@@ -38,19 +38,27 @@ def administrate(nats: NatsHarness, what: str, **document: Any) -> dict[str, Any
     return ask(nats.port, what, nats.login, **document)
 
 
-def make_consumer(nats: NatsHarness, name: str, **different: Any) -> None:
+def make_consumer(nats: NatsHarness, name: str, *, inbox: bool = False, **different: Any) -> None:
     """As the transport would."""
+    stream = f"{nats.place}_INBOX" if inbox else nats.place
     config = {
         "durable_name": name,
         "deliver_policy": "all",
         "ack_policy": "explicit",
         "ack_wait": 30 * SECOND,
-        "filter_subject": f"orthanc.events.{nats.place}.>",
+        "filter_subject": f"orthanc.inbox.{nats.place}.{name}" if inbox else f"orthanc.events.{nats.place}.>",
         "max_deliver": -1,
         "max_ack_pending": -1,
     }
-    what = f"CONSUMER.DURABLE.CREATE.{nats.place}.{name}"
-    administrate(nats, what, stream_name=nats.place, config=config | different)
+    what = f"CONSUMER.DURABLE.CREATE.{stream}.{name}"
+    administrate(nats, what, stream_name=stream, config=config | different)
+
+
+async def make_inboxes(nats: NatsHarness) -> None:
+    """Let the stream be made with which inboxes begin."""
+    inbox = nats.transport().inbox("anybody")
+    await inbox.connect()
+    await inbox.close()
 
 
 async def collect(subscription: Subscription, count: int) -> list[Delivery]:
@@ -103,11 +111,18 @@ def test_a_consumer_is_made_where_that_is_wanted_only(nats: NatsHarness) -> None
         nats.make_place()
         strict = nats.transport(declare=False)
         await strict.connect()
-        with failing(nats, TransportConfigurationError) as caught:
-            await strict.subscribe("router")
-        assert nats.place in str(caught[0])
-        assert "router" in str(caught[0])
+
+        async def missing(*words: str) -> None:
+            with failing(nats, TransportConfigurationError) as caught:
+                await strict.subscribe("router")
+            assert all(word in str(caught[0]) for word in (*words, "declare is false")), caught[0]
+
+        await missing(f"{nats.place} ", "router")
         make_consumer(nats, "router", ack_wait=7 * SECOND)
+        await missing(f"stream {nats.place}_INBOX")
+        await make_inboxes(nats)
+        await missing(f"{nats.place}_INBOX ", "router")
+        make_consumer(nats, "router", inbox=True)
         await strict.publish(events(2))
         subscription = await strict.subscribe("router")  # begins where the consumer does
         for delivery in await collect(subscription, 2):
@@ -151,6 +166,76 @@ def test_a_consumer_that_would_lose_events_is_named_and_not_changed(
                 assert word in str(caught[0])
         administrate(nats, f"CONSUMER.DELETE.{nats.place}.router")
         await (await transport.subscribe("router")).close()
+        await transport.close()
+
+    run(main())
+
+
+def test_a_consumer_of_an_inbox_that_would_lose_events_is_named_and_not_changed(nats: NatsHarness) -> None:
+    async def main() -> None:
+        transport = nats.transport()
+        await transport.connect()
+        await make_inboxes(nats)
+        make_consumer(nats, "router", inbox=True, max_deliver=5)
+        for _ in range(2):
+            with failing(nats, TransportConfigurationError) as caught:
+                await transport.subscribe("router")
+            for word in (f"{nats.place}_INBOX", "router", "max_deliver is 5"):
+                assert word in str(caught[0])
+        await transport.close()
+
+    run(main())
+
+
+# Where a name begins whose consumers are there by half.
+
+
+def test_who_was_stopped_when_half_of_it_was_made_does_not_begin_anew(nats: NatsHarness) -> None:
+    """The consumer of what is for everybody is made first: alone, it says where the name has begun."""
+    sent = events(6)
+
+    async def main() -> None:
+        transport = nats.transport()
+        await transport.connect()
+        await transport.publish(sent[:2])
+        await make_inboxes(nats)
+        stream = f"{nats.place}_INBOX"
+        config = administrate(nats, f"STREAM.INFO.{stream}")["config"]
+        administrate(nats, f"STREAM.DELETE.{stream}")
+        administrate(nats, f"STREAM.CREATE.{stream}", **(config | {"max_consumers": 1}))
+        make_consumer(nats, "another", inbox=True)
+        with failing(nats, TransportConfigurationError) as caught:
+            await transport.subscribe("router")
+        assert stream in str(caught[0])
+        await transport.publish(sent[2:4])
+        administrate(nats, f"CONSUMER.DELETE.{stream}.another")
+        subscription = await transport.subscribe("router")
+        await transport.publish(sent[4:])
+        found = await collect(subscription, 4)
+        assert [one.message.body for one in found] == [one.body for one in sent[2:]]
+        assert administrate(nats, f"CONSUMER.NAMES.{stream}")["consumers"] == ["router"]
+        await subscription.close()
+        await transport.close()
+
+    run(main())
+
+
+def test_a_message_in_the_inbox_of_a_new_name_does_not_make_it_an_old_one(nats: NatsHarness) -> None:
+    sent, waiting = events(4), event(9)
+
+    async def main() -> None:
+        transport = nats.transport()
+        await transport.connect()
+        await transport.publish(sent[:2])
+        inbox = transport.inbox("router")
+        await inbox.connect()
+        await inbox.publish([waiting])
+        await inbox.close()
+        subscription = await transport.subscribe("router")
+        await transport.publish(sent[2:])
+        found = await collect(subscription, 3)
+        assert sorted(one.message.body for one in found) == sorted(one.body for one in (*sent[2:], waiting))
+        await subscription.close()
         await transport.close()
 
     run(main())

@@ -188,6 +188,43 @@ def test_a_queue_that_is_deleted_underneath(rabbit: RabbitHarness, queues: Queue
     run(main(), seconds=4 * PATIENCE)
 
 
+def test_an_exchange_that_is_deleted_alone_takes_nothing_with_it(rabbit: RabbitHarness, queues: Queues) -> None:
+    """The bindings go with it; who subscribes next gets what the history holds."""
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            async with subscribed(transport, queues, oldest=False) as subscription:
+                await nothing_left(transport, subscription)
+            await do(rabbit, lambda channel: channel.exchange_delete(rabbit.exchange))
+        async with connected(rabbit.transport()) as transport:  # makes it again
+            await transport.publish(events(3))
+            async with subscribed(transport, queues, oldest=False) as subscription:
+                found = ids(await collect(subscription, 4))
+                assert found[1:] == [one.id for one in events(3)]
+            async with subscribed(transport, queues, oldest=False) as subscription:
+                await nothing_left(transport, subscription)
+
+    run(main(), seconds=4 * PATIENCE)
+
+
+def test_who_was_stopped_when_its_queues_were_just_made_does_not_begin_anew(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            await transport.publish(events(3))
+            last = f"{queues.live}.made"  # made behind all others, and here somebody else's
+            await do(rabbit, lambda channel: channel.queue_declare(last, durable=True))
+            with failing(rabbit, TransportConfigurationError) as caught:
+                await transport.subscribe(queues.name)
+            assert last in str(caught[0])
+            await do(rabbit, functools.partial(deleting, last))
+            async with subscribed(transport, queues, oldest=False) as subscription:
+                await nothing_left(transport, subscription)
+
+    run(main(), seconds=2 * PATIENCE)
+
+
 def test_a_message_is_kept_however_often_its_subscribers_die(rabbit: RabbitHarness, queues: Queues) -> None:
     """From 4.0 on RabbitMQ drops it after 20 times, where nothing else is said."""
     times = 25

@@ -242,7 +242,8 @@ CASES: list[Any] = [
         "nats", ["other-logs"], put_an_older_database_back, "unrecoverable", id="other-logs", marks=pytest.mark.slow
     ),
     pytest.param("nats", ["published"], cut_behind_a_second_life, "out_of_order", id="published"),
-    pytest.param("nats", ["jump"], cut_the_power_often, "unexpected lost", id="jump", marks=pytest.mark.slow),
+    # An outbox that is older than what was delivered of it is told from the one before, too: either is enough here.
+    pytest.param("nats", ["jump", "renew"], cut_the_power_often, "unexpected lost", id="jump", marks=pytest.mark.slow),
     pytest.param("nats", ["outbox-lock"], record_twice, "unexpected lost", id="outbox-lock", marks=pytest.mark.slow),
     pytest.param("nats", ["look"], remove_the_outbox, "lost", id="look", marks=pytest.mark.slow),
     pytest.param("nats", ["salvage"], remove_the_outbox, "lost", id="salvage"),

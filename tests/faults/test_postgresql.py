@@ -20,7 +20,8 @@ import httpx
 import pytest
 
 from orthanc_events_bridge.events.mapping import event_id
-from orthanc_events_bridge.outbox import OutboxReader, OutboxRow
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.bridged import SOURCE, BridgedOrthanc
 from orthanc_events_bridge.testing.line import Clients, Line

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.events.catalog import verb
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.ledger import Report
 from orthanc_events_bridge.testing.line import Clients, Line

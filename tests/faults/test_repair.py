@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.changes.walk import CALM
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.ledger import Event, Report
 from orthanc_events_bridge.testing.line import Clients, Line

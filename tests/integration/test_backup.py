@@ -16,7 +16,8 @@ import pytest
 from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing.line import Clients, Line
 from orthanc_events_bridge.testing.programs import require
 from tests.integration.test_salvage import stored, unasked

@@ -19,7 +19,8 @@ from orthanc_events_bridge.bridge.state import Progress, State
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.cli_init import CONFIG_NAME, SHIM_NAME, shim_text
-from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing.servers import free_port
 
 COMMANDS = ("init", "check", "run", "status", "set-aside", "transports", "tail", "replay", "backfill", "schema")

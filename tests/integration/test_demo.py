@@ -1,8 +1,9 @@
-"""The demo, as `make demo` runs it, on every broker."""
+"""The demo, as `make demo` runs it, and `make hello`, on every broker."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,10 @@ from tests.integration.whole import broker_or_skip
 pytestmark = pytest.mark.integration
 
 
-def demo(**environment: str) -> subprocess.CompletedProcess[str]:
+def demo(module: str = "demo", **environment: str) -> subprocess.CompletedProcess[str]:
     require("orthanc", "orthanc-python", "storescu")
     return subprocess.run(
-        [sys.executable, "-m", "orthanc_events_bridge.testing.demo"],
+        [sys.executable, "-m", f"orthanc_events_bridge.testing.{module}"],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -34,8 +35,24 @@ def test_the_demo_loses_nothing(kind: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nlost: 0\n" in done.stdout
     assert not done.stderr
+    if kind != "webhook":
+        assert "a consumer reacts: study" in done.stdout
+        assert "\na consumer has reacted to 3 of 3 stable studies\n" in done.stdout
     for told in ("study.created.v1", "series.stable.v1", "patient.deleted.v1", "job.succeeded.v1"):
         assert told in done.stdout
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BROKERS if kind != "webhook"])
+def test_a_consumer_says_hello(kind: str) -> None:
+    broker_or_skip(kind)
+    done = demo("hello", BROKER=kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^hello, Orthanc with API \d+$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+def test_a_webhook_has_no_consumers() -> None:
+    done = demo("hello", BROKER="webhook")
+    assert done.returncode == 2 and "has no consumers" in done.stderr
 
 
 @pytest.mark.parametrize("kind", BROKERS)

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 import orthanc_events_bridge
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.bridged import BridgedOrthanc
 from orthanc_events_bridge.testing.processes import wait_until

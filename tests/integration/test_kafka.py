@@ -33,7 +33,7 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.events.mapping import to_outgoing
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_cluster
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports import kafka_producer

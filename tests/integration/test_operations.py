@@ -20,7 +20,7 @@ from orthanc_events_bridge.bridge.configuration import changes
 from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.errors import OutboxFullError
 from orthanc_events_bridge.events.mapping import event_id
-from orthanc_events_bridge.outbox import OutboxReader
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.nats import read_nats

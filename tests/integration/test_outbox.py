@@ -20,7 +20,9 @@ from orthanc_events_bridge.changes.log import TAIL, Row
 from orthanc_events_bridge.changes.model import Fact, Resource
 from orthanc_events_bridge.errors import LogUnavailableError, OutboxError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import JUMP, VERSION, OutboxReader, OutboxRow, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import JUMP, VERSION, OutboxRow
 from orthanc_events_bridge.resources import packed, unpacked
 
 DATE = "20261123T200627"
@@ -889,7 +891,7 @@ def test_a_reader_in_the_writers_process_takes_nobodys_locks_away(box: Opened) -
     assert mine.rows(0, 1) == []
     writer = box.writer()
     look = (
-        "import sys\nfrom pathlib import Path\nfrom orthanc_events_bridge.outbox import OutboxReader\n"
+        "import sys\nfrom pathlib import Path\nfrom orthanc_events_bridge.outbox_reader import OutboxReader\n"
         "reader = OutboxReader(Path(sys.argv[1]))\nprint(len(reader.rows(0, 9)))\nreader.close()"
     )
     for count in (1, 2):

@@ -226,7 +226,7 @@ def test_what_answers_in_orthancs_place_is_said_and_nothing_is_lost(
         upload(line, broken)
         line.settle()
         front.instead = {f"/studies/{broken.id}": (500, b"")}
-        line.bridge.wait_log("what has become of this one is left open")
+        line.bridge.wait_log("it is passed over, and what depends on it is not told")
         upload(line)
         tip = line.orthanc.get("/changes?since=9000000000000000000&limit=1")["Last"]
         line.wait(lambda document: document["log"]["cursor"] >= tip and document["capture"]["state"] == "following")

@@ -17,6 +17,8 @@ from orthanc_events_bridge.testing.brokers import Broker, make_broker
 from orthanc_events_bridge.testing.line import Clients, Line
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
+from orthanc_events_bridge.transports.base import Delivery
+from tests.contract.nats_tools import nats_transport
 from tests.contract.raw_nats import ask, read_stream
 from tests.integration.beside import Beside
 from tests.integration.replay_tools import LONG, Command, Raw, everyones, inbox
@@ -142,6 +144,33 @@ def test_a_plain_client_reads_its_inbox_and_what_it_acknowledges_goes(
     told = [one.body for one in everyones(nats)]
     assert asyncio.run(main()) == told
     assert [one.subject for one in read_stream(nats.port, STREAM)] == ["orthanc.inbox.other"] * 5
+
+
+def test_a_subscriber_at_nats_gets_what_is_replayed_to_it(beside: tuple[Beside, Command], nats: Broker) -> None:
+    """It began behind all of it, so nothing else brings it."""
+    made, replay = beside
+    made.record(5)
+    made.wait_delivered("nats")
+
+    async def main() -> list[Delivery]:
+        transport = nats_transport(nats.url, limits={"max_bytes": 2**26})
+        await transport.connect()
+        subscription = await transport.subscribe("archive")
+        await asyncio.to_thread(replay.run, "replay", "--all", "--to", "archive")
+        found: list[Delivery] = []
+        async with asyncio.timeout(LONG):
+            while len(found) < 5:
+                found += await subscription.receive(5 - len(found), 1.0)
+        for delivery in found:
+            await delivery.ack()
+        await subscription.close()
+        await transport.close()
+        return found
+
+    messages = [one.message for one in asyncio.run(main())]
+    told = read_stream(nats.port, "ORTHANC_EVENTS")
+    assert [(one.address, one.body) for one in messages] == [(one.subject, one.body) for one in told]
+    assert wait_until(lambda: read_stream(nats.port, STREAM) == [], LONG, every=0.2)
 
 
 def test_everyone_gets_it_if_that_is_said_twice(beside: tuple[Beside, Command], nats: Broker) -> None:

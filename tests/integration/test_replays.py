@@ -17,7 +17,9 @@ from orthanc_events_bridge.bridge.replays import Kept, Replays, Run
 from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.errors import BridgeError, EventRejectedError, TransportConfigurationError
 from orthanc_events_bridge.folder import Folder
-from orthanc_events_bridge.outbox import JUMP, OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import JUMP
 from orthanc_events_bridge.transports.base import Incoming, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
@@ -264,7 +266,7 @@ def test_an_inbox_that_is_made_again_gets_everything_again(scene: Scene) -> None
     def lose(event: Outgoing) -> None:
         if len(scene.inbox()) == 25 and not done:
             done.append(event.id)
-            scene.broker.recreate()
+            scene.broker.remove_inbox("one")
             scene.broker.cut()
 
     scene.broker.refuse = lose

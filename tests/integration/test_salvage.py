@@ -7,6 +7,7 @@ import random
 import shutil
 import sqlite3
 import stat
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.bridge.state import State
+from orthanc_events_bridge.changes.log import Row
 from orthanc_events_bridge.changes.model import Fact, Resource
+from orthanc_events_bridge.changes.unordered import Unordered
 from orthanc_events_bridge.errors import DamagedError, OutboxError
 from orthanc_events_bridge.folder import Folder, identity, set_aside
-from orthanc_events_bridge.outbox import JUMP, OutboxReader, OutboxRow, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
+from orthanc_events_bridge.outbox_schema import JUMP, OutboxRow
 from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.plugin.upkeep import Upkeep
 from orthanc_events_bridge.salvage import Salvage, StoppedError, salvage
@@ -127,6 +132,57 @@ def test_up_to_the_first_damaged_page(box: Box, instance: int) -> None:
     assert all(row.seq is None or row.seq <= found.cursor for row in rows(box.new))
 
 
+class LogWithoutOrder:
+    """Orthanc's log on PostgreSQL, a row of which came later than those behind it; and a clock that stands still."""
+
+    def __init__(self, through: int) -> None:
+        self.rows = [Row(seq, DATE, "NewInstance", "instance", orthanc_id(seq)) for seq in range(1, through + 1)]
+
+    def page(self, since: int, limit: int) -> list[Row]:
+        return [row for row in self.rows if row.seq > since][:limit]
+
+    def tip(self) -> int:
+        return len(self.rows)
+
+    def now(self) -> float:
+        return 0.0
+
+    def wait(self, seconds: float) -> bool:
+        raise AssertionError("it waits")
+
+
+def test_where_the_log_has_no_order_what_was_open_and_is_lost_is_read_again(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number is lower than those of rows that were taken over."""
+    monkeypatch.setattr("orthanc_events_bridge.salvage.REREAD", 500)
+    writer = OutboxWriter(box.path, lambda: 1000.0)
+    late = [fact for fact in stored(1, 1001) if fact.seq]
+    writer.append(stored(100, 1002), 1000, 4, unasked, ahead="[1101,[[1001,1001]]]")
+    writer.append(late, 1101, 4, unasked)
+    writer.append(stored(200, 1102), 1301, 4, unasked)
+    writer.close()
+    box.before = rows(box.path)
+    box.overwrite(box.page_of("job-1090"))
+    found = box.salvage()
+    box.follows(found)
+    told = {row.seq for row in rows(box.new)}
+    assert 1001 not in told and found.cursor > 1001 and not found.whole
+    writer = OutboxWriter(box.new, lambda: 3000.0)
+    assert writer.settled == found.cursor - 500
+    merge = Unordered(log := LogWithoutOrder(1301), deque(), writer.settled, log, ahead=writer.ahead)
+    for facts in merge.backlog(1301):
+        writer.append(facts, merge.cursor, 4, lambda level, resource: parents(0), ahead=merge.ahead)
+    writer.close()
+    again = OutboxWriter(box.new, lambda: 3000.0)
+    assert again.settled is None and again.cursor == 1301
+    again.close()
+    seqs = Counter(row.seq for row in rows(box.new) if row.seq)
+    assert all(seqs[seq] for seq in range(found.cursor - 500, 1302))
+    by_seq = {row.seq: (row.date, row.change, row.level, row.resource) for row in box.before}  # what ids are made of
+    assert all((row.date, row.change, row.level, row.resource) == by_seq[row.seq] for row in rows(box.new) if row.seq)
+
+
 def test_what_every_transport_has_is_not_needed(box: Box) -> None:
     box.overwrite(box.page_of("job-50"))
     found = box.salvage()
@@ -149,7 +205,7 @@ def test_damaged_resources(box: Box) -> None:
 
 def test_nothing_can_be_read(box: Box) -> None:
     box.overwrite(0, box.path.stat().st_size)
-    assert box.salvage() == Salvage(0, whole=False, resources=0, all_resources=False, cursor=150)
+    assert box.salvage() == Salvage(0, whole=False, resources=0, all_resources=False, cursor=150, settled=0)
     assert salvage(None, box.new, lambda recorder: 0, None, 1.0).cursor == 0
     writer = OutboxWriter(box.new, lambda: 3000.0)
     assert writer.cursor == 0

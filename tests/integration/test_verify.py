@@ -16,7 +16,8 @@ from orthanc_events_bridge.changes.model import Fact
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.errors import GoneError
 from orthanc_events_bridge.orthanc_api import OrthancApi
-from orthanc_events_bridge.outbox import OutboxReader, OutboxWriter
+from orthanc_events_bridge.outbox import OutboxWriter
+from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import BROKERS
 from orthanc_events_bridge.testing.brokers.nats import NatsBroker

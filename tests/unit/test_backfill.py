@@ -10,7 +10,7 @@ import pytest
 
 from orthanc_events_bridge.changes.backfill import Backfill, Request
 from orthanc_events_bridge.changes.model import Fact, Resource
-from orthanc_events_bridge.errors import LogUnavailableError
+from orthanc_events_bridge.errors import LogUnavailableError, PassedOverError
 
 DATE = "20261101T120000"
 
@@ -42,14 +42,22 @@ class Orthanc:
         self.dates: dict[str, str] = {}
         self.moving: set[str] = set()
         self.questions = 0
-        self.tip = 7
+        self.counter = 7
         self.silent = 0
+        self.mute: set[str] = set()
+
+    def tip(self) -> int:
+        return self.counter
 
     def _asked(self) -> None:
         self.questions += 1
         if self.silent:
             self.silent -= 1
             raise LogUnavailableError("not now")
+
+    def _described(self, resource: str) -> None:
+        if resource in self.mute:
+            raise PassedOverError("Orthanc can't be asked for it")
 
     def studies(self, since: int, limit: int) -> Sequence[str]:
         self._asked()
@@ -60,10 +68,12 @@ class Orthanc:
 
     def received(self, instance: str) -> str | None:
         self._asked()
+        self._described(instance)
         return DATE if instance.split(".")[0] in self.there else None
 
     def resource(self, level: str, resource: str) -> Mapping[str, Any] | None:
         self._asked()
+        self._described(resource)
         study = resource.split(".")[0]
         if level != "patient" and study not in self.there:
             return None
@@ -86,7 +96,7 @@ class Scene:
 
     def ask(self, **request: Any) -> None:
         request = {"number": 1, **request}
-        self.backfill = Backfill(Request(**request), self.registry, self.orthanc, lambda: self.orthanc.tip)
+        self.backfill = Backfill(Request(**request), self.registry, self.orthanc)
 
     def step(self) -> list[Fact]:
         facts = self.backfill.step(self.cursor)
@@ -163,7 +173,7 @@ def test_a_dry_run_counts_the_same_and_tells_nothing() -> None:
 def test_what_the_log_has_still_to_tell_is_not_told_twice() -> None:
     """A study whose creation is committed and not recorded yet is Orthanc's to tell."""
     scene = Scene(2)
-    scene.orthanc.tip = 9
+    scene.orthanc.counter = 9
     for _ in range(20):
         assert not scene.step()
     scene.registry.record([Fact("NewStudy", "study", "study1", 0, 8, DATE, {"patient": "patient0"})])
@@ -219,6 +229,24 @@ def test_an_orthanc_that_cannot_answer_is_asked_again() -> None:
     scene.run()
     told = Counter(fact.resource for fact in scene.told if fact.change in ("NewStudy", "NewSeries"))
     assert set(told.values()) == {1} and len(told) == 90
+
+
+@pytest.mark.parametrize(
+    ("mute", "missing"),
+    [
+        ("study3", {"study3", "study3.1", "study3.2"}),
+        ("study3.1", {"study3.1"}),
+        ("study3.1.1", {"study3.1.1"}),
+        ("patient1", {"patient1"}),
+    ],
+)
+def test_what_orthanc_can_not_describe_is_passed_over(mute: str, missing: set[str]) -> None:
+    scene, whole = (Scene(10, level="instance") for _ in range(2))
+    scene.orthanc.mute = {mute}
+    scene.run()
+    whole.run()
+    told, all_told = ({fact.resource or "" for fact in one.told} for one in (scene, whole))
+    assert {one for one in all_told - told if one.count(".") < 2 or one == mute} == missing
 
 
 def test_a_step_is_little_work() -> None:

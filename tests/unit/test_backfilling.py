@@ -43,7 +43,7 @@ class Scene:
 
     def restart(self) -> None:
         look_up = cast("Lookup", self.orthanc)
-        self.backfilling = Backfilling(lambda: self.asked, look_up, lambda: self.orthanc.tip)
+        self.backfilling = Backfilling(lambda: self.asked, look_up)
 
     def ask(self, number: int, **more: Any) -> None:
         self.asked = {"number": number, "recorder": "recorder", "level": "study", "since": 0, **more}

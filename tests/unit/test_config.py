@@ -14,10 +14,10 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from orthanc_events_bridge import transports
 from orthanc_events_bridge.bridge.config import ConfigError, Problem, find_config, parse
-from orthanc_events_bridge.bridge.mistakes import options_class
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.errors import BridgeError, TransportConfigurationError
 from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.mistakes import options_class
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions
 from orthanc_events_bridge.values import Duration, EventFilter, Size, format_duration, format_size

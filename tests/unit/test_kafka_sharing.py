@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from orthanc_events_bridge.transports import kafka_subscription
 from orthanc_events_bridge.transports.kafka_delays import (
     DUE,
     STEPS,
@@ -346,51 +345,3 @@ def test_what_comes_for_a_partition_that_is_leaving_is_fetched_again_if_it_stays
     assert [record.offset for record in one.records] == ([] if leaves else [7])
     assert one.wanted == (7 if leaves else 8)
     assert told == ([] if leaves else [one])
-
-
-# Beginning.
-
-
-class Group:
-    """Refuses places with these codes, one time after the other."""
-
-    def __init__(self, *codes: set[int]) -> None:
-        self._codes = [*codes, set[int]()]
-        self.asked: list[dict[Place, tuple[int, str]]] = []
-
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
-        return {}
-
-    async def store(self, places: dict[Place, tuple[int, str]], *, outside: bool) -> set[int]:
-        self.asked.append(places)
-        return self._codes.pop(0)
-
-
-@pytest.mark.parametrize(
-    ("codes", "notes"),
-    [
-        ([], ["0123abcd:"]),
-        ([{14}, {16}], ["0123abcd:"] * 3),  # the server that leads the group is loading it; another one leads it
-        ([{12}], ["0123abcd:", ""]),  # the server takes no notes
-        ([{25}], ["0123abcd:"]),  # there are members
-    ],
-)
-def test_where_a_new_name_begins_is_stored_before_it_does(
-    monkeypatch: pytest.MonkeyPatch, codes: list[set[int]], notes: list[str]
-) -> None:
-    """Without a place it would begin with the oldest event."""
-
-    async def ends(*ignored: object, **oldest: bool) -> dict[int, int]:
-        return {0: 7}
-
-    monkeypatch.setattr(kafka_subscription, "offsets", ends)
-    monkeypatch.setattr(kafka_subscription, "_LOOK", 0)
-    subscription: Any = object.__new__(kafka_subscription.KafkaSubscription)
-    subscription._options = KafkaOptions(name="kafka", servers=("127.0.0.1:9092",))
-    subscription._topic = Topic("topic", TopicMetadata("0123abcd-4567", (1,), (1,)), {})
-    subscription._retries = SimpleNamespace(inbox="inbox")
-    subscription._group = Group(*codes)
-    subscription._name, subscription._beside = "name", None
-    asyncio.run(subscription._begin(False))
-    place = ("topic", 0)
-    assert [rows[place] for rows in subscription._group.asked] == [(7, note) for note in notes]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.changes.model import Callback, ChangeKind, Fact
-from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+from orthanc_events_bridge.errors import GoneError, LogUnavailableError, NotAnsweredError, PassedOverError
 from orthanc_events_bridge.plugin.lookup import Lookup, job_snapshot, without_user
+from orthanc_events_bridge.plugin.unanswered import ASK_AGAIN, IN_A_ROW, TIMES
 
 TREE: dict[str, Any] = {
     "/instances/i": {"ParentSeries": "se", "MainDicomTags": {"SOPInstanceUID": "1.1.1"}},
@@ -32,11 +33,21 @@ class Orthanc:
         self.answers = dict(answers)
         self.asked: list[str] = []
         self.broken = False
+        self.mute: set[str] = set()
+        self.time = 0.0
+        self.said: list[str] = []
+
+    def tip(self) -> int:
+        if self.broken:
+            raise LogUnavailableError("2038")
+        return 7
 
     def get(self, path: str) -> bytes:
         self.asked.append(path)
         if self.broken:
             raise RuntimeError("2038")
+        if path in self.mute:
+            raise RuntimeError("500")
         if path not in self.answers:
             raise GoneError(f"{path} is not there")
         answer = self.answers[path]
@@ -45,7 +56,7 @@ class Orthanc:
 
 def lookup(answers: Mapping[str, Any] = TREE, **allowed: list[str]) -> tuple[Lookup, Orthanc]:
     orthanc = Orthanc(answers)
-    made = Lookup(orthanc.get)
+    made = Lookup(orthanc.get, orthanc.tip, lambda: orthanc.time, orthanc.said.append)
     if allowed:
         made.allow(json.dumps(allowed))
     return made, orthanc
@@ -296,6 +307,118 @@ def test_allow_lists_are_replaced() -> None:
     made, _ = lookup(tags=["Modality"])
     made.allow("{}")
     assert described(made, "NewSeries", "series", "se") == {}
+
+
+# -- what Orthanc can't describe --------------------------------------------------------------------------------------
+
+
+def tries(made: Lookup, orthanc: Orthanc, most: int = 10, expected: dict[str, Any] | None = None) -> int:
+    """How often a series is described until nothing is waited for."""
+    for number in range(1, most + 1):
+        try:
+            found = described(made, "NewSeries", "series", "se")
+        except NotAnsweredError:
+            orthanc.time += 1
+        else:
+            assert found == (expected or {})
+            return number
+    raise AssertionError("it is asked for ever")
+
+
+_PATIENT, _SERIES = {"PatientID": "CANARY-ID"}, {"Modality": "CT"}
+_RECEIVED = {"metadata": {"RemoteAET": "SCANNER"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/series/se", _RECEIVED),  # nor are its parents known
+        ("/series/se/metadata?expand", {"tags": {**_SERIES, **_PATIENT}}),
+        ("/studies/st", {"tags": _SERIES, **_RECEIVED}),
+    ],
+)
+def test_what_orthanc_can_not_describe_goes_without_it_after_some_tries(path: str, expected: dict[str, Any]) -> None:
+    made, orthanc = lookup(tags=["Modality", "PatientID"], metadata=["RemoteAET"])
+    orthanc.mute = {path}
+    assert tries(made, orthanc, expected=expected) == TIMES
+    assert orthanc.asked.count(path) == TIMES
+    assert len(orthanc.said) == 1 and "se" not in orthanc.said[0].split()
+    assert described(made, "NewPatient", "patient", "pa")["tags"] == {"PatientID": "CANARY-ID"}  # as ever
+
+
+def test_what_was_passed_over_is_asked_again_later_and_then_once() -> None:
+    made, orthanc = lookup(tags=["Modality"])
+    orthanc.mute = {"/series/se"}
+    tries(made, orthanc)
+    orthanc.asked.clear()
+    assert tries(made, orthanc) == 1 and orthanc.asked == []
+    orthanc.time += ASK_AGAIN
+    assert tries(made, orthanc) == 1 and orthanc.asked == ["/series/se"]
+    assert len(orthanc.said) == 1
+    orthanc.time += ASK_AGAIN
+    orthanc.mute.clear()
+    assert described(made, "NewSeries", "series", "se") == {"tags": {"Modality": "CT"}}
+
+
+def test_where_nothing_can_be_described_not_each_is_waited_for() -> None:
+    answers: dict[str, Any] = {f"/series/{number}": {} for number in range(100)}
+    made, orthanc = lookup(answers, tags=["Modality"])
+    orthanc.mute = set(answers)
+    waited = 0
+    for number in range(100):
+        for _ in range(TIMES):
+            try:
+                assert described(made, "NewSeries", "series", str(number)) == {}
+                break
+            except NotAnsweredError:
+                waited += 1
+                orthanc.time += 1
+    assert waited == IN_A_ROW * (TIMES - 1) and len(orthanc.said) == 100
+    answers |= {"/series/x": {}, "/patients/y": {}}
+    orthanc.mute.add("/series/x")
+    described(made, "NewPatient", "patient", "y")  # which is answered
+    with pytest.raises(NotAnsweredError):
+        described(made, "NewSeries", "series", "x")
+
+
+def test_an_orthanc_that_is_away_is_waited_for_however_long() -> None:
+    made, orthanc = lookup(tags=["Modality"])
+    orthanc.broken = True
+    for _ in range(20):
+        with pytest.raises(LogUnavailableError) as caught:
+            described(made, "NewSeries", "series", "se")
+        assert not isinstance(caught.value, NotAnsweredError)
+        orthanc.time += 60
+    orthanc.broken = False
+    assert described(made, "NewSeries", "series", "se") == {"tags": {"Modality": "CT"}}
+    assert orthanc.said == []
+
+
+def test_an_answer_in_between_begins_the_count_anew() -> None:
+    made, orthanc = lookup(tags=["Modality"])
+    for _ in range(5):
+        orthanc.mute = {"/series/se"}
+        for _ in range(TIMES - 1):
+            with pytest.raises(NotAnsweredError):
+                described(made, "NewSeries", "series", "se")
+        orthanc.mute.clear()
+        assert described(made, "NewSeries", "series", "se") == {"tags": {"Modality": "CT"}}
+
+
+def test_parents_and_jobs_that_orthanc_can_not_describe_are_not_known() -> None:
+    made, orthanc = lookup({**TREE, "/jobs/job": {"Type": "x"}})
+    orthanc.mute = {"/instances/i", "/jobs/job"}
+    for _ in range(TIMES - 1):
+        with pytest.raises(NotAnsweredError):
+            made.parents("instance", "i")
+    assert made.parents("instance", "i") is None
+    for _ in range(TIMES - 1):
+        with pytest.raises(NotAnsweredError):
+            made.take_job(SUBMITTED)
+    assert not made.take_job(SUBMITTED) and made.job_taken(SUBMITTED) is None
+    assert made.take_job(SUBMITTED)  # it is counted once
+    with pytest.raises(PassedOverError):
+        made.resource("instance", "i")
 
 
 # -- many new instances at once ----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from orthanc_events_bridge.events.mapping import (
     to_outgoing,
     trace_parent,
 )
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 
 GOLDEN: Final = Path(__file__).parent / "golden" / "events.jsonl"
 RECORDER: Final = "0b7a3c1e-55aa-4f0e-8f83-9d3a4f6d1c02"

@@ -22,7 +22,7 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.outbox import OutboxRow
+from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
 from orthanc_events_bridge.transports.options import MemoryOptions
 

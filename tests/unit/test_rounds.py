@@ -66,7 +66,7 @@ def test_what_is_not_listed_is_asked_for(world: World) -> None:
     world.store("p", "s", "e", "i")
     repair = rounds(world, stable_age=1e9)
     repair._next_round = float("inf")
-    repair._studies = lambda since, limit: []
+    world.hidden = True
     world.time = 600.0
     assert world.run(repair) == [] and world.asked == 1 and not repair.suspects
 

@@ -8,8 +8,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from orthanc_events_bridge.bridge.document import UNKNOWN, Document
-from orthanc_events_bridge.bridge.settings import Settings
+from orthanc_events_bridge.document import UNKNOWN, Document
 from orthanc_events_bridge.errors import TransportConfigurationError
 from orthanc_events_bridge.transports import registration
 from orthanc_events_bridge.transports import types as transport_types
@@ -21,11 +20,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain(document: Document, errors: list[ErrorDetails]) -> Iterator[tuple[Place, int, str, str]]:
+def explain(
+    document: Document, errors: list[ErrorDetails], model: type[Options]
+) -> Iterator[tuple[Place, int, str, str]]:
     """Say for each mistake: its place, its line, what is wrong, what would be right.
 
     :param document: what was validated.
     :param errors: what pydantic found; what only follows from another mistake is left out.
+    :param model: what declares the options.
     """
     for error in errors:
         if _consequence(document.data, error, errors):
@@ -36,10 +38,11 @@ def explain(document: Document, errors: list[ErrorDetails]) -> Iterator[tuple[Pl
             wrong, right, shown = context["wrong"], context["right"], context["shown"]
             block = place[: len(place) - context.get("depth", 0)]
             for number, other in enumerate(context["options"]):
-                line = document.line((*block, *other))
-                wrong = wrong.replace(f"{{{number}}}", f"{spell(other)} (line {line})")
+                option = (*block, *other)
+                line = f" (line {document.lines[option]})" if option in document.lines else ""  # not all are in a file
+                wrong = wrong.replace(f"{{{number}}}", f"{spell(other)}{line}")
         else:
-            wrong, right, shown = _translate(place, error, document.data)
+            wrong, right, shown = _translate(place, error, document.data, model)
         if shown is not None:
             variables = document.variables.get(place)
             if variables:
@@ -84,16 +87,16 @@ def _nearest(name: str, known: list[str]) -> str:
     return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)), "")
 
 
-def _translate(place: Place, error: ErrorDetails, data: Any) -> tuple[str, str, str | None]:
+def _translate(place: Place, error: ErrorDetails, data: Any, model: type[Options]) -> tuple[str, str, str | None]:
     """What is wrong, what would be right, and the value where it may and should be shown."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    field = _field(place, data)
+    field = _field(place, data, model)
     found = f"and {kind_of(value)} was found"
     sample = _sample(place, field)
     if kind == "missing":
         return "is required", sample, None
     if kind == "extra_forbidden":
-        return _unknown_option(place, data)
+        return _unknown_option(place, data, model)
     if kind == "literal_error":
         choices = [str(choice) for choice in _choices(field.annotation if field else None)]
         near = _nearest(str(value), choices)
@@ -129,14 +132,14 @@ def _translate(place: Place, error: ErrorDetails, data: Any) -> tuple[str, str, 
     return f"{expected}, {found}", right, None
 
 
-def _unknown_option(place: Place, data: Any) -> tuple[str, str, str | None]:
-    name, block = str(place[-1]), _block(place[:-1], data)
+def _unknown_option(place: Place, data: Any, model: type[Options]) -> tuple[str, str, str | None]:
+    name, block = str(place[-1]), _block(place[:-1], data, model)
     known = list(block.model_fields) if block else []
     for option, field in block.model_fields.items() if block else ():
         inner = options_class(field.annotation)
         if inner is not None and name in inner.model_fields:
             return "there is no such option here", f"it belongs into the block {option}", None
-    if len(place) > 1 and name in Settings.model_fields:
+    if len(place) > 1 and name in model.model_fields:
         return "there is no such option here", "it belongs to the top of the file, not indented", None
     near = _nearest(name, known)
     if near:
@@ -144,9 +147,9 @@ def _unknown_option(place: Place, data: Any) -> tuple[str, str, str | None]:
     return "there is no such option", f"the options here are: {', '.join(known)}", None
 
 
-def _block(place: Place, data: Any) -> type[Options] | None:
+def _block(place: Place, data: Any, model: type[Options]) -> type[Options] | None:
     """The class of the block of options at a place; a transport's by its type."""
-    block: type[Options] | None = Settings
+    block: type[Options] | None = model
     for step in place:
         if isinstance(data, Mapping):
             data = data.get(step)
@@ -155,16 +158,16 @@ def _block(place: Place, data: Any) -> type[Options] | None:
         if not isinstance(step, int):
             field = block.model_fields.get(step) if block else None
             block = options_class(field.annotation) if field else None
-        elif block is TransportOptions and isinstance(data, Mapping) and isinstance(data.get("type"), str):
+        if block is TransportOptions and isinstance(data, Mapping) and isinstance(data.get("type"), str):
             with contextlib.suppress(TransportConfigurationError):  # the mistake at `type` says so
                 block = registration(data["type"]).options
     return block
 
 
-def _field(place: Place, data: Any) -> FieldInfo | None:
+def _field(place: Place, data: Any, model: type[Options]) -> FieldInfo | None:
     while place and isinstance(place[-1], int):
         place = place[:-1]
-    block = _block(place[:-1], data) if place else None
+    block = _block(place[:-1], data, model) if place else None
     return block.model_fields.get(str(place[-1])) if block else None
 
 

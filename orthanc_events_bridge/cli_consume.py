@@ -1,0 +1,143 @@
+"""``orthanc-events consume``: run a consumer of the user's own, in one process or several."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.consumers import Consumer
+
+_MOST: Final = 256
+
+_EPILOG: Final = f"""\
+examples:
+  orthanc-events consume router:app                    `app` in router.py of this folder
+  orthanc-events consume router:app --workers 4        four processes that share the events
+  orthanc-events consume router:app --broker nats://nats:4222 --http 127.0.0.1:9100
+  orthanc-events consume router:app --config consumer.yaml --check
+
+What is given here comes before the environment (ORTHANC_EVENTS_BROKER,
+ORTHANC_EVENTS_ORTHANC_URL ...), that before the file (--config, or
+ORTHANC_EVENTS_CONSUMER), and that before what the code says.
+
+SIGTERM and SIGINT end it: no event is begun any more, those that are being handled may
+end within `drain`, and what is left goes back to the broker. A second signal ends it at
+once. A worker that dies is started again, after 1 second and at most 30.
+
+{EXIT_CODES}"""
+
+
+def define(commands: Commands) -> None:
+    """Add the command."""
+    text = "More of them, here or elsewhere, share the events."
+    parser = add_command(commands, "consume", _consume, "run a consumer of your own", text, epilog=_EPILOG)
+    parser.add_argument(
+        "target", metavar="MODULE:NAME", help="the consumer; the module alone, where there is one in it"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
+    parser.add_argument("--broker", metavar="URL", help="nats://, amqp://, kafka://; default: $ORTHANC_EVENTS_BROKER")
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", help="tell health and metrics there; each further worker at the next port"
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    parser.add_argument("--check", action="store_true", help="connect, say what was found, and leave")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
+
+
+def _consume(options: argparse.Namespace) -> int:
+    from orthanc_events_bridge.consumers.leaving import logs
+
+    if not 1 <= options.workers <= _MOST:
+        raise UsageError(f"--workers {options.workers} makes no sense", f"give 1 to {_MOST}")
+    if options.workers > 1 and not options.check:
+        logs(options.log_level or "info")
+        return _supervise(options)
+    consumer = _find(options)
+    if options.only_load:
+        return 0
+    if options.check:
+        print("\n".join(asyncio.run(consumer.check())))
+        return 0
+    if options.worker is not None:
+        _leave_with_the_supervisor()
+    consumer.run()
+    return 0
+
+
+def _find(options: argparse.Namespace) -> Consumer:
+    """The consumer, with what the command line says.
+
+    :raises UsageError: there is none.
+    """
+    from orthanc_events_bridge.consumers import configuration
+    from orthanc_events_bridge.consumers.finding import TargetError, find
+    from orthanc_events_bridge.consumers.leaving import logs
+
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
+    configuration.command_line.file = options.config and options.config.absolute()
+    configuration.command_line.options = {name: value for name, value in given.items() if value is not None}
+    if options.log_level == "debug":
+        logs("debug")
+    try:
+        consumer = find(options.target, Path.cwd())
+    except TargetError as error:
+        raise UsageError(error.message, error.remedy) from error
+    return consumer.numbered(options.worker or 0)
+
+
+# -- several -------------------------------------------------------------------------------------------------
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    from orthanc_events_bridge.consumers.workers import Workers
+
+    command = [sys.executable, "-m", "orthanc_events_bridge", "consume", options.target]
+    for name in ("config", "broker", "http", "log_level"):
+        if getattr(options, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    # Once, and not by each worker: what keeps it from beginning is said one time.
+    code = subprocess.run([*command, "--only-load"], stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        return code
+    asked = threading.Event()
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        # It gets no signal from the terminal: from us. Our end of the pipe closes with us, however we end.
+        return subprocess.Popen([*command, "--worker", str(number)], stdin=subprocess.PIPE, start_new_session=True)
+
+    def wait(seconds: float) -> None:
+        if asked.wait(seconds):
+            asked.clear()
+
+    workers = Workers(start, options.workers, wait=wait)
+
+    def stop(number: int, frame: object) -> None:
+        workers.stop()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return workers.run()
+
+
+def _leave_with_the_supervisor() -> None:
+    """End as if asked to, when the supervisor has ended without asking."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # and not by sys.stdin, whose lock Python would want when it ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="supervisor", daemon=True).start()

@@ -1,0 +1,145 @@
+"""What applies to a consumer: the command line, the environment, its file, the code, in that order; option by option.
+
+The file is named by the command line, by ``ORTHANC_EVENTS_CONSUMER``, or by ``config=`` in the code. The blocks
+``retry`` and ``orthanc`` are put together from all of them, ``broker`` comes from one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from orthanc_events_bridge.consumers.retry import RetryPolicy
+from orthanc_events_bridge.consumers.settings import ConsumerSettings
+from orthanc_events_bridge.document import Document
+from orthanc_events_bridge.errors import OrthancError
+from orthanc_events_bridge.loading import (
+    Advice,
+    ConfigError,
+    Problem,
+    problems_of,
+    read_document,
+    read_file,
+    validate,
+)
+from orthanc_events_bridge.mistakes import explain, spell
+from orthanc_events_bridge.orthanc_api import ENVIRONMENT as ORTHANC_ENVIRONMENT
+from orthanc_events_bridge.orthanc_api import OrthancOptions
+
+#: Names the file.
+ENVIRONMENT: Final = "ORTHANC_EVENTS_CONSUMER"
+#: Names the broker, by its URL.
+BROKER_ENVIRONMENT: Final = "ORTHANC_EVENTS_BROKER"
+_ADVICE: Final = Advice(
+    missing=f"write one (docs/consumer-configuration.md), or name another in {ENVIRONMENT}",
+    name="consumer.yaml",
+    reader="the user that the consumer runs as",
+    smallest="give at least the broker; docs/consumer-configuration.md has an example",
+)
+
+
+@dataclass(slots=True)
+class CommandLine:
+    """What the command line says, for the consumers that the user's module makes. Only commands set it.
+
+    :ivar file: in place of every other.
+    :ivar options: option → value.
+    """
+
+    file: Path | None = None
+    options: Mapping[str, Any] | None = None
+
+
+#: Of this process.
+command_line = CommandLine()
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What applies.
+
+    :ivar settings: validated.
+    :ivar orthanc: which Orthanc handlers ask, the environment included; none where nothing names one.
+    """
+
+    settings: ConsumerSettings
+    orthanc: OrthancOptions | None
+
+
+def configure(
+    code: Mapping[str, Any],
+    file: Path | str | None = None,
+    environment: Mapping[str, str] = os.environ,
+    given: CommandLine = command_line,
+) -> Configuration:
+    """Put a consumer's configuration together, and validate it.
+
+    :param code: what the code says, option by option; none of an option: it says nothing.
+    :param file: that the code names.
+    :raises ConfigError: the file can't be read, or with every mistake, each with the place that it is in.
+    """
+    chosen = given.file or environment.get(ENVIRONMENT) or file
+    path = None if chosen is None else Path(chosen)
+    problems: list[Problem] = []
+    document = Document(data={})
+    if path is not None:
+        document, options = read_document(read_file(path, _ADVICE), environment)
+        problems = problems_of(document, str(path), _ADVICE)
+        if options is None:
+            raise ConfigError(problems)
+    said = {name: value for name, value in code.items() if value is not None}
+    orthanc = said.get("orthanc")
+    if isinstance(orthanc, OrthancOptions):  # it may hold secrets, and is checked by itself
+        said.pop("orthanc")
+    if isinstance(said.get("retry"), RetryPolicy):
+        # In a file an option without a value counts as left out, so that no limit is written as 0 there.
+        said["retry"] = {name: 0 if value is None else value for name, value in asdict(said["retry"]).items()}
+    outside: dict[str, Any] = {}
+    if environment.get(BROKER_ENVIRONMENT):
+        outside["broker"] = environment[BROKER_ENVIRONMENT]
+    line = dict(given.options or {})
+    in_file = dict(document.data)
+    document.data = {**said, **in_file, **outside, **line}
+    if isinstance(said.get("retry"), dict) and isinstance(in_file.get("retry"), dict):
+        document.data["retry"] = {**said["retry"], **in_file["retry"]}
+    where = {option: f"the consumer {said.get('name', '')}".strip() for option in said}
+    where |= dict.fromkeys(in_file, str(path)) | dict.fromkeys(outside, BROKER_ENVIRONMENT)
+    where |= {option: f"--{option.replace('_', '-')}" for option in line}
+
+    settings, errors = validate(ConsumerSettings, document, path.parent if path else Path())
+    for place, number, wrong, right in explain(document, errors, ConsumerSettings):
+        source = where.get(str(place[0]) if place else "", str(path) if path else "the consumer")
+        in_document = path is not None and source == str(path)
+        problems.append(Problem(source, number if in_document else None, spell(place), wrong, right))
+    if settings is None or problems:
+        raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
+    return Configuration(settings, _orthanc(settings, said, orthanc, "orthanc" in in_file, environment, str(path)))
+
+
+def _orthanc(
+    settings: ConsumerSettings,
+    said: Mapping[str, Any],
+    options: object,
+    in_file: bool,
+    environment: Mapping[str, str],
+    file: str,
+) -> OrthancOptions | None:
+    """The environment, then the file, then the code; a login comes from one of them."""
+    layers: list[Mapping[str, Any]] = []
+    if in_file or "orthanc" in said:
+        layers.append(settings.orthanc.given())
+    if in_file and "orthanc" in said:
+        under = said["orthanc"]
+        layers.append({"url": under} if isinstance(under, str) else dict(under))
+    if isinstance(options, OrthancOptions):
+        layers.append({field.name: getattr(options, field.name) for field in fields(options)})
+    if not environment.get(f"{ORTHANC_ENVIRONMENT}URL") and not any(layer.get("url") for layer in layers):
+        return None
+    try:
+        return OrthancOptions.find({}, environment, *layers)
+    except OrthancError as error:
+        source = file if in_file else f"the consumer {settings.name}"
+        raise ConfigError([Problem(source, None, "orthanc", error.message, error.remedy)]) from None

@@ -1,0 +1,114 @@
+"""Health and metrics over HTTP, for who starts the worker again, and for who watches it.
+
+``/health/live``
+    200 as long as the event loop runs; a handler that blocks it keeps the answer waiting, or gets 503 behind it.
+``/health/ready``
+    200 while the worker is subscribed, else 503.
+``/metrics``
+    Prometheus' text format; 501 where ``prometheus_client`` is not installed.
+
+Nothing about any patient is in the answers. There is no login: listen at an address that only those can reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+from orthanc_events_bridge.consumers.meter import Meter
+from orthanc_events_bridge.consumers.metrics import CONTENT_TYPE, metrics_text
+from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.transports.subscriptions import boot_time
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.consumers.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: Seconds behind which an event loop that has not ticked counts as blocked.
+_BLOCKED: Final = 5.0
+#: Seconds that who asks may take, and bytes of a question.
+_PATIENCE: Final = 5.0
+_LONGEST: Final = 8192
+_TEXT: Final = "text/plain; charset=utf-8"
+_EXTRA: Final = 'metrics need prometheus_client: pip install "orthanc-events-bridge[metrics]"'
+
+
+class Health:
+    """Answers.
+
+    :param worker: it tells about.
+    :param consumer: its name.
+    """
+
+    def __init__(self, worker: Worker, meter: Meter, consumer: str) -> None:
+        self._worker = worker
+        self._meter = meter
+        self._consumer = consumer
+
+    def answer(self, method: str, path: str) -> tuple[int, str, bytes]:
+        """Status, content type and body."""
+        if method not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"ask with GET\n"
+        path = path.partition("?")[0]
+        if path == "/health/live":
+            gap = boot_time() - self._worker.ticked
+            if gap > _BLOCKED:
+                return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop stands still\n"
+            return HTTPStatus.OK, _TEXT, b"alive\n"
+        if path == "/health/ready":
+            if self._worker.ready:
+                return HTTPStatus.OK, _TEXT, b"receiving events\n"
+            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"not subscribed\n"
+        if path == "/metrics":
+            try:
+                return HTTPStatus.OK, CONTENT_TYPE, metrics_text(self._meter, self._consumer)
+            except ImportError:
+                return HTTPStatus.NOT_IMPLEMENTED, _TEXT, f"{_EXTRA}\n".encode()
+        return HTTPStatus.NOT_FOUND, _TEXT, b"there are /health/live, /health/ready and /metrics\n"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one question, and hang up."""
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            async with asyncio.timeout(_PATIENCE):
+                question = await reader.readuntil(b"\r\n\r\n")
+                words = question.partition(b"\r\n")[0].decode("latin-1").split(" ")
+                method, path = (words[0], words[1]) if len(words) == 3 else ("", "")
+                status, kind, body = self.answer(method, path)
+                head = (
+                    f"HTTP/1.1 {int(status)} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n"
+                    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                )
+                writer.write(head.encode() + (b"" if method == "HEAD" else body))
+                await writer.drain()
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def health(address: str | None, worker: Worker, meter: Meter, consumer: str) -> AsyncIterator[int]:
+    """Answer as long as the block runs.
+
+    :param address: ``HOST:PORT``; none: nothing is answered.
+    :return: the port; 0 where there is none.
+    :raises BridgeError: the address can't be used.
+    """
+    if address is None:
+        yield 0
+        return
+    host, _, port = address.rpartition(":")
+    answers = Health(worker, meter, consumer)
+    try:
+        server = await asyncio.start_server(answers.serve, host.strip("[]") or None, int(port), limit=_LONGEST)
+    except OSError as error:
+        raise BridgeError(
+            f"health and metrics can't be told at {address}: {error.strerror or error}",
+            "give http another address, or leave it out",
+        ) from error
+    async with server:
+        found = int(server.sockets[0].getsockname()[1])
+        log.info("the consumer %s tells its health and metrics at %s:%d", consumer, host or "*", found)
+        yield found

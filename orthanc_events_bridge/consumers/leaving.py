@@ -1,0 +1,71 @@
+"""How a consumer's process begins to log, and how it leaves: at a signal, and in time whatever its handlers do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from orthanc_events_bridge.logs import quiet_clients
+
+log = logging.getLogger(__name__)
+
+#: Seconds behind the deadline of the handlers in which the rest of the process has to come to its end.
+_GRACE: Final = 10.0
+#: As Python calls what failed.
+FAILED: Final = 1
+
+
+def logs(level: str) -> None:
+    """Log to standard error with time and level, unless the program has set logging up itself."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger().setLevel(level.upper())
+        quiet_clients()
+
+
+@contextlib.contextmanager
+def leaving(stop: Callable[[], None], drain: float) -> Iterator[None]:
+    """Stop at SIGTERM and SIGINT, in the running event loop; to be used in the main thread.
+
+    :param stop: begins to stop; called in the loop.
+    :param drain: seconds that handlers have.
+    """
+    loop = asyncio.get_running_loop()
+    over = threading.Event()
+
+    def watch() -> None:
+        if not over.wait(drain + _GRACE):
+            log.error("a handler blocks the event loop: the process ends, and what it held comes again")
+            _end()
+
+    def asked(number: int, frame: object) -> None:
+        # Python calls it between two steps of whatever the main thread does, also where that blocks the loop.
+        if over.is_set():
+            return
+        if watching.is_alive():
+            log.warning("asked a second time: the process ends, and what it held comes again")
+            _end()
+        watching.start()
+        loop.call_soon_threadsafe(stop)
+
+    watching = threading.Thread(target=watch, name="leaving", daemon=True)
+    before: dict[int, Any] = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        over.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end() -> None:
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(FAILED)

@@ -1,0 +1,124 @@
+"""A table of a PostgreSQL (9.5 or newer). Leases are measured by the server's clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from orthanc_events_bridge.consumers.stores import sql
+from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
+
+_CONNECT: Final = 5
+#: Seconds for an answer.
+_ANSWER: Final = 10.0
+#: Of the lock under which the table is made: two who make it at once would meet.
+_LOCK: Final = 8797526
+
+
+class PostgresStore(Store):
+    """See the module's text.
+
+    :param url: as libpq takes it; what it leaves out (password, certificates …) libpq finds in its environment
+        (``PGPASSFILE`` …) and in ``~/.pgpass``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._lock = asyncio.Lock()
+        self._begun = 0
+
+    async def open(self) -> None:
+        async with self._lock:
+            connection = await self._connected()
+            try:
+                async with asyncio.timeout(_ANSWER), connection.transaction():
+                    await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+                    await connection.execute(sql.CREATE)
+            except (psycopg.Error, TimeoutError) as error:
+                await self._give_up()
+                raise self._problem(error) from error
+
+    async def begin(self, key: str, owner: str, lease: float) -> Begun:
+        self._begun += 1
+        if self._begun % sql.SWEEP_EVERY == 1:
+            await self._do(sql.SWEEP, "", "", 0)
+        while True:
+            if await self._do(sql.BEGIN, key, owner, lease):
+                return Begun("mine")
+            for done, left in await self._do(sql.LOOK, key, owner, lease):
+                return Begun("done") if done else Begun("theirs", max(0.0, left))
+
+    async def renew(self, key: str, owner: str, lease: float) -> bool:
+        return bool(await self._do(sql.RENEW, key, owner, lease))
+
+    async def finish(self, key: str, owner: str, keep: float) -> bool:
+        return bool(await self._do(sql.FINISH, key, owner, keep))
+
+    async def forget(self, key: str, owner: str) -> None:
+        await self._do(sql.FORGET, key, owner, 0)
+
+    async def close(self) -> None:
+        await self._give_up()
+
+    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
+        text = statement.format(
+            now="extract(epoch FROM clock_timestamp())::double precision",
+            key="%(key)s",
+            owner="%(owner)s",
+            seconds="%(seconds)s::double precision",
+        )
+        given = {"key": key, "owner": owner, "seconds": seconds}
+        async with self._lock:
+            again = self._connection is not None and not self._connection.closed
+            while True:
+                connection = await self._connected()
+                try:
+                    async with asyncio.timeout(_ANSWER):
+                        cursor = await connection.execute(text, given)
+                        return await cursor.fetchall() if cursor.description is not None else []
+                except (psycopg.Error, TimeoutError) as error:
+                    broken = connection.broken or isinstance(error, TimeoutError)
+                    if broken:
+                        await self._give_up()
+                    if not (broken and again):
+                        raise self._problem(error) from error
+                    again = False  # the server was restarted since: each statement may be said twice
+
+    async def _connected(self) -> psycopg.AsyncConnection[Any]:
+        if self._connection is None or self._connection.closed:
+            try:
+                async with asyncio.timeout(_CONNECT + 1):
+                    self._connection = await psycopg.AsyncConnection.connect(
+                        self._url,
+                        autocommit=True,
+                        connect_timeout=_CONNECT,
+                        application_name="orthanc-events-bridge",
+                    )
+            except (psycopg.Error, TimeoutError) as error:
+                raise self._problem(error) from error
+        return self._connection
+
+    async def _give_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                await connection.close()
+
+    def _problem(self, error: Exception) -> StoreError:
+        try:
+            found = conninfo_to_dict(self._url)
+        except psycopg.Error:  # what libpq says of it may hold the password
+            return StoreError("the store's URL is none of PostgreSQL", "write postgresql://USER@HOST/DATABASE")
+        place = f"{found.get('host', 'this machine')}, database {found.get('dbname', 'of the user')}"
+        # The server's own sentence; of what is said before there is a server, nothing secret is in the first line.
+        diagnostic = getattr(getattr(error, "diag", None), "message_primary", None)
+        text = diagnostic or (str(error).splitlines() or ["it does not answer"])[0]
+        return StoreError(
+            f"the store in PostgreSQL ({place}) can't be used: {text}",
+            "check that the server runs, the login, and that the user may create and write a table",
+        )

@@ -1,0 +1,127 @@
+"""Copies of a consumer's events at NATS: into its inbox, to be given again, and among its dead letters.
+
+JetStream has counted how often it gave an event, and knows no more about it: what a copy says is in its headers. A copy
+is confirmed by its stream before what it is a copy of is acknowledged, and has a key by which JetStream drops a second
+one of the same original.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import nats.errors
+
+from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError
+from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.nats_stream import Which, open_stream, refused
+
+ATTEMPTS: Final = "orthanc-attempts"
+DUE: Final = "orthanc-due"
+#: By which JetStream removes duplicates.
+_KEY: Final = "nats-msg-id"
+#: Bytes around the headers, about.
+_AROUND: Final = 64
+
+
+def due_in(headers: Mapping[str, str]) -> float:
+    """In how many seconds an event is to be given; 0 or less: now."""
+    text = headers.get(DUE)
+    if not text:
+        return 0.0
+    try:
+        return datetime.fromisoformat(text).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+
+
+def attempts_before(headers: Mapping[str, str], name: str) -> int:
+    """How often a name was given it before, as far as its copies say."""
+    attempts = headers.get(ATTEMPTS, "") if headers.get("orthanc-consumer") == name else ""
+    return int(attempts) if attempts.isdecimal() else 0
+
+
+class Copies:
+    """Stores copies of one consumer's events.
+
+    :param name: of the consumer.
+    """
+
+    def __init__(self, connection: Connection, options: NatsOptions, name: str) -> None:
+        self._connection = connection
+        self._options = options
+        self._name = name
+
+    async def again(self, message: Incoming, key: str, attempt: int, delay: float, headers: Mapping[str, str]) -> None:
+        """Into the inbox, not to be given before so many seconds have passed.
+
+        :param key: of the original: where it is stored.
+        :raises TransportError: as `_store`.
+        """
+        said = {"orthanc-operation": "retry", **headers}
+        if delay > 0:
+            due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
+            said[DUE] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        await self._store("inbox", message, f"retry:{key}", attempt, said)
+
+    async def dead(self, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
+        """Among the dead letters.
+
+        :raises TransportError: as `_store`.
+        """
+        await self._store("dead", message, f"dead:{key}", attempt, headers)
+
+    async def _store(self, which: Which, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
+        """Store a copy; its stream is made where it is missing.
+
+        :raises NotConnectedError: it is not known whether it was stored.
+        :raises TransportError: it was not, and can't be now.
+        """
+        prefix = self._options.inbox_prefix if which == "inbox" else self._options.dead_prefix
+        identifier = message.headers.get("orthanc-event-id") or message.headers.get(_KEY, "").partition(":")[0]
+        kept = {name: value for name, value in message.headers.items() if name not in (DUE, _KEY)}
+        kept |= {"orthanc-consumer": self._name, "orthanc-address": message.address, ATTEMPTS: str(attempt), **headers}
+        if identifier:
+            kept["orthanc-event-id"] = identifier
+        kept["Nats-Msg-Id"] = f"{identifier}:{key}"
+        size = len(message.body) + sum(len(name) + len(value) + 4 for name, value in kept.items()) + _AROUND
+        if size > self._connection.max_payload:
+            raise RefusedError(
+                f"an event with what is to be said about it has {size} bytes, and NATS takes"
+                f" {self._connection.max_payload}",
+                "raise max_payload at the server",
+            )
+        subject = f"{prefix}.{self._name}"
+        for last in (False, True):
+            answer = await self._connection.ask(self._request(subject, message.body, kept))
+            if answer is None and not last:
+                await self._open(which)
+            elif answer is None:
+                raise NotConnectedError(
+                    f"no NATS stream takes {subject}: it was deleted, or has no leader", "it is tried again by itself"
+                )
+            elif "error" in answer:
+                raise refused(answer["error"])
+            else:
+                return
+
+    async def _request(self, subject: str, body: bytes, headers: dict[str, str]) -> dict[str, Any] | None:
+        """What the stream answers; none where there is none."""
+        try:
+            answer = await self._connection.request(subject, body, self._options.ack_timeout * 2, headers=headers)
+        except nats.errors.NoRespondersError:
+            return None
+        found: dict[str, Any] = json.loads(answer.data)
+        return found
+
+    async def _open(self, which: Which) -> None:
+        try:
+            await open_stream(self._connection, self._options, which)
+        except TransportConfigurationError as error:
+            raise RefusedError(error.message, error.remedy) from error

@@ -1,0 +1,231 @@
+"""What the subscriptions of NATS, in order or not, have in common: deliveries, and how they are settled.
+
+JetStream settles by the message's number alone: what a subscriber sends late would settle what another is working
+on by now, and nobody would be told. So nothing is sent any more once most of the ``ack_wait`` is over. It counts from
+the request that a message answers: however long the process was frozen meanwhile, the message can't be older.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from typing import Final
+
+import nats.errors
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as Answers
+
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_copies import DUE, Copies, attempts_before, due_in
+from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.nats_pull import Durable, key_of, received
+from orthanc_events_bridge.transports.subscriptions import boot_time
+
+#: The part of ``ack_wait`` after which nothing is settled any more.
+_LATE: Final = 0.8
+#: Seconds that each of the two steps of closing may take.
+_CLOSING: Final = 0.4
+
+
+class NatsDelivery(Delivery):
+    """Settled by an answer to the subject that came with it. No answer of the server says whether it came through:
+    what got lost with the connection comes again.
+    """
+
+    def __init__(
+        self, subscription: Settling, durable: Durable, message: Incoming, attempt: int, reply: str, since: float
+    ) -> None:
+        super().__init__(message, attempt)
+        self._subscription = subscription
+        self.durable = durable
+        self.reply = reply
+        self.since = since
+
+    @property
+    def key(self) -> str:
+        """What tells its message from all others."""
+        return f"{self.durable.stream}.{key_of(self.reply)}"
+
+    async def ack(self) -> None:
+        await self._subscription.settle(self, b"+ACK")
+
+    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        await self._subscription.give_back(self, delay, headers)
+
+    async def reject(self, headers: Mapping[str, str]) -> None:
+        await self._subscription.reject(self, headers)
+
+    async def extend(self) -> None:
+        await self._subscription.extend(self)
+
+
+class Settling(Subscription):
+    """A subscription's deliveries, and their end. What is to come is asked for by those that are made of it."""
+
+    def __init__(self, connection: Connection, options: NatsOptions, name: str, in_flight: int) -> None:
+        self._connection = connection
+        self._patience = options.ack_timeout
+        self._in_flight = in_flight
+        self._copies = Copies(connection, options, name)
+        self._name = name
+        self._answers: list[Answers] = []
+        self._came: deque[NatsDelivery] = deque()
+        self._held: dict[NatsDelivery, None] = {}
+        self._room: asyncio.Future[None] | None = None
+        self._fault: NotConnectedError | None = None
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Whoever waits for something to come is told that nothing does."""
+
+    async def give_back(self, delivery: NatsDelivery, delay: float, headers: Mapping[str, str]) -> None:
+        """See `orthanc_events_bridge.transports.base.Delivery.nack`: a copy, in the inbox."""
+        if not self._ours(delivery):
+            return
+        try:
+            await self._copies.again(delivery.message, delivery.key, delivery.attempt, delay, headers)
+        except NotConnectedError:
+            raise
+        except TransportError:  # no room for copies: JetStream itself gives it again, and says nothing with it
+            await self.settle(delivery, b"-NAK" + delivery.durable.delay(delay))
+        else:
+            self._copied()
+            await self.settle(delivery, b"+ACK")
+
+    def _copied(self) -> None:
+        """There is something new in the inbox."""
+
+    def _delivery(self, durable: Durable, message: Msg, since: float) -> NatsDelivery | None:
+        """What came, to be held; none where it is too early for it: JetStream keeps it until then.
+
+        :param since: when it was asked for.
+        """
+        incoming, given = received(message)
+        left = due_in(incoming.headers)
+        if left > 0:
+            self._send(message.reply, b"-NAK" + durable.delay(left))
+            return None
+        # A copy that had to wait was given once more, to be put off.
+        died = max(0, given - (2 if DUE in incoming.headers else 1))
+        attempt = attempts_before(incoming.headers, self._name) + died + 1
+        return NatsDelivery(self, durable, incoming, attempt, message.reply, since)
+
+    def _take(self, limit: int) -> list[Delivery]:
+        found: list[Delivery] = []
+        while self._came and len(found) < limit:
+            delivery = self._came.popleft()
+            if not self._late(delivery):  # else it has been given to another by now, or soon is
+                self._held[delivery] = None
+                found.append(delivery)
+        return found
+
+    async def reject(self, delivery: NatsDelivery, headers: Mapping[str, str]) -> None:
+        """See `orthanc_events_bridge.transports.base.Delivery.reject`."""
+        if self._ours(delivery):
+            await self._copies.dead(delivery.message, delivery.key, delivery.attempt, headers)
+            await self.settle(delivery, b"+ACK")
+
+    def _ours(self, delivery: NatsDelivery) -> bool:
+        """Is it still to be settled?
+
+        :raises NotConnectedError: it is not ours any more.
+        """
+        self._check()
+        if delivery not in self._held:
+            return False
+        self._check_time(delivery)
+        return True
+
+    # Settling.
+
+    async def settle(self, delivery: NatsDelivery, answer: bytes) -> None:
+        """Answer, once.
+
+        :raises NotConnectedError: too late, or the connection was lost.
+        """
+        if delivery not in self._held:
+            self._check()
+            return
+        del self._held[delivery]
+        self._has_room()
+        await self._answer(delivery, answer)
+
+    def _has_room(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def extend(self, delivery: NatsDelivery) -> None:
+        """See `orthanc_events_bridge.transports.base.Delivery.extend`."""
+        if delivery in self._held:
+            now = boot_time()
+            await self._answer(delivery, b"+WPI")
+            delivery.since = now
+        else:
+            self._check()
+
+    async def _answer(self, delivery: NatsDelivery, answer: bytes) -> None:
+        self._check()
+        self._check_time(delivery)
+        self._send(delivery.reply, answer)
+
+    def _check_time(self, delivery: NatsDelivery) -> None:
+        if self._late(delivery):
+            ack_wait = delivery.durable.ack_wait
+            raise NotConnectedError(
+                f"it was too late to settle an event at NATS: its ack_wait of {ack_wait:g} s is all but over",
+                "it comes again; raise ack_wait, or extend in time",
+            )
+
+    def _late(self, delivery: NatsDelivery) -> bool:
+        return boot_time() - delivery.since > _LATE * delivery.durable.ack_wait
+
+    # The connection.
+
+    def _send(self, subject: str, payload: bytes, reply: str = "") -> None:
+        words = f"PUB {subject} {reply} {len(payload)}" if reply else f"PUB {subject} {len(payload)}"
+        self._connection.post(b"%b\r\n%b\r\n" % (words.encode(), payload))
+
+    def _fail(self, error: NotConnectedError) -> None:
+        if self._fault is None:
+            self._fault = error
+        self._end()
+        self._has_room()
+
+    def _check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        try:
+            self._connection.check()
+        except NotConnectedError:
+            raise
+        except TransportError as error:  # a person has to mend it, and is told so when subscribing again
+            raise NotConnectedError(error.message, error.remedy) from error
+
+    async def _wait(self, future: asyncio.Future[None], seconds: float) -> bool:
+        try:
+            return await self._connection.wait(future, seconds)
+        except TransportError:
+            self._check()
+            raise
+
+    async def close(self) -> None:
+        answers, self._answers = self._answers, []
+        if not answers:
+            return
+        self._fail(NotConnectedError("the subscription to NATS is closed", "subscribe again"))
+        with contextlib.suppress(nats.errors.Error, OSError, TransportError):
+            self._connection.check()
+            # What is on its way comes first.
+            draining = asyncio.gather(*(one.drain() for one in answers))  # type: ignore[no-untyped-call]
+            await asyncio.wait_for(draining, _CLOSING)
+            for delivery in (*self._held, *self._came):
+                if not self._late(delivery):
+                    self._send(delivery.reply, b"-NAK")
+            await asyncio.wait_for(self._connection.flush(), _CLOSING)  # settled, when this is answered
+        self._held.clear()
+        self._came.clear()
