@@ -55,6 +55,7 @@ class Connection:
         self.fault: TransportError | None = None
         self.alarm = ""
         self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._number = 0  # of the channel that was opened last
         self._options = options
         tls = client_context(options.tls, "RabbitMQ") if options.tls_required else None
         self._sockets = Sockets(host, port, tls, options.tls.server_hostname)
@@ -133,7 +134,15 @@ class Connection:
         :raises TransportError: as `ask`.
         """
         self.check()
-        number = next(number for number in itertools.count(1) if number not in self._amqp.channels)
+        # None that was used a moment ago: what RabbitMQ has closed it still waits to hear of from us.
+        most = self._amqp.connection_tune.channel_max or 65535
+        numbers = itertools.chain(range(self._number + 1, most + 1), range(1, self._number + 1))
+        number = next((number for number in numbers if number not in self._amqp.channels), 0)
+        if not number:
+            raise TransportConfigurationError(
+                f"RabbitMQ lets a connection have {most} channels only", "raise channel_max in rabbitmq.conf"
+            )
+        self._number = number
         channel = Channel(self._amqp, number, confirms=confirms)
         self._amqp.channels[number] = channel
         try:

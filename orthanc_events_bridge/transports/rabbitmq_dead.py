@@ -25,8 +25,6 @@ from orthanc_events_bridge.transports.rabbitmq_queues import Asking, Queues, alo
 
 #: So many messages RabbitMQ hands over at a time.
 MOST: Final = 65_535
-#: Seconds between two looks at whether all has come.
-_LOOK: Final = 0.2
 #: Seconds that closing may take.
 _CLOSING: Final = 0.9
 
@@ -115,7 +113,6 @@ class RabbitDeadLetters(DeadLetters):
         self._consumer = ""
         self._consumers = 0
         self._held: dict[int, DeliveredMessage] = {}
-        self._came = asyncio.Event()
         self._deleted = False
 
     async def read(self) -> AsyncGenerator[DeadLetter]:
@@ -198,18 +195,17 @@ class RabbitDeadLetters(DeadLetters):
     async def _receive(self, channel: Channel) -> None:
         """Receive all that are there now."""
         connection, queue = self._connection, self._queues.dead
+        self._deleted = False
         try:
-            declared = await connection.ask(channel.queue_declare(queue, passive=True))
-            self._deleted = False
-            expected = min((declared.message_count or 0) + len(self._held), MOST)
+            # First this, which needs the queue's leader: without one it would have no messages, it says.
             await self._consume(channel)
-            while len(self._held) < expected and not self._deleted:
-                self._came.clear()
-                if not await connection.wait_for(self._came, _LOOK):
-                    # Others may take some away.
+            while not self._deleted:
+                seen, left = len(self._held), 0
+                for _ in range(2):  # what it gave before it was asked comes before the second answer
                     declared = await connection.ask(channel.queue_declare(queue, passive=True))
-                    if not declared.message_count:
-                        return
+                    left = declared.message_count or 0
+                if len(self._held) == seen and (left == 0 or seen == MOST):
+                    return
         except ClosedError as error:
             if not error.missing:
                 raise self._closed(error) from error
@@ -223,9 +219,7 @@ class RabbitDeadLetters(DeadLetters):
         if self._acks is not None:
             self._acks.given(tag)
         self._held[tag] = raw
-        self._came.set()
 
     def _on_deleted(self) -> None:
         self._deleted, self._consumer = True, ""
         self._held.clear()
-        self._came.set()

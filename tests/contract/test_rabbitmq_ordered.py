@@ -14,8 +14,9 @@ from collections import Counter, defaultdict
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues
-from tests.contract.harness import event, events, failing, run
+from tests.contract.harness import SECRET, event, events, failing, run
 from tests.contract.rabbitmq_harness import RabbitHarness, there
+from tests.contract.rabbitmq_tools import rabbit_transport
 from tests.contract.test_rabbitmq_subscription import (
     PATIENCE,
     collect,
@@ -179,14 +180,13 @@ def test_the_past_comes_first_and_in_order_whoever_receives_it(rabbit: RabbitHar
             publishing = asyncio.create_task(publish(publisher))
             await dying()
             await asyncio.gather(lasting(transport), dying(), dying(), publishing)
-            assert not await asyncio.to_thread(there, rabbit.url, ordered.beginning)
             subscription = await in_order(transport, queues)
             try:
                 end = time.monotonic() + PATIENCE
-                while await asyncio.to_thread(there, rabbit.url, ordered.pasts[63]):  # it is deleted as the last
-                    assert time.monotonic() < end
-                    await asyncio.sleep(0.5)
-                assert not await asyncio.to_thread(there, rabbit.url, ordered.pasts[0])
+                for queue in (ordered.beginning, ordered.pasts[0], ordered.pasts[63]):
+                    while await asyncio.to_thread(there, rabbit.url, queue):
+                        assert time.monotonic() < end
+                        await asyncio.sleep(0.5)
             finally:
                 await subscription.close()
 
@@ -232,5 +232,30 @@ def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarn
             await strict.publish([event(0)])
             assert ids(await collect(subscription, 1)) == [event(0).id]
             await subscription.close()
+
+    run(main(), seconds=2 * PATIENCE)
+
+
+def test_the_documented_permissions_are_enough(rabbit: RabbitHarness, queues: Queues) -> None:
+    user, own = f"archive-{queues.name}", r"^(orthanc\..*|amq\.gen.*)$"
+    server(rabbit).ctl("add_user", user, SECRET)
+    server(rabbit).ctl("set_permissions", user, own, r"^(orthanc\..*|amq\.gen.*|amq\.default)$", own)
+    names = {"exchange": rabbit.exchange, "history": rabbit.history, "inbox_prefix": rabbit.inboxes}
+    login = {"user": user, "password": SECRET, "dead_prefix": rabbit.dead, "limits": {"max_bytes": 2**27}}
+
+    async def main() -> None:
+        async with connected(rabbit_transport(f"amqp://127.0.0.1:{rabbit.port}", **names, **login)) as transport:
+            await transport.publish([event(0)])
+            subscription = await in_order(transport, queues, oldest=True)
+            (delivery,) = await collect(subscription, 1, ack=False)
+            await delivery.nack(0.1)
+            (delivery,) = await collect(subscription, 1, ack=False)
+            await delivery.reject({})
+            await subscription.close()
+            dead = await transport.dead_letters(queues.name)
+            letters = [one async for one in dead.read()]
+            await dead.remove(letters)
+            await dead.close()
+            assert [one.message.body for one in letters] == [event(0).body]
 
     run(main(), seconds=2 * PATIENCE)

@@ -497,11 +497,12 @@ def test_an_alarm_is_named_and_nothing_is_lost(rabbit: RabbitHarness, queues: Qu
 def test_what_takes_longer_than_the_server_allows_is_refused_before_it_begins(
     rabbit: RabbitHarness, queues: Queues
 ) -> None:
-    place = {"user": "contract", "password": SECRET, "exchange": rabbit.exchange, "history": rabbit.history}
+    place = {"exchange": rabbit.exchange, "history": rabbit.history, "inbox_prefix": rabbit.inboxes}
+    login = {"user": "contract", "password": SECRET, "limits": {"max_bytes": 2**27}}
     version = server(rabbit).ctl("version")
 
     async def main() -> None:
-        raised = rabbit_transport(f"amqp://127.0.0.1:{rabbit.port}", **place, consumer_timeout="2d")
+        raised = rabbit_transport(f"amqp://127.0.0.1:{rabbit.port}", **place, **login, consumer_timeout="2d")
         async with connected(rabbit.transport()) as transport, connected(raised) as other:
             longest = 1800.0 if version.startswith("3.") else 86400.0
             with failing(rabbit, TransportConfigurationError) as caught:
