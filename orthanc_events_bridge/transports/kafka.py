@@ -135,7 +135,7 @@ class KafkaTransport(Transport):
         in_flight: int = 256,
         ack_wait: float = 30.0,
         ordered: bool = False,
-        longest: float = 0.0,
+        longest: float = 0.0,  # Kafka has no limit for it: it hears of the subscriber, and not of what that holds
     ) -> Subscription:
         check_name(self.name, name)
         _, topic = self._connected()

@@ -36,10 +36,14 @@ async def begin(
             f"Kafka has the consumer group {group.name}, and it is {'ordered' if before else 'not ordered'}",
             "give the consumer another name, or subscribe as before",
         )
+    said = begun_as(ordered)
     if stored.keys() - {begun}:
+        if before is None:  # the inbox was deleted, or it never said it; where there are members, they say it
+            offset, note = stored.get(begun, (0, ""))
+            await group.store({begun: (offset, said + note)}, outside=True)
         return
     found = await offsets(cluster, options, topic.metadata, oldest=oldest or begun in stored)
-    mark, said = mark_of(topic.metadata.id), begun_as(ordered)
+    mark = mark_of(topic.metadata.id)
     end = asyncio.get_running_loop().time() + options.connect_timeout
     while True:
         rows = {(topic.name, one): (offset, mark) for one, offset in found.items()}

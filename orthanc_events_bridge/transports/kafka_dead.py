@@ -67,6 +67,7 @@ class DeadTopic:
         self._options = options
         self._largest = largest
         self._known: TopicMetadata | None = None
+        self._storing = asyncio.Lock()
         self.topic = dead_topic(options, name)
 
     async def put(self, record: Any, headers: Mapping[str, str]) -> None:
@@ -84,6 +85,11 @@ class DeadTopic:
 
         :raises TransportError: as `put`.
         """
+        # One after the other: what waits for replicas holds up everything else on this connection, heartbeats too.
+        async with self._storing:
+            await self._store(copies)
+
+    async def _store(self, copies: Sequence[Copy]) -> None:
         end = asyncio.get_running_loop().time() + self._options.ack_timeout
         while code := await self._try(copies):
             self._known = None

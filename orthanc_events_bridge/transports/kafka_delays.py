@@ -14,18 +14,13 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE
 
 #: Seconds that an event waits in each topic of delays. Delays below the first wait there too, each for itself.
 STEPS: Final = (1, 5, 30, 120, 600, 3600)
 
 #: Bytes around a record, about.
 _AROUND: Final = 128
-
-OPERATION: Final = "orthanc-operation"
-ATTEMPTS: Final = "orthanc-attempts"
-DUE: Final = "orthanc-due"
-CONSUMER: Final = "orthanc-consumer"
-ADDRESS: Final = "orthanc-address"
 
 
 def retry_topic(name: str, step: int) -> str:

@@ -8,12 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE, OPERATION
 from orthanc_events_bridge.transports.kafka_delays import (
-    ADDRESS,
-    ATTEMPTS,
-    CONSUMER,
-    DUE,
-    OPERATION,
     Copy,
     attempts_of,
     copy_of,

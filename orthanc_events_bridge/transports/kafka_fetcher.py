@@ -130,13 +130,13 @@ class Fetcher:
 
     async def _follow(self, leader: int) -> None:
         """Ask one node again and again, as long as it leads a partition."""
-        node = await self._cluster.node(leader)
         while mine := [one for one in self._partitions if one.leader == leader]:
             self._cluster.check()
             hungry = [one for one in mine if one.hungry]
             if not hungry:
                 await self._room()
                 continue
+            node = await self._cluster.node(leader)  # Kafka closes a connection that was idle for ten minutes
             asked = {one.place: (one, one.wanted) for one in hungry}
             rows: dict[str, list[tuple[int, int, int]]] = {}
             for (topic, number), (_, offset) in asked.items():

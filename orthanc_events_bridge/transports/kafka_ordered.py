@@ -1,8 +1,8 @@
 """What keeps the order of a Kafka consumer: whether it wants one, and what its partitions wait for.
 
 Of a partition of the events' topic one event is in hand at a time. One that is given back stays where it is, at the
-head of its partition; in how many seconds it is due and how often it was given stands in the note that Kafka keeps
-beside the group's offset, so that whoever has the partition next goes on with it.
+head of its partition; when it is due and how often it was given stands in the note that Kafka keeps beside the group's
+offset, so that whoever has the partition next goes on with it.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def refused(code: int, topic: str) -> TransportError:
     if code in _NOT_ALLOWED:
         return TransportConfigurationError(
             f"Kafka does not permit this user what is needed at the topic {topic}: {text}",
-            "let it describe and write to the topic, and create it if declare is true",
+            "let it describe and write to the topic, as a consumer read it too, and create it if declare is true",
         )
     if code == errors.InvalidTopicError.errno:
         return TransportConfigurationError(f"Kafka takes no topic of the name {topic}: {text}", "choose another name")

@@ -4,7 +4,8 @@ A delivery is its subscriber's for as long as Kafka hears of that, in the backgr
 where Kafka doesn't. When partitions are shared out anew, one with deliveries in hand stays until they are settled or
 their ``ack_wait`` is over. Acknowledgements are stored a moment later and together, with what is settled further on in
 a partition than what is not: `orthanc_events_bridge.transports.kafka_partition`. Kafka doesn't count how often it gave
-an event to a group; what is counted is what was given back.
+an event to a group; what is counted is what was given back. How an order is kept:
+`orthanc_events_bridge.transports.kafka_ordered`.
 """
 
 from __future__ import annotations

@@ -632,3 +632,52 @@ def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, do
     for problem in problems:
         assert "Kafka" in problem.message and problem.remedy
     check(read(cluster[-1], topic), sent)
+
+
+def test_a_dead_letter_where_servers_are_missing(cluster: list[KafkaServer], topic: str) -> None:
+    """It is refused, and held, until they are back."""
+    sent, dead = event(0), f"orthanc.dead.{topic}"
+    problems: list[str] = []
+
+    async def make_dead(admin: AIOKafkaAdminClient) -> None:
+        configs = {"cleanup.policy": "compact", "min.insync.replicas": "3"}
+        await admin.create_topics([NewTopic(dead, 1, 3, topic_configs=configs)])
+
+    async def rejected(transport: KafkaTransport) -> None:
+        subscription = await transport.subscribe(topic, oldest=True)
+        while not (found := await subscription.receive(1, 1.0)):
+            pass
+        with failing(RefusedError):
+            await found[0].reject({"orthanc-reason": "no"})
+        await asyncio.to_thread(cluster[0].start, wait=False)
+        while True:
+            with contextlib.suppress(RefusedError):
+                await found[0].reject({"orthanc-reason": "no"})
+                return
+            await found[0].extend()
+            await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        transport = replicated(cluster, topic)
+        await transport.connect()
+        await (await transport.subscribe(topic, oldest=True)).close()  # makes the inbox
+        await transport.publish([sent])
+        await asyncio.to_thread(cluster[0].kill)
+        while True:
+            try:
+                await transport.connect()
+                await rejected(transport)
+                break
+            except NotConnectedError as error:
+                problems.append(str(error))
+                await transport.close()
+                await asyncio.sleep(0.1)
+        (letter,) = [one async for one in (await transport.dead_letters(topic)).read()]
+        assert letter.message.body == sent.body
+        await transport.close()
+
+    administrate(f"127.0.0.1:{cluster[1].admin_port}", make_dead)
+    try:
+        run(main(), seconds=180)
+    except TimeoutError:
+        pytest.fail(f"what was told: {Counter(problems).most_common()}")

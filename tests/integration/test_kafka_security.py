@@ -34,6 +34,7 @@ from orthanc_events_bridge.testing.processes import free_port
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
+from orthanc_events_bridge.transports.kafka_delays import STEPS
 from tests.contract.harness import SECRET, aside, connect, event, events, run
 from tests.contract.kafka_tools import (
     PLAIN,
@@ -361,16 +362,17 @@ class _CreateAcls(Request[_CreateAclsStruct]):
         return request_struct_class(self._rows)
 
 
-#: What the protocol calls what may be done with a topic.
-WRITE, DESCRIBE = 4, 8
+#: What the protocol calls what may be done with a topic, and what else may be permitted.
+READ, WRITE, DESCRIBE = 3, 4, 8
+TOPIC, GROUP = 2, 3
 ALLOW, DENY = 3, 2
 
 
-def permit(fortress: Fortress, topic: str, *operations: int, permission: int = ALLOW) -> None:
+def permit(fortress: Fortress, name: str, *operations: int, permission: int = ALLOW, kind: int = TOPIC) -> None:
     """Let the guest do this with a topic, and nothing else."""
 
     async def work(admin: AIOKafkaAdminClient) -> None:
-        rows = [(2, topic, 3, "User:guest", "*", operation, permission) for operation in operations]
+        rows = [(kind, name, 3, "User:guest", "*", operation, permission) for operation in operations]
         answer = await admin._client.send(admin._client.get_random_node(), _CreateAcls(rows))
         assert [code for code, _ in answer.results] == [0] * len(rows), answer
 
@@ -472,3 +474,67 @@ def test_what_is_too_large_where_the_limit_may_not_be_read(fortress: Fortress) -
     assert place == 33 and "30000" in str(rejection)
     stored = [dict(row.headers)["orthanc-event-id"].decode() for row in aside(read_topic(fortress.url, topic))]
     assert stored == [one.id for one in sent if one is not sent[33]]
+
+
+def test_the_minimum_of_permissions_of_a_consumer(fortress: Fortress) -> None:
+    """As docs/operating.md has them: one after the other is given, and what is missing is named."""
+    topic = fortress.topic()
+    name = f"consumer-{topic}"
+    inbox, dead = f"orthanc.inbox.{name}", f"orthanc.dead.{name}"
+    delays = [f"orthanc.retry.{name}.{step}" for step in STEPS]
+    for one in (topic, inbox, *delays):
+        fortress.make(one)
+
+    async def make_dead(admin: AIOKafkaAdminClient) -> None:
+        await admin.create_topics([NewTopic(dead, 1, 1, topic_configs={"cleanup.policy": "compact"})])
+
+    administrate(fortress.url, make_dead)
+    permit(fortress, topic, READ)
+    for one in (inbox, *delays):
+        permit(fortress, one, READ, WRITE)
+    permit(fortress, name, DESCRIBE, kind=GROUP)
+    permit(fortress, dead, DESCRIBE)
+
+    def consumer() -> KafkaTransport:
+        return fortress.transport("OPEN", sasl="plain", user="guest", password=SECRET, topic=topic, declare=False)
+
+    async def refused() -> str:
+        transport = consumer()
+        with failing(TransportConfigurationError) as caught:
+            await transport.connect()
+            await transport.subscribe(name, oldest=True)
+        await transport.close()
+        return str(caught[0])
+
+    assert name in run(refused())
+    permit(fortress, name, READ, kind=GROUP)
+
+    async def main() -> None:
+        bridge = fortress.transport("OPEN", sasl="plain", user="bridge", password=SECRET, topic=topic, declare=False)
+        await bridge.connect()
+        await bridge.publish([event(0)])
+        await bridge.close()
+        transport = consumer()
+        await transport.connect()
+        subscription = await transport.subscribe(name, oldest=True, ordered=True)
+        while not (some := await subscription.receive(1, 1.0)):
+            pass
+        (found,) = some
+        with failing(TransportConfigurationError) as caught:
+            await found.reject({"orthanc-reason": "no"})
+        assert dead in str(caught[0])
+        permit(fortress, dead, WRITE)
+        await found.reject({"orthanc-reason": "no"})  # it was held
+        await transport.close()
+
+        transport = consumer()
+        await transport.connect()
+        with failing(TransportConfigurationError) as caught:
+            assert [one async for one in (await transport.dead_letters(name)).read()]
+        assert dead in str(caught[0]) and "read" in str(caught[0])
+        permit(fortress, dead, READ)
+        (letter,) = [one async for one in (await transport.dead_letters(name)).read()]
+        await (await transport.dead_letters(name)).remove([letter])
+        await transport.close()
+
+    run(main())

@@ -337,7 +337,7 @@ def test_what_killed_its_workers_is_not_begun_again() -> None:
         (lambda: Consumer("a", broker=""), "is empty"),
         (lambda: Consumer("a", broker={"type": "nats", "servres": []}), "servres"),
         (lambda: Consumer("a", broker="nats://h", concurrency=0), "concurrency: '0' is out of range"),
-        (lambda: Consumer("a", broker="nats://h", start="old"), "start: 'old' is none of the choices"),
+        (lambda: Consumer("a", broker="nats://h", start="old"), "start: 'old' is none of the choices"),  # type: ignore[arg-type]
         (lambda: Consumer("a", broker="nats://h", ordered=True, retry=RetryPolicy(maximum=301)), "would hold up"),
         (lambda: RetryPolicy(max_attempts=0), "max_attempts=0"),
         (lambda: RetryPolicy(initial=5, maximum=1), "maximum=1"),

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
+from orthanc_events_bridge.transports.headers import DUE
 from orthanc_events_bridge.transports.kafka_delays import (
-    DUE,
     STEPS,
     copy_of,
     format_time,
@@ -345,3 +345,30 @@ def test_what_comes_for_a_partition_that_is_leaving_is_fetched_again_if_it_stays
     assert [record.offset for record in one.records] == ([] if leaves else [7])
     assert one.wanted == (7 if leaves else 8)
     assert told == ([] if leaves else [one])
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_again() -> None:
+    """As Kafka closes one that is idle: of a node whose partitions all have enough nothing is asked."""
+    one = Partition.begin(("topic", 0), None, (0, ""))
+    one.leader = 1
+
+    class Nodes(Node):
+        """Each connection takes one question."""
+
+        opened = 0
+
+        async def node(self, number: int) -> Node:
+            self.opened += 1
+            return Node(self._meanwhile)
+
+    def meanwhile() -> None:
+        if one.wanted == 1:
+            one.leader = 2  # ends it
+
+    nodes: Any = Nodes(meanwhile)
+    options = KafkaOptions(name="kafka", servers=("127.0.0.1:9092",))
+    fetcher = Fetcher(nodes, nodes, options, Topic("topic", TopicMetadata("", (1,), (1,)), {}), lambda one: None)
+    fetcher.use([one])
+    asyncio.run(fetcher._follow(1))
+    assert [record.offset for record in one.records] == [0, 1]
+    assert nodes.opened == 2
