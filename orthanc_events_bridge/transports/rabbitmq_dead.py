@@ -17,11 +17,12 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import RefusedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, alone, refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_message import dead_headers, incoming
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import Asking, Queues, alone, open_dead, refused
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues, open_dead
 
 #: So many messages RabbitMQ hands over at a time.
 MOST: Final = 65_535

@@ -20,9 +20,9 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.rabbitmq_asking import refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
-from orthanc_events_bridge.transports.rabbitmq_queues import refused
 
 #: Seconds that it keeps what another should have, before it lets go of it once more.
 _KEEP: Final = 5.0

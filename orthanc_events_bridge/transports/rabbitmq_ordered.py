@@ -14,11 +14,12 @@ from typing import Final
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking
 from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_lane import Lane
 from orthanc_events_bridge.transports.rabbitmq_message import as_given_again
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import Asking, Queues
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.rabbitmq_roster import Roster, owners
 from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitDelivery, RabbitSubscription
 

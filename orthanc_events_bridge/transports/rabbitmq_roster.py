@@ -19,10 +19,11 @@ from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
+from orthanc_events_bridge.transports.rabbitmq_asking import refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues, refused
+from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues
 
 #: Seconds between two words of one that is there, and after which one that is silent is taken for gone.
 _BEAT: Final = 2.0
@@ -110,6 +111,9 @@ class Roster:
         while True:
             self._say(there=True)
             await asyncio.sleep(_BEAT)
+            if self._copies.channel is not None and self._copies.channel.fault is not None:
+                self._lose(f"the exchange {self._exchange} of RabbitMQ was deleted")
+                return
             gone = [one for one, last in self._seen.items() if loop.time() - last > _SILENT]
             for one in gone:
                 del self._seen[one]
@@ -144,9 +148,10 @@ class Roster:
             self._changed()
 
     def _on_deleted(self) -> None:
-        self.fault = NotConnectedError(
-            f"a queue of RabbitMQ that is bound to {self._exchange} was deleted", "it is made again when subscribing"
-        )
+        self._lose(f"a queue of RabbitMQ that is bound to {self._exchange} was deleted")
+
+    def _lose(self, why: str) -> None:
+        self.fault = NotConnectedError(why, "it is made again when subscribing")
         self._changed()
 
     async def close(self) -> None:

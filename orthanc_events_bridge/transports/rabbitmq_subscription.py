@@ -22,6 +22,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
+from orthanc_events_bridge.transports.rabbitmq_asking import refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -34,7 +35,7 @@ from orthanc_events_bridge.transports.rabbitmq_message import (
     seconds_left,
 )
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues, refused
+from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues
 
 #: A message that is due in so many seconds waits here.
 _SOON: Final = 0.25

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError
-from orthanc_events_bridge.transports import rabbitmq_queues
+from orthanc_events_bridge.transports import rabbitmq_asking
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from tests.contract.harness import SECRET, event, events, failing, run
@@ -138,7 +138,7 @@ def test_one_at_a_time_looks_at_them(rabbit: RabbitHarness, queues: Queues, monk
             async with looking(one, queues) as dead:
                 assert numbers([letter async for letter in dead.read()]) == [0, 1, 2]
                 with monkeypatch.context() as patched:
-                    patched.setattr(rabbitmq_queues, "_TURN", 0.3)
+                    patched.setattr(rabbitmq_asking, "_TURN", 0.3)
                     with failing(rabbit, NotConnectedError) as caught:
                         await read(other, queues)
                 assert f"reading {queues.dead}" in str(caught[0])

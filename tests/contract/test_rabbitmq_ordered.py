@@ -196,25 +196,28 @@ def test_the_past_comes_first_and_in_order_whoever_receives_it(rabbit: RabbitHar
         assert found == [one.id for one in sent if one.key == key]
 
 
-def test_a_partition_that_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
+def test_what_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
     sent = event(0)
     queue = f"{queues.live}.{sent.partition}"
 
-    async def received(transport: Transport, one: Outgoing) -> None:
+    async def received(transport: Transport, one: Outgoing, name: str) -> None:
         subscription = await in_order(transport, queues)
         await transport.publish([one])
         assert ids(await collect(subscription, 1)) == [one.id]
-        await do(rabbit, functools.partial(deleting, queue))
+        if name == queue:
+            await do(rabbit, functools.partial(deleting, queue))
+        else:
+            await do(rabbit, lambda channel: channel.exchange_delete(name))
         with failing(rabbit, NotConnectedError) as caught:
             async with asyncio.timeout(PATIENCE):
                 await subscription.receive(1, 2 * PATIENCE)
-        assert queue in str(caught[0])
+        assert name in str(caught[0])
         await subscription.close()
 
     async def main() -> None:
         async with connected(rabbit.transport()) as transport:
-            for number in range(2):
-                await received(transport, event(number))
+            for number, name in enumerate((queue, queues.workers, queue)):
+                await received(transport, event(number), name)
 
     run(main(), seconds=3 * PATIENCE)
 
