@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ class Consumer:
         self.broker = found.settings.broker
         self.meter = Meter()
         chosen = None if store is None else stores.check(store, self.broker)
-        self._turns = Turns(name, None if chosen is None else lambda: stores.make(chosen))
+        self._turns = Turns(self.name, None if chosen is None else lambda: stores.make(chosen))
         self._orthanc = found.orthanc
         self._routes: list[Route] = []
         self._worker: Worker | None = None
@@ -223,10 +224,14 @@ class Consumer:
         :raises BridgeError: it can't begin.
         """
         logs(self.settings.log_level)
-        asyncio.run(self._run())
+        over = threading.Event()
+        try:
+            asyncio.run(self._run(over))
+        finally:
+            over.set()
 
-    async def _run(self) -> None:
-        with leaving(self.stop, self.settings.drain):
+    async def _run(self, over: threading.Event) -> None:
+        with leaving(self.stop, self.settings.drain, over):
             await self.serve()
 
     async def serve(self) -> None:

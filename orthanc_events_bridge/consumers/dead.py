@@ -188,7 +188,7 @@ def again(letter: Letter) -> Outgoing:
         headers=tuple({**kept, OPERATION: "redrive", ADDRESS: address}.items()),
         # One that died again is another letter, with another last failure: it must not be dropped as a duplicate. Where
         # it is only the removal that failed, a second redrive is dropped.
-        dedupe=f"{letter.id}:redrive:{letter.last or message.position}",
+        dedupe=f"{letter.id}:redrive:{letter.last}.{message.position}",
     )
 
 

@@ -31,18 +31,18 @@ def logs(level: str) -> None:
 
 
 @contextlib.contextmanager
-def leaving(stop: Callable[[], None], drain: float) -> Iterator[None]:
+def leaving(stop: Callable[[], None], drain: float, over: threading.Event) -> Iterator[None]:
     """Stop at SIGTERM and SIGINT, in the running event loop; to be used in the main thread.
 
     :param stop: begins to stop; called in the loop.
     :param drain: seconds that handlers have.
+    :param over: set when the event loop is closed: that, too, waits for what a handler has left running.
     """
     loop = asyncio.get_running_loop()
-    over = threading.Event()
 
     def watch() -> None:
         if not over.wait(drain + _GRACE):
-            log.error("a handler blocks the event loop: the process ends, and what it held comes again")
+            log.error("a handler does not end: the process does, and what it held comes again")
             _end()
 
     def asked(number: int, frame: object) -> None:
@@ -60,7 +60,6 @@ def leaving(stop: Callable[[], None], drain: float) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 

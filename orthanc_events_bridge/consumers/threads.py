@@ -45,6 +45,10 @@ class DaemonThreads(Executor):
                 return
             try:
                 result = context.run(function, *args, **kwargs)
+            except StopIteration as error:  # asyncio's futures refuse it, and whoever waits would wait for ever
+                future.set_exception(
+                    RuntimeError("the handler raised StopIteration").with_traceback(error.__traceback__)
+                )
             except BaseException as error:  # it is for who waits for the result
                 future.set_exception(error)
             else:

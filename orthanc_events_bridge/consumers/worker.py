@@ -34,6 +34,7 @@ from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route
+from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
 from orthanc_events_bridge.consumers.threads import DaemonThreads
 from orthanc_events_bridge.consumers.tracing import Spans
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
@@ -60,6 +61,8 @@ _LONGEST: Final = 5.0
 _SLOW: Final = 15.0
 #: Seconds between two tries to put something among the dead letters.
 _DEAD: Final = 1.0
+#: So many deliveries are not held against an event at least, whose worker stopped or lost its broker before it began.
+_NOT_BEGUN: Final = 20
 _LONGEST_TEXT: Final = 500
 
 
@@ -92,16 +95,18 @@ class Terms:
 class _Held:
     """A delivery that is not settled yet.
 
+    :ivar begun: its handlers have begun, or it is being settled.
     :ivar void: it is not ours any more.
     """
 
-    __slots__ = ("delivery", "event", "routes", "since", "void")
+    __slots__ = ("begun", "delivery", "event", "routes", "since", "void")
 
     def __init__(self, delivery: Delivery, event: Event, routes: list[Route], since: float) -> None:
         self.delivery = delivery
         self.event = event
         self.routes = routes
         self.since = since
+        self.begun = False
         self.void = False
 
 
@@ -147,7 +152,8 @@ class Worker:
         self._slots = asyncio.Semaphore(terms.concurrency)
         self._threads = DaemonThreads(terms.concurrency, f"{terms.name}-handler")
         self._stop = asyncio.Event()
-        self._thawed = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._ack_wait = terms.ack_wait
         self.ready = False
         self.ticked = clock()
 
@@ -173,6 +179,8 @@ class Worker:
                     failures = failures + 1 if self._clock() - began < _LONGEST else 1
                     await self._pause(error, failures)
         finally:
+            if self._stop.is_set():
+                await self._drain()  # of what was begun before the broker was lost
             ticking.cancel()
             await self._transport.close()
             self.close()
@@ -224,8 +232,9 @@ class Worker:
         """
         again = " again" if self._repeats.over("connect") else ""
         log.info("the consumer %s receives events%s", self._terms.name, again)
+        self._ack_wait = subscription.ack_wait or self._terms.ack_wait
         self.ready = True
-        self._thawed.clear()
+        self._broken.clear()
         beating = asyncio.create_task(self._beat())
         try:
             await self._receive(subscription)
@@ -240,23 +249,23 @@ class Worker:
 
     async def _receive(self, subscription: Subscription) -> None:
         stopping = asyncio.ensure_future(self._stop.wait())
-        thawing = asyncio.ensure_future(self._thawed.wait())
+        breaking = asyncio.ensure_future(self._broken.wait())
         receiving: asyncio.Task[list[Delivery]] | None = None
         try:
             while True:
                 receiving = asyncio.create_task(subscription.receive(self._terms.prefetch, _WAIT))
-                await asyncio.wait((receiving, stopping, thawing), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((receiving, stopping, breaking), return_when=asyncio.FIRST_COMPLETED)
                 if stopping.done():
                     return
-                if thawing.done():
+                if breaking.done():
                     raise NotConnectedError(
-                        f"this process stood still for longer than {_FROZEN * self._terms.ack_wait:g} s",
+                        f"this process stood still for longer than {_FROZEN * self._ack_wait:g} s, or could not go on",
                         "what it held comes again; where an async handler blocks its event loop, make it a sync one",
                     )
                 for delivery in receiving.result():
                     self._accept(delivery)
         finally:
-            for task in (receiving, stopping, thawing):
+            for task in (receiving, stopping, breaking):
                 if task is not None:
                     task.cancel()
             if receiving is not None:
@@ -275,6 +284,7 @@ class Worker:
             return None
         finally:
             stopping.cancel()
+            task.cancel()
 
     async def _drain(self) -> None:
         """Let end what runs; what has not begun does not begin."""
@@ -308,17 +318,18 @@ class Worker:
         """Did we stand still?"""
         now = self._clock()
         gap, self.ticked = now - self.ticked, now
-        if gap > _FROZEN * self._terms.ack_wait:
+        if gap > _FROZEN * self._ack_wait:
             self._give_up()
-            self._thawed.set()
+            self._broken.set()
 
     async def _beat(self) -> None:
         """Keep alive what is held."""
-        every = self._terms.ack_wait * _EXTEND
+        every = self._ack_wait * _EXTEND
         while True:
             await asyncio.sleep(every / 4)
             now = self._clock()
-            for held in [one for one in self._held if now - one.since >= every]:
+            stopping = self._stop.is_set()  # what has not begun does not begin any more, and may go to others
+            for held in [one for one in self._held if now - one.since >= every and (one.begun or not stopping)]:
                 with contextlib.suppress(TransportError):  # receiving says it
                     if held in self._held:
                         held.since = now
@@ -353,7 +364,16 @@ class Worker:
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        # Nobody knows what it has left behind: what is held goes back, and comes again.
+        log.critical("handling failed by itself, which is a mistake of this package: %s", _kind(error), exc_info=error)
+        self._give_up()
+        self._broken.set()
 
     async def _follow(self, key: str, chain: deque[_Held]) -> None:
         """Handle the events of one key, one behind the other."""
@@ -381,10 +401,12 @@ class Worker:
     async def _handle(self, held: _Held) -> None:
         event = held.event
         limits = [self._policy(one).max_attempts for one in held.routes]
-        if all(limit is not None and event.attempt > limit for limit in limits):
-            reason = f"it was given {event.attempt - 1} times, and never settled: its workers died"
+        # More than were allowed: it can have been given back without having been begun.
+        if all(limit is not None and event.attempt > limit + max(limit, _NOT_BEGUN) for limit in limits):
+            reason = f"it was given {event.attempt - 1} times and never settled, as one that kills its workers"
             await self._bury(held, reason, "")
             return
+        held.begun = True
         began = time.perf_counter()
         self.meter.begin()
         current = held.routes[0]
@@ -406,7 +428,7 @@ class Worker:
         except Reject as error:
             outcome = Dead(error.reason)
             problem = error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # a handler's own SystemExit, and whatever extensions raise
             problem = error
         finally:
             self.meter.end(event.name, time.perf_counter() - began)
@@ -447,8 +469,10 @@ class Worker:
             await self._bury(held, outcome.reason, why, headers)
             return
         self.meter.count("retried", event.name)
-        log.warning("%r: %s; attempt %d, again in %.3g s", event, why, event.attempt, outcome.delay)
         delay = outcome.delay
+        if self._terms.ordered:
+            delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
+        log.warning("%s: %s; attempt %d, again in %.3g s", _spell(held), why, event.attempt, delay)
         await self._settle(held, lambda: held.delivery.nack(delay, headers))
 
     async def _bury(self, held: _Held, reason: str, why: str, headers: dict[str, str] | None = None) -> None:
@@ -464,6 +488,7 @@ class Worker:
 
         :return: whether it is settled.
         """
+        held.begun = True
         while True:
             self._look()
             if held.void:

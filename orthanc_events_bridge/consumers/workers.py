@@ -68,6 +68,10 @@ class Workers:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
+    def asked(self) -> bool:
+        """Whether `stop` was called; a signal's handler may do so between any two steps."""
+        return self._stopping
+
     def run(self) -> int:
         """Until `stop` is called and all have ended.
 
@@ -82,10 +86,15 @@ class Workers:
 
     def _begin(self) -> None:
         for number, due in list(self._due.items()):
+            if self.asked():  # asked meanwhile, by a signal
+                return
             if due <= self._now():
                 del self._due[number]
                 self._alive[number] = self._start(number)
                 self._began[number] = self._now()
+                if self.asked():  # asked while it was started, and not known to who asked
+                    with suppress(ProcessLookupError):
+                        self._alive[number].send_signal(signal.SIGTERM)
 
     def _bury(self) -> None:
         for number, process in list(self._alive.items()):

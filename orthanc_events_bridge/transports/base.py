@@ -232,7 +232,12 @@ class Delivery(ABC):
 
 
 class Subscription(ABC):
-    """One subscriber of a name; made by `Transport.subscribe`, used in one event loop."""
+    """One subscriber of a name; made by `Transport.subscribe`, used in one event loop.
+
+    :ivar ack_wait: the one that holds, where the name has another than was asked for when subscribing; else 0.
+    """
+
+    ack_wait: float = 0.0
 
     @abstractmethod
     async def receive(self, limit: int, wait: float) -> list[Delivery]:

@@ -7,7 +7,6 @@ is removed by a record of its key without a value, as Kafka's compaction wants i
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -70,14 +69,15 @@ class DeadTopic:
         self._storing = asyncio.Lock()
         self.topic = dead_topic(options, name)
 
-    async def put(self, record: Any, headers: Mapping[str, str]) -> None:
+    async def put(self, record: Any, headers: Mapping[str, str], key: bytes) -> None:
         """Store a record as a dead letter; all replicas in step have it then.
 
         :param headers: are added, in place of those of the same name.
+        :param key: of the letter: one that was stored already is replaced by this one.
         :raises NotConnectedError: nobody knows whether it is stored.
         :raises TransportError: it is not stored, or not as safely as it has to be.
         """
-        letter = Copy(self.topic, uuid.uuid4().bytes, record.value or b"", changed(record.headers, headers))
+        letter = Copy(self.topic, key, record.value or b"", changed(record.headers, headers))
         await self.store([letter])
 
     async def store(self, copies: Sequence[Copy]) -> None:
@@ -114,6 +114,9 @@ class DeadTopic:
             answer = await self._cluster.wait(node.begin(request), self._options.ack_timeout)
         except errors.KafkaError as error:
             raise self._cluster.lost(error) from error
+        except TransportError:
+            self._known = None  # another may lead it by now
+            raise
         return next(int(row[1]) for _, rows in answer.topics for row in rows)
 
     async def _need(self) -> TopicMetadata:

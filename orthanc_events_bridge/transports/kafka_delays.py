@@ -94,7 +94,7 @@ def message_of(record: Any, topic: str, number: int) -> Incoming:
 def attempts_of(headers: Mapping[str, str], name: str) -> int:
     """How often a consumer was given it before, as far as its copies say."""
     attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == name else ""
-    return int(attempts) if attempts.isdecimal() else 0
+    return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0
 
 
 def waiting_time(record: Any, step: int) -> tuple[float, float]:

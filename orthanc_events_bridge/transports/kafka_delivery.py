@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ class KafkaDelivery(Delivery):
         self.record = record
         self.since = boot_time()
         self.lost = False
+        #: The key as a dead letter: however often it is tried to store it, it is one.
+        self.letter = uuid.uuid4().bytes
 
     async def ack(self) -> None:
         """See `orthanc_events_bridge.transports.base.Delivery.ack`.

@@ -248,7 +248,11 @@ class KafkaSubscription(Subscription):
         """
         self.check(delivery)
         if delivery in self._held:
-            await self._dead.put(delivery.record, delivery.dead_headers(headers))
+            try:
+                await self._dead.put(delivery.record, delivery.dead_headers(headers), delivery.letter)
+            except NotConnectedError as error:  # so that it does come again
+                self._fail(error)
+                raise
             if self.take_back(delivery):
                 self.settle(delivery.partition, delivery.record.offset)
 

@@ -181,10 +181,10 @@ class NatsTransport(Transport):
     def _message(self, event: Outgoing, reply: str) -> bytes:
         """As the protocol spells it: nats-py takes much of a drain's time to check what is right already."""
         dedupe = "" if "dedupe" in self.without else f"Nats-Msg-Id: {event.dedupe or event.id}\r\n"
-        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{more_headers(event)}\r\n"
+        headers = f"NATS/1.0\r\n{dedupe}content-type: {event.content_type}\r\n{more_headers(event)}\r\n".encode()
         subject = self._subjects if self._consumer else self._subject(event)
         sizes = f"{len(headers)} {len(headers) + len(event.body)}"
-        return b"%b%b\r\n" % (f"HPUB {subject} {reply} {sizes}\r\n{headers}".encode(), event.body)
+        return b"%b%b%b\r\n" % (f"HPUB {subject} {reply} {sizes}\r\n".encode(), headers, event.body)
 
     async def _settle(self, connection: Connection, batch: Batch) -> None:
         """Wait for the acknowledgements, as long as they keep coming.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,6 +27,10 @@ ATTEMPTS: Final = "orthanc-attempts"
 DUE: Final = "orthanc-due"
 #: By which JetStream removes duplicates.
 _KEY: Final = "nats-msg-id"
+#: What is appended to an event's id in the keys of what is sent again.
+_OURS: Final = re.compile(r":(retry|redrive|replay|dead):.*$")
+#: What a header can be called (RFC 9110, section 5.1); others don't come through.
+_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 #: Bytes around the headers, about.
 _AROUND: Final = 64
 
@@ -44,7 +49,7 @@ def due_in(headers: Mapping[str, str]) -> float:
 def attempts_before(headers: Mapping[str, str], name: str) -> int:
     """How often a name was given it before, as far as its copies say."""
     attempts = headers.get(ATTEMPTS, "") if headers.get("orthanc-consumer") == name else ""
-    return int(attempts) if attempts.isdecimal() else 0
+    return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0
 
 
 class Copies:
@@ -80,12 +85,16 @@ class Copies:
     async def _store(self, which: Which, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
         """Store a copy; its stream is made where it is missing.
 
-        :raises NotConnectedError: it is not known whether it was stored.
-        :raises TransportError: it was not, and can't be now.
+        :raises NotConnectedError: the connection is gone, and nobody knows whether it was stored.
+        :raises TransportError: it was not, or nobody knows, and the connection is well: try again, by the same key.
         """
         prefix = self._options.inbox_prefix if which == "inbox" else self._options.dead_prefix
-        identifier = message.headers.get("orthanc-event-id") or message.headers.get(_KEY, "").partition(":")[0]
-        kept = {name: value for name, value in message.headers.items() if name not in (DUE, _KEY)}
+        identifier = message.headers.get("orthanc-event-id") or _OURS.sub("", message.headers.get(_KEY, ""))
+        kept = {
+            name: " ".join(value.split())  # a line break would begin another header
+            for name, value in message.headers.items()
+            if name not in (DUE, _KEY) and _NAME.fullmatch(name)
+        }
         kept |= {"orthanc-consumer": self._name, "orthanc-address": message.address, ATTEMPTS: str(attempt), **headers}
         if identifier:
             kept["orthanc-event-id"] = identifier
@@ -98,18 +107,20 @@ class Copies:
                 "raise max_payload at the server",
             )
         subject = f"{prefix}.{self._name}"
-        for last in (False, True):
+        try:
             answer = await self._connection.ask(self._request(subject, message.body, kept))
-            if answer is None and not last:
+            if answer is None:
                 await self._open(which)
-            elif answer is None:
-                raise NotConnectedError(
-                    f"no NATS stream takes {subject}: it was deleted, or has no leader", "it is tried again by itself"
-                )
-            elif "error" in answer:
-                raise refused(answer["error"])
-            else:
-                return
+                answer = await self._connection.ask(self._request(subject, message.body, kept))
+        except NotConnectedError as error:
+            self._connection.check()
+            raise RefusedError(error.message, error.remedy) from error
+        if answer is None:
+            raise RefusedError(
+                f"no NATS stream takes {subject}: it was deleted, or has no leader", "it is tried again by itself"
+            )
+        if "error" in answer:
+            raise refused(answer["error"])
 
     async def _request(self, subject: str, body: bytes, headers: dict[str, str]) -> dict[str, Any] | None:
         """What the stream answers; none where there is none."""

@@ -39,7 +39,7 @@ class NatsDeadLetters(DeadLetters):
             message = await self._next(number)
             if message is None or message.seq is None or message.seq > last:
                 return
-            headers = {name.lower(): value for name, value in (message.headers or {}).items()}
+            headers = {name.lower(): str(value) for name, value in (message.headers or {}).items()}
             address = headers.get("orthanc-address") or self._subject
             incoming = Incoming(address, message.data or b"", headers, str(message.seq))
             yield DeadLetter(incoming, message.seq)

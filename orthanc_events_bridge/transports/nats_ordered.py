@@ -64,6 +64,7 @@ class NatsOrderedSubscription(Settling):
             self._answers.append(await connection.ask(subscribing))
             self._idle.append(durable)
         self._inbox = self._idle[-1]
+        self.ack_wait = min(durable.ack_wait for durable in self._idle)
         return self
 
     # Receiving.
@@ -81,7 +82,9 @@ class NatsOrderedSubscription(Settling):
             if left <= 0 and (not self._pulls or wait > 0):
                 return []
             self._news = loop.create_future()
-            if not await self._wait(self._news, max(left, _TURN)) and left <= 0:
+            # Partitions that could not be asked are asked again in a moment, though nobody says so.
+            paused = not self._pulls and bool(self._idle)
+            if not await self._wait(self._news, _PAUSE if paused else max(left, _TURN)) and left <= 0:
                 return []
 
     def _ask(self) -> None:
@@ -154,12 +157,10 @@ class NatsOrderedSubscription(Settling):
 
     # Settling.
 
-    async def settle(self, delivery: NatsDelivery, answer: bytes) -> None:
-        held = delivery in self._held
-        await super().settle(delivery, answer)
-        if held and delivery.durable is not self._inbox:
+    def _released(self, delivery: NatsDelivery) -> None:
+        if delivery.durable is not self._inbox:  # which is idle already
             self._idle.append(delivery.durable)
-            self._tell()
+        super()._released(delivery)
 
     async def give_back(self, delivery: NatsDelivery, delay: float, headers: Mapping[str, str]) -> None:
         """JetStream keeps what is behind it waiting. What is in the inbox has no order to keep, and gets a copy."""

@@ -28,6 +28,8 @@ from orthanc_events_bridge.transports.subscriptions import boot_time
 
 #: The part of ``ack_wait`` after which nothing is settled any more.
 _LATE: Final = 0.8
+#: Seconds by which a copy comes later than it is due, so that it need not be put off twice where clocks differ.
+_CLOCKS: Final = 0.25
 #: Seconds that each of the two steps of closing may take.
 _CLOSING: Final = 0.4
 
@@ -108,7 +110,7 @@ class Settling(Subscription):
         incoming, given = received(message)
         left = due_in(incoming.headers)
         if left > 0:
-            self._send(message.reply, b"-NAK" + durable.delay(left))
+            self._send(message.reply, b"-NAK" + durable.delay(left + _CLOCKS))
             return None
         # A copy that had to wait was given once more, to be put off.
         died = max(0, given - (2 if DUE in incoming.headers else 1))
@@ -119,7 +121,9 @@ class Settling(Subscription):
         found: list[Delivery] = []
         while self._came and len(found) < limit:
             delivery = self._came.popleft()
-            if not self._late(delivery):  # else it has been given to another by now, or soon is
+            if self._late(delivery):  # it has been given to another by now, or soon is
+                self._released(delivery)
+            else:
                 self._held[delivery] = None
                 found.append(delivery)
         return found
@@ -138,8 +142,15 @@ class Settling(Subscription):
         self._check()
         if delivery not in self._held:
             return False
+        if self._late(delivery):
+            del self._held[delivery]
+            self._released(delivery)
         self._check_time(delivery)
         return True
+
+    def _released(self, delivery: NatsDelivery) -> None:
+        """It is not held any more."""
+        self._has_room()
 
     # Settling.
 
@@ -152,7 +163,7 @@ class Settling(Subscription):
             self._check()
             return
         del self._held[delivery]
-        self._has_room()
+        self._released(delivery)
         await self._answer(delivery, answer)
 
     def _has_room(self) -> None:

@@ -59,6 +59,7 @@ class NatsSubscription(Settling):
             subscribing = connection.subscribe(durable.reply, cb=answered, pending_msgs_limit=-1)
             self._answers.append(await connection.ask(subscribing))
             self._durables.append(durable)
+        self.ack_wait = min(durable.ack_wait for durable in self._durables)
         return self
 
     # Receiving.

@@ -83,6 +83,7 @@ class Lane:
             self._held, self._leaving, self._over = None, False, False
             self._since = asyncio.get_running_loop().time()
             receive, deleted = (functools.partial(one, channel) for one in (self._on_message, self._on_deleted))
+            channel.on_fault = functools.partial(self._on_fault, channel)
             try:
                 await connection.ask(channel.basic_qos(prefetch_count=1))
                 await connection.ask(channel.consume(queue, receive, deleted))
@@ -120,7 +121,7 @@ class Lane:
 
     @property
     def _moves(self) -> bool:
-        return not self._closed and (self._over or (self._leaving and self._held is None))
+        return not self._closed and self._held is None and (self._over or self._leaving)
 
     def _move(self) -> None:
         """Go where it is time to go."""

@@ -81,6 +81,8 @@ class OrderedSubscription(RabbitSubscription):
         await asyncio.sleep(_PASSED)
         asking = Asking(self._connection)
         try:
+            if await asking.exists(self._queues.beginning):  # another past has begun: they are that one's
+                return
             for queue in self._queues.pasts:
                 await asking.delete(queue)
         except TransportError as error:

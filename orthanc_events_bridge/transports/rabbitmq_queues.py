@@ -223,12 +223,18 @@ async def open_dead(connection: Connection, options: RabbitOptions, queues: Queu
     :raises TransportError: as `open_inbox`.
     """
     arguments = LIMIT | {"x-overflow": "reject-publish", "x-max-length": options.limits.dead_letters}
-    return await _open(connection, options, queues, {queues.dead: arguments})
+    return await _open(connection, options, queues, {queues.dead: arguments}, strict=False)
 
 
 async def _open(
-    connection: Connection, options: RabbitOptions, queues: Queues, wanted: dict[str, dict[str, Any]]
+    connection: Connection,
+    options: RabbitOptions,
+    queues: Queues,
+    wanted: dict[str, dict[str, Any]],
+    *,
+    strict: bool = True,
 ) -> bool:
+    """:param strict: one that is there has to have our settings; otherwise they take effect when it is made anew."""
     asking = Asking(connection)
     ((queue, arguments),) = wanted.items()
     try:
@@ -241,7 +247,8 @@ async def _open(
                 missing = not await asking.exists(queue)
                 if missing:
                     await _make_all(asking, queues, wanted)
-        await asking.declare(queue, arguments)
+        if missing or strict:
+            await asking.declare(queue, arguments)
         return missing
     finally:
         await asking.end()

@@ -22,7 +22,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import refused
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -37,6 +37,8 @@ from orthanc_events_bridge.transports.rabbitmq_message import (
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues
 
+#: Seconds between two looks for the exchange.
+_WATCH: Final = 5.0
 #: A message that is due in so many seconds waits here.
 _SOON: Final = 0.25
 #: So many deliveries RabbitMQ can be told to give at a time.
@@ -81,6 +83,7 @@ class RabbitSubscription(Subscription):
         self._channel: Channel | None = None
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._consumers: list[str] = []
         self._acks: Acks | None = None
         self._ends: list[int] = []  # of messages that say that the past is over
@@ -120,6 +123,22 @@ class RabbitSubscription(Subscription):
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
         await self._receive_published()
+        if self._options.declare:
+            self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Nobody tells us that the exchange was deleted, and our queues' bindings with it."""
+        asking = Asking(self._connection)
+        while self._fault is None:
+            await asyncio.sleep(_WATCH)
+            with contextlib.suppress(TransportError):  # an alarm is on; or the connection is gone, and others say so
+                if not await asking.leads(self._queues.live):
+                    self._fail(
+                        NotConnectedError(
+                            f"the exchange {self._options.exchange} of RabbitMQ was deleted",
+                            "what it has had since it was made again comes when subscribing",
+                        )
+                    )
 
     async def _receive_published(self) -> None:
         if self._beginning is None:
@@ -311,6 +330,8 @@ class RabbitSubscription(Subscription):
         self._closed = True
         end = asyncio.get_running_loop().time() + _CLOSING
         work = [self._task] if self._task is not None else []
+        if self._watching is not None:
+            self._watching.cancel()
         if self._fault is None:  # what is done by half would be done twice
             if self._beginning is not None:
                 self._beginning.stop()
@@ -331,7 +352,8 @@ class RabbitSubscription(Subscription):
         await _wait(ends, end - _LEFT[2])
         for one in (settling, *ends):
             one.cancel()
-        await _wait([settling, *ends, *work], end)
+        watching = [self._watching] if self._watching is not None else []
+        await _wait([settling, *ends, *work, *watching], end)
         self._held.clear()
         self._came.clear()
 
