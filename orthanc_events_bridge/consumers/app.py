@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -112,7 +113,7 @@ class Consumer:
             prefetch=self.settings.prefetch or 2 * self.settings.concurrency,
             retry=self.settings.policy(),
             ack_wait=self.settings.ack_wait,
-            longest=self.settings.longest,
+            longest=self._held_for(self.settings.longest),
             drain=self.settings.drain,
         )
 
@@ -197,6 +198,11 @@ class Consumer:
         from orthanc_events_bridge.testing.kit import Trial
 
         return Trial(self._terms, self._routes, self._orthanc, self._turns)
+
+    def _held_for(self, longest: float) -> float:
+        """Seconds that one delivery may be held; 0: what the broker allows. In order, all its waits are among them."""
+        waits = self.settings.policy().longest if self.settings.ordered else 0.0
+        return longest + waits if waits < math.inf else longest
 
     def _check_order(self, retry: RetryPolicy) -> None:
         if self._terms.ordered and retry.maximum > LONGEST_ORDERED_RETRY:

@@ -101,6 +101,13 @@ class RetryPolicy:
             wait *= 2.0 ** min(attempt - 1, 64)
         return min(wait, self.maximum) * (1 + self.jitter * random())
 
+    @property
+    def longest(self) -> float:
+        """Seconds from the first failure to the last attempt, if each is immediate; infinite without `max_attempts`."""
+        if self.max_attempts is None:
+            return math.inf
+        return sum(self.delay(attempt, lambda: 1.0) for attempt in range(1, self.max_attempts))
+
     def after(self, attempt: int, age: float, random: Callable[[], float], asked: float | None = None) -> Again | Dead:
         """What is to be done behind a failed attempt.
 

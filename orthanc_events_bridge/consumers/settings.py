@@ -31,6 +31,9 @@ from orthanc_events_bridge.values import Duration, FileName, Options, Place, for
 
 #: With `ordered` a retry keeps its partition waiting: longer ones are refused.
 LONGEST_ORDERED_RETRY: Final = 300.0
+#: What is ordered is held while it waits: all its waits, 26 minutes, lie within what every broker allows by itself
+#: (RabbitMQ 3.10: half an hour).
+ORDERED_ATTEMPTS: Final = 12
 _POLICY: Final = RetryPolicy()
 
 
@@ -129,7 +132,8 @@ class RetrySettings(Options):
     max_attempts: int = Field(
         default=_POLICY.max_attempts or 0,
         ge=0,
-        description="Deliveries in all; behind the last it is a dead letter. 0: no limit.",
+        description="Deliveries in all; behind the last it is a dead letter. 0: no limit. In order, if nothing is said:"
+        " 12.",
     )
     backoff: Literal["exponential", "constant"] = Field(
         default=_POLICY.backoff,
@@ -253,6 +257,7 @@ class ConsumerSettings(Options):
         maximum = retry.maximum
         if maximum is None:
             maximum = max(retry.initial, LONGEST_ORDERED_RETRY if self.ordered else _POLICY.maximum)
-        return RetryPolicy(
-            retry.max_attempts or None, retry.backoff, retry.initial, maximum, retry.jitter, retry.max_age or None
-        )
+        attempts = retry.max_attempts
+        if self.ordered and "max_attempts" not in retry.model_fields_set:
+            attempts = ORDERED_ATTEMPTS
+        return RetryPolicy(attempts or None, retry.backoff, retry.initial, maximum, retry.jitter, retry.max_age or None)
