@@ -31,7 +31,7 @@ from orthanc_events_bridge.values import Duration, FileName, Options, Place, for
 
 #: With `ordered` a retry keeps its partition waiting: longer ones are refused.
 LONGEST_ORDERED_RETRY: Final = 300.0
-#: What is ordered is held while it waits: all its waits, 26 minutes, lie within what every broker allows by itself
+#: What is ordered is held while it waits: all its waits, 20 minutes, lie within what every broker allows by itself
 #: (RabbitMQ 3.10: half an hour).
 ORDERED_ATTEMPTS: Final = 12
 _POLICY: Final = RetryPolicy()
