@@ -83,7 +83,6 @@ class Lane:
             self._held, self._leaving, self._over = None, False, False
             self._since = asyncio.get_running_loop().time()
             receive, deleted = (functools.partial(one, channel) for one in (self._on_message, self._on_deleted))
-            channel.on_fault = functools.partial(self._on_fault, channel)
             try:
                 await connection.ask(channel.basic_qos(prefetch_count=1))
                 await connection.ask(channel.consume(queue, receive, deleted))
@@ -93,6 +92,8 @@ class Lane:
                 self._next()
                 continue
             channel.on_fault = functools.partial(self._on_fault, channel)
+            if channel.fault is not None:  # since the answer
+                self._on_fault(channel, channel.fault)
             return
 
     def leave(self) -> None:
@@ -121,7 +122,7 @@ class Lane:
 
     @property
     def _moves(self) -> bool:
-        return not self._closed and self._held is None and (self._over or self._leaving)
+        return not self._closed and (self._over or (self._leaving and self._held is None))
 
     def _move(self) -> None:
         """Go where it is time to go."""
@@ -162,10 +163,10 @@ class Lane:
     def _on_deleted(self, channel: Channel) -> None:
         if channel is not self._channel or self._closed:
             return
-        if self.past:  # it is over
+        if self.past and self._held is None:  # it is over
             self._over = True
             self._move()
-        else:
+        else:  # and where something of a past is held, nothing else of its partition may be given
             self._subscriber.fail(
                 NotConnectedError(
                     f"the queue {self._queues[0]} of RabbitMQ was deleted", "it is made again when subscribing"
