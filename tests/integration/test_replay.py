@@ -222,4 +222,4 @@ def test_streams_that_overlap_are_named_and_so_is_what_to_do(tmp_path: Path, nat
         made.record(1)
         made.wait_delivered("nats")
         _, err = Command(made.folder.path, made.config).run("replay", "--all", "--to", "one", code=1)
-        assert "ORTHANC_EVENTS_INBOX" in err and "overlap" in err and "`inbox_prefix`; then go on with" in err
+        assert "ORTHANC_EVENTS_INBOX" in err and "overlap" in err and "`dead_prefix`; then go on with" in err
