@@ -100,8 +100,8 @@ def trouble(group: Group, chance: random.Random, seconds: float, workers: int, a
 @pytest.mark.parametrize(
     ("ordered", "count", "seconds"),
     [
-        (False, 2000, 20),
-        (True, 2000, 20),
+        (False, 1500, 14),
+        (True, 1500, 14),
         pytest.param(False, 10_000, 120, marks=pytest.mark.slow),
         pytest.param(True, 10_000, 120, marks=pytest.mark.slow),
     ],
