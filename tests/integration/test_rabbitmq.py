@@ -469,6 +469,37 @@ def test_a_dead_server_among_several(place: Place) -> None:
         assert "credentials" in refusal(transport, TransportConfigurationError)
 
 
+def test_a_silent_server_among_several(place: Place) -> None:
+    """It takes connections and answers nothing, when we come and while we are there: the next one is tried."""
+    dead = f"amqp://127.0.0.1:{free_port()}"
+
+    async def come(transport: RabbitTransport) -> None:
+        await transport.connect()
+        await transport.publish(events(3))
+        await transport.close()
+
+    async def be_there(transport: RabbitTransport, link: Link) -> None:
+        await transport.connect()
+        await transport.publish(events(3, start=3))
+        link.swallows = True
+        with pytest.raises(PublishError) as caught:
+            await transport.publish(events(3, start=6))
+        assert type(caught.value.error) is NotConnectedError
+        await transport.close()
+        await transport.connect()
+        await transport.publish(events(3, start=6))
+        await transport.close()
+
+    with contextlib.closing(Link(place.server.port)) as link:
+        silent = f"amqp://127.0.0.1:{link.port}"
+        link.swallows = True
+        run(come(place.transport(dead, silent, place.server, connect_timeout=1.0)))
+        link.swallows = False
+        run(be_there(place.transport(silent, dead, place.server, connect_timeout=1.0, ack_timeout=1.0), link))
+    sent = [one.id for one in events(9)]
+    assert [one for number, one in enumerate(place.ids()) if one not in place.ids()[:number]] == sent
+
+
 class Idle(Link):
     """A server that lets everybody in, and never does anything with an event."""
 
