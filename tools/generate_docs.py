@@ -541,11 +541,14 @@ def asyncapi() -> str:
                         "content-type": {"const": mapping.STRUCTURED},
                         "Nats-Msg-Id": {
                             "type": "string",
-                            "description": "The event's id, of a replay `{id}:replay:{n}`: JetStream drops an equal "
-                            "one within its window.",
+                            "description": "The event's id, of what is sent again `{id}:{operation}:{…}`: JetStream "
+                            "drops an equal one within its window.",
                         },
-                        "orthanc-operation": {"const": "replay", "description": "It is sent again on purpose."},
-                        "orthanc-event-id": {"type": "string", "description": "With a replay: the event's id."},
+                        "orthanc-operation": {
+                            "enum": ["replay", "retry", "redrive"],
+                            "description": "It is sent again on purpose. Retries and redrives are in inboxes only.",
+                        },
+                        "orthanc-event-id": {"type": "string", "description": "With an operation: the event's id."},
                         "orthanc-consumer": {"type": "string", "description": "In an inbox: whose it is."},
                         "orthanc-address": {
                             "type": "string",
