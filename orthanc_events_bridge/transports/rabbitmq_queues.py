@@ -223,7 +223,7 @@ async def open_dead(connection: Connection, options: RabbitOptions, queues: Queu
     :raises TransportError: as `open_inbox`.
     """
     arguments = LIMIT | {"x-overflow": "reject-publish", "x-max-length": options.limits.dead_letters}
-    return await _open(connection, options, queues, {queues.dead: arguments}, strict=False)
+    return await _open(connection, options, queues, {queues.dead: arguments})
 
 
 async def _open(
@@ -231,10 +231,7 @@ async def _open(
     options: RabbitOptions,
     queues: Queues,
     wanted: dict[str, dict[str, Any]],
-    *,
-    strict: bool = True,
 ) -> bool:
-    """:param strict: one that is there has to have our settings; otherwise they take effect when it is made anew."""
     asking = Asking(connection)
     ((queue, arguments),) = wanted.items()
     try:
@@ -247,8 +244,7 @@ async def _open(
                 missing = not await asking.exists(queue)
                 if missing:
                     await _make_all(asking, queues, wanted)
-        if missing or strict:
-            await asking.declare(queue, arguments)
+        await asking.declare(queue, arguments)
         return missing
     finally:
         await asking.end()
