@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, configure
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.health import health
-from orthanc_events_bridge.consumers.leaving import leaving, logs
+from orthanc_events_bridge.consumers.leaving import SIGNALS, leave_at_signals, logs
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.retry import RetryPolicy
@@ -231,14 +232,18 @@ class Consumer:
         """
         logs(self.settings.log_level)
         over = threading.Event()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             asyncio.run(self._run(over))
         finally:
             over.set()
+            # Not sooner: a signal that comes while the loop is closed is not to end the process at once.
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def _run(self, over: threading.Event) -> None:
-        with leaving(self.stop, self.settings.drain, over):
-            await self.serve()
+        leave_at_signals(self.stop, self.settings.drain, over)
+        await self.serve()
 
     async def serve(self) -> None:
         """Work until `stop` is called, in a loop of the caller's own.

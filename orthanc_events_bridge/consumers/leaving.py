@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from orthanc_events_bridge.logs import quiet_clients
 
@@ -20,6 +19,8 @@ log = logging.getLogger(__name__)
 _GRACE: Final = 10.0
 #: As Python calls what failed.
 FAILED: Final = 1
+#: At which a consumer stops.
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def logs(level: str) -> None:
@@ -30,9 +31,8 @@ def logs(level: str) -> None:
         quiet_clients()
 
 
-@contextlib.contextmanager
-def leaving(stop: Callable[[], None], drain: float, over: threading.Event) -> Iterator[None]:
-    """Stop at SIGTERM and SIGINT, in the running event loop; to be used in the main thread.
+def leave_at_signals(stop: Callable[[], None], drain: float, over: threading.Event) -> None:
+    """Stop at SIGTERM and SIGINT, in the running event loop; to be called in the main thread.
 
     :param stop: begins to stop; called in the loop.
     :param drain: seconds that handlers have.
@@ -56,12 +56,8 @@ def leaving(stop: Callable[[], None], drain: float, over: threading.Event) -> It
         loop.call_soon_threadsafe(stop)
 
     watching = threading.Thread(target=watch, name="leaving", daemon=True)
-    before: dict[int, Any] = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in SIGNALS:
+        signal.signal(number, asked)
 
 
 def _end() -> None:

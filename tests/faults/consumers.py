@@ -81,6 +81,7 @@ class Group:
             pickle.dumps({"broker": broker, "name": name, "longest": longest, "failing": failing, "consumer": consumer})
         )
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._told: set[int] = set()  # to end
         self._logs: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -110,6 +111,10 @@ class Group:
 
     def send(self, number: int, what: signal.Signals) -> None:
         """Send a worker a signal."""
+        if what == signal.SIGTERM:
+            if number in self._told:  # a second time it would end at once
+                return
+            self._told.add(number)
         self.workers[number].send_signal(what)
 
     def stop(self) -> None:
