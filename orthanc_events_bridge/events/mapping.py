@@ -17,9 +17,9 @@ from cloudevents.core.v1.event import CloudEvent
 from orthanc_events_bridge.events.catalog import VERSION, verb
 from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
 NAMESPACE: Final = uuid.UUID("8be797cd-5573-46b7-8097-bea664a99a80")
-PARTITIONS: Final = 64
 STRUCTURED: Final = JSONFormat.CONTENT_TYPE
 
 _SUBJECTS: Final = {

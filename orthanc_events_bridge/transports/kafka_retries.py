@@ -21,9 +21,8 @@ from orthanc_events_bridge.transports.kafka_delays import STEPS, Copy, retry_top
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_places import LED_ELSEWHERE, batch_of, need_topic
 from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata, refused
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
-#: The wire contract's number of partitions, whatever a topic has.
-_PARTITIONS: Final = 64
 #: Bytes of one request, about, and so of one batch; fewer where a topic takes no more.
 _REQUEST: Final = 512 * 1024
 #: Bytes that a copy, with its headers, may be larger than the largest event by.
@@ -155,7 +154,7 @@ class Retries:
         by_leader: dict[int, dict[tuple[str, int], list[Copy]]] = {}
         for copy in copies:
             leaders = (await self.need(copy.topic)).leaders
-            number = zlib.crc32(copy.key or b"") % _PARTITIONS % len(leaders)
+            number = zlib.crc32(copy.key or b"") % PARTITIONS % len(leaders)
             by_leader.setdefault(leaders[number], {}).setdefault((copy.topic, number), []).append(copy)
         again: list[Copy] = []
         try:

@@ -19,12 +19,11 @@ import nats.errors
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE, EVENT_ID, OPERATION
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_stream import Which, open_stream, refused
 
-ATTEMPTS: Final = "orthanc-attempts"
-DUE: Final = "orthanc-due"
 #: By which JetStream removes duplicates.
 _KEY: Final = "nats-msg-id"
 #: What is appended to an event's id in the keys of what is sent again.
@@ -48,7 +47,7 @@ def due_in(headers: Mapping[str, str]) -> float:
 
 def attempts_before(headers: Mapping[str, str], name: str) -> int:
     """How often a name was given it before, as far as its copies say."""
-    attempts = headers.get(ATTEMPTS, "") if headers.get("orthanc-consumer") == name else ""
+    attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == name else ""
     return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0
 
 
@@ -69,7 +68,7 @@ class Copies:
         :param key: of the original: where it is stored.
         :raises TransportError: as `_store`.
         """
-        said = {"orthanc-operation": "retry", **headers}
+        said = {OPERATION: "retry", **headers}
         if delay > 0:
             due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
             said[DUE] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -89,15 +88,15 @@ class Copies:
         :raises TransportError: it was not, or nobody knows, and the connection is well: try again, by the same key.
         """
         prefix = self._options.inbox_prefix if which == "inbox" else self._options.dead_prefix
-        identifier = message.headers.get("orthanc-event-id") or _OURS.sub("", message.headers.get(_KEY, ""))
+        identifier = message.headers.get(EVENT_ID) or _OURS.sub("", message.headers.get(_KEY, ""))
         kept = {
             name: " ".join(value.split())  # a line break would begin another header
             for name, value in message.headers.items()
             if name not in (DUE, _KEY) and _NAME.fullmatch(name)
         }
-        kept |= {"orthanc-consumer": self._name, "orthanc-address": message.address, ATTEMPTS: str(attempt), **headers}
+        kept |= {CONSUMER: self._name, ADDRESS: message.address, ATTEMPTS: str(attempt), **headers}
         if identifier:
-            kept["orthanc-event-id"] = identifier
+            kept[EVENT_ID] = identifier
         kept["Nats-Msg-Id"] = f"{identifier}:{key}"
         size = len(message.body) + sum(len(name) + len(value) + 4 for name, value in kept.items()) + _AROUND
         if size > self._connection.max_payload:

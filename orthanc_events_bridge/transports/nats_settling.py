@@ -20,8 +20,9 @@ from nats.aio.subscription import Subscription as Answers
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.headers import DUE
 from orthanc_events_bridge.transports.nats_connection import Connection
-from orthanc_events_bridge.transports.nats_copies import DUE, Copies, attempts_before, due_in
+from orthanc_events_bridge.transports.nats_copies import Copies, attempts_before, due_in
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_pull import Durable, key_of, received
 from orthanc_events_bridge.transports.subscriptions import boot_time

@@ -22,6 +22,7 @@ from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurati
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking, alone
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 from orthanc_events_bridge.values import format_duration
 
 #: How long a message can wait at a time, in seconds; a longer delay is made of several waits.
@@ -34,8 +35,6 @@ LIMIT: Final[dict[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": _E
 _LONGEST: Final = 86400
 _LONG: Final[dict[str, Any]] = LIMIT | {"x-consumer-timeout": _LONGEST * 1000}
 ONE_AT_A_TIME: Final[dict[str, Any]] = _LONG | {"x-single-active-consumer": True}
-#: Of the wire contract.
-PARTITIONS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from orthanc_events_bridge.transports.rabbitmq_asking import refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
-from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
 #: Seconds between two words of one that is there, and after which one that is silent is taken for gone.
 _BEAT: Final = 2.0

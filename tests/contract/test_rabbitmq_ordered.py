@@ -13,7 +13,8 @@ from collections import Counter, defaultdict
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
-from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS, Queues
+from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 from tests.contract.harness import SECRET, event, events, failing, run
 from tests.contract.rabbitmq_harness import RabbitHarness, there
 from tests.contract.rabbitmq_tools import rabbit_transport

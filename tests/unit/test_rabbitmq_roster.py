@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from orthanc_events_bridge.transports.rabbitmq_queues import PARTITIONS
 from orthanc_events_bridge.transports.rabbitmq_roster import owners
+from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
 
 def names(count: int) -> list[str]:

@@ -10,7 +10,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from orthanc_events_bridge.consumers.stores import sql
-from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
+from orthanc_events_bridge.consumers.stores.base import StoreError
 
 _CONNECT: Final = 5
 #: Seconds for an answer.
@@ -19,7 +19,7 @@ _ANSWER: Final = 10.0
 _LOCK: Final = 8797526
 
 
-class PostgresStore(Store):
+class PostgresStore(sql.SqlStore):
     """See the module's text.
 
     :param url: as libpq takes it; what it leaves out (password, certificates …) libpq finds in its environment
@@ -27,10 +27,10 @@ class PostgresStore(Store):
     """
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self._url = url
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
-        self._begun = 0
 
     async def open(self) -> None:
         async with self._lock:
@@ -42,25 +42,6 @@ class PostgresStore(Store):
             except (psycopg.Error, TimeoutError) as error:
                 await self._give_up()
                 raise self._problem(error) from error
-
-    async def begin(self, key: str, owner: str, lease: float) -> Begun:
-        self._begun += 1
-        if self._begun % sql.SWEEP_EVERY == 1:
-            await self._do(sql.SWEEP, "", "", 0)
-        while True:
-            if await self._do(sql.BEGIN, key, owner, lease):
-                return Begun("mine")
-            for done, left in await self._do(sql.LOOK, key, owner, lease):
-                return Begun("done") if done else Begun("theirs", max(0.0, left))
-
-    async def renew(self, key: str, owner: str, lease: float) -> bool:
-        return bool(await self._do(sql.RENEW, key, owner, lease))
-
-    async def finish(self, key: str, owner: str, keep: float) -> bool:
-        return bool(await self._do(sql.FINISH, key, owner, keep))
-
-    async def forget(self, key: str, owner: str) -> None:
-        await self._do(sql.FORGET, key, owner, 0)
 
     async def close(self) -> None:
         await self._give_up()

@@ -6,7 +6,10 @@ the epoch; parameters are named in the driver's own way.
 
 from __future__ import annotations
 
-from typing import Final
+from abc import abstractmethod
+from typing import Any, Final
+
+from orthanc_events_bridge.consumers.stores.base import Begun, Store
 
 #: ``until``: when the lease, or the memory of what is done, ends.
 CREATE: Final = (
@@ -33,3 +36,37 @@ FORGET: Final = "DELETE FROM orthanc_events_once WHERE key = {key} AND owner = {
 SWEEP: Final = "DELETE FROM orthanc_events_once WHERE until + 3600 <= {now} RETURNING 1"
 #: So many beginnings between two sweeps.
 SWEEP_EVERY: Final = 1000
+
+
+class SqlStore(Store):
+    """The steps of an entry; how a statement is run is the database's."""
+
+    def __init__(self) -> None:
+        self._begun = 0
+
+    @abstractmethod
+    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
+        """Run one of the statements above.
+
+        :return: the rows that it gives.
+        :raises StoreError: the database doesn't answer.
+        """
+
+    async def begin(self, key: str, owner: str, lease: float) -> Begun:
+        self._begun += 1
+        if self._begun % SWEEP_EVERY == 1:
+            await self._do(SWEEP, "", "", 0)
+        while True:
+            if await self._do(BEGIN, key, owner, lease):
+                return Begun("mine")
+            for done, left in await self._do(LOOK, key, owner, lease):
+                return Begun("done") if done else Begun("theirs", max(0.0, left))
+
+    async def renew(self, key: str, owner: str, lease: float) -> bool:
+        return bool(await self._do(RENEW, key, owner, lease))
+
+    async def finish(self, key: str, owner: str, keep: float) -> bool:
+        return bool(await self._do(FINISH, key, owner, keep))
+
+    async def forget(self, key: str, owner: str) -> None:
+        await self._do(FORGET, key, owner, 0)

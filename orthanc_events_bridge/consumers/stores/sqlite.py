@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from orthanc_events_bridge.consumers.stores import sql
-from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
+from orthanc_events_bridge.consumers.stores.base import StoreError
 
 #: Seconds to wait for another process that writes.
 _BUSY: Final = 10.0
 
 
-class SqliteStore(Store):
+class SqliteStore(sql.SqlStore):
     """See the module's text.
 
     :param path: of the file; made when it isn't there, readable by its owner only. ``:memory:``: none.
@@ -25,11 +25,11 @@ class SqliteStore(Store):
     """
 
     def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
+        super().__init__()
         self._path = path
         self._now = now
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
-        self._begun = 0
 
     async def open(self) -> None:
         await asyncio.to_thread(self._open)
@@ -46,25 +46,6 @@ class SqliteStore(Store):
         except (sqlite3.Error, OSError) as error:
             raise self._problem(error) from error
         self._database = found
-
-    async def begin(self, key: str, owner: str, lease: float) -> Begun:
-        self._begun += 1
-        if self._begun % sql.SWEEP_EVERY == 1:
-            await self._do(sql.SWEEP, "", "", 0)
-        while True:
-            if await self._do(sql.BEGIN, key, owner, lease):
-                return Begun("mine")
-            for done, left in await self._do(sql.LOOK, key, owner, lease):
-                return Begun("done") if done else Begun("theirs", max(0.0, left))
-
-    async def renew(self, key: str, owner: str, lease: float) -> bool:
-        return bool(await self._do(sql.RENEW, key, owner, lease))
-
-    async def finish(self, key: str, owner: str, keep: float) -> bool:
-        return bool(await self._do(sql.FINISH, key, owner, keep))
-
-    async def forget(self, key: str, owner: str) -> None:
-        await self._do(sql.FORGET, key, owner, 0)
 
     async def close(self) -> None:
         with self._lock:
