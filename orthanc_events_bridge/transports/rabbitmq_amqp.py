@@ -2,7 +2,8 @@
 
 What aiormq 7.2 leaves to us, as measured: confirms of two messages with one id are swapped; a refusal while logging in
 loses its text; an alarm is only logged; errors that nobody waits for are logged with their tracebacks; an error can
-only be told from another by its class.
+only be told from another by its class; a request that is cancelled in the moment in which the server closes its channel
+closes it once more, for which the server ends the connection.
 """
 
 from __future__ import annotations
@@ -181,6 +182,12 @@ class Channel(aiormq.Channel):
         self.fault = ClosedError(frame.reply_code or 0, frame.reply_text or "")
         self.on_fault(self.fault)
         await super()._on_close_frame(frame)
+
+    # The names are those that Python gives to double underscores in `aiormq.Channel`.
+    async def _Channel__close_after_failure(self, frame: pamqp.base.Frame | None) -> None:  # noqa: N802
+        closing: asyncio.Event = self._Channel__close_event  # type: ignore[attr-defined]  # aiormq's
+        if not closing.is_set():
+            await super()._Channel__close_after_failure(frame)  # type: ignore[misc]  # aiormq's
 
     async def _reader(self) -> None:
         with contextlib.suppress(Exception):  # it is in `fault`; nobody looks at how this task ends

@@ -154,12 +154,14 @@ class OrderedSubscription(RabbitSubscription):
 
     async def close(self) -> None:
         if not self._closed:
-            for task in (self._balancing, self._clearing):
-                if task is not None:
-                    task.cancel()
+            if self._balancing is not None:
+                self._balancing.cancel()
             closing = [self._roster.close(), *(lane.close() for lane in self._lanes)]
             ends = [asyncio.ensure_future(one) for one in closing]
             await asyncio.wait(ends, timeout=_CLOSING)
             for one in ends:
                 one.cancel()
         await super().close()
+        if self._clearing is not None:  # the past may have come to its end meanwhile
+            self._clearing.cancel()
+            await asyncio.wait([self._clearing], timeout=_CLOSING)

@@ -21,6 +21,8 @@ from pamqp.commands import Basic
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
 from orthanc_events_bridge.transports.base import Delivery, Outgoing, Subscription, Transport
+from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
+from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues
 from tests.contract.harness import CONTENT_TYPE, SECRET, Harness, events, failing, run
@@ -521,3 +523,42 @@ def test_every_name_of_a_queue_is_within_the_documented_permissions(queues: Queu
         names = (*own.lasting, own.beginning, *own.pasts, own.dead, own.workers)
         assert all(name.startswith("orthanc.") for name in names)
     assert RabbitOptions(servers=("amqp://127.0.0.1",)).exchange.startswith("orthanc.")
+
+
+# aiormq's channels.
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_who_stops_asking_while_the_answer_closes_the_channel_harms_nobody_else(
+    rabbit: RabbitHarness, turns: int
+) -> None:
+    """RabbitMQ ends a connection that closes a channel twice."""
+
+    transport = rabbit.transport()
+    assert isinstance(transport, RabbitTransport)
+    options = transport._options
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        connection = await Connection.open(options, options.servers[0])
+        try:
+            channel = await connection.channel()
+            asking = asyncio.ensure_future(channel.queue_declare("nowhere", passive=True))
+
+            def stop(after: int) -> None:
+                if after:
+                    loop.call_soon(stop, after - 1)
+                else:
+                    asking.cancel()
+
+            channel.on_fault = lambda fault: stop(turns)
+            await asyncio.wait([asking])
+            assert asking.cancelled() or asking.exception()
+            await connection.end(channel)
+            other = await connection.channel()
+            await connection.ask(other.queue_declare(exclusive=True))
+            assert connection.fault is None
+        finally:
+            await connection.give_up()
+
+    run(main())
