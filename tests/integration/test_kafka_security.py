@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
@@ -362,6 +363,55 @@ class _CreateAcls(Request[_CreateAclsStruct]):
         return request_struct_class(self._rows)
 
 
+class _DescribeAclsResponse(Response):
+    API_KEY = 29
+    API_VERSION = 1
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        ("error_code", Int16),
+        ("error_message", String()),
+        (
+            "resources",
+            Array(
+                ("resource_type", Int8),
+                ("resource_name", String()),
+                ("pattern_type", Int8),
+                (
+                    "acls",
+                    Array(("principal", String()), ("host", String()), ("operation", Int8), ("permission", Int8)),
+                ),
+            ),
+        ),
+    )
+
+
+class _DescribeAclsStruct(RequestStruct):
+    API_KEY = 29
+    API_VERSION = 1
+    RESPONSE_TYPE = _DescribeAclsResponse
+    SCHEMA = Schema(
+        ("resource_type", Int8),
+        ("resource_name", String()),
+        ("pattern_type", Int8),
+        ("principal", String()),
+        ("host", String()),
+        ("operation", Int8),
+        ("permission", Int8),
+    )
+
+
+class _DescribeAcls(Request[_DescribeAclsStruct]):
+    """Asks for those of one resource, whosoever and whatever they permit."""
+
+    API_KEY = 29
+
+    def __init__(self, kind: int, name: str) -> None:
+        self._kind, self._name = kind, name
+
+    def build(self, request_struct_class: Any) -> Any:
+        return request_struct_class(self._kind, self._name, 3, None, None, 1, 1)
+
+
 #: What the protocol calls what may be done with a topic, and what else may be permitted.
 READ, WRITE, DESCRIBE = 3, 4, 8
 TOPIC, GROUP = 2, 3
@@ -375,6 +425,15 @@ def permit(fortress: Fortress, name: str, *operations: int, permission: int = AL
         rows = [(kind, name, 3, "User:guest", "*", operation, permission) for operation in operations]
         answer = await admin._client.send(admin._client.get_random_node(), _CreateAcls(rows))
         assert [code for code, _ in answer.results] == [0] * len(rows), answer
+        # The controller has them; the broker, which is to act by them, hears of them a moment later.
+        known: set[tuple[int, int]] = set()
+        end = time.monotonic() + 30
+        while not known >= {(operation, permission) for operation in operations}:
+            assert time.monotonic() < end, f"of what is permitted it knows {known} only"
+            found = await admin._client.send(admin._client.get_random_node(), _DescribeAcls(kind, name))
+            assert not found.error_code, found
+            known = {(row[2], row[3]) for resource in found.resources for row in resource[3]}
+            await asyncio.sleep(0.02)
 
     administrate(fortress.url, work)
 
