@@ -23,6 +23,7 @@ from orthanc_events_bridge import (
     cli_dlq,
     cli_orthanc,
     cli_replay,
+    cli_route,
     cli_status,
     cli_tail,
     cli_transports,
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         cli_backup,
         cli_consume,
         cli_dlq,
+        cli_route,
     ):
         module.define(commands)
     schema = add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")

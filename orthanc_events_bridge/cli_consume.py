@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
+from orthanc_events_bridge.cli_workers import again, check_count, leave_with_the_supervisor, supervise
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers import Consumer
-
-_MOST: Final = 256
 
 _EPILOG: Final = f"""\
 examples:
@@ -59,11 +53,11 @@ def define(commands: Commands) -> None:
 def _consume(options: argparse.Namespace) -> int:
     from orthanc_events_bridge.consumers.leaving import logs
 
-    if not 1 <= options.workers <= _MOST:
-        raise UsageError(f"--workers {options.workers} makes no sense", f"give 1 to {_MOST}")
+    check_count(options.workers)
     if options.workers > 1 and not options.check:
         logs(options.log_level or "info")
-        return _supervise(options)
+        given = again(options, "config", "broker", "http", "log_level")
+        return supervise(["consume", options.target, *given], options.workers)
     consumer = _find(options)
     if options.only_load:
         return 0
@@ -71,7 +65,7 @@ def _consume(options: argparse.Namespace) -> int:
         print("\n".join(asyncio.run(consumer.check())))
         return 0
     if options.worker is not None:
-        _leave_with_the_supervisor()
+        leave_with_the_supervisor()
     consumer.run()
     return 0
 
@@ -95,49 +89,3 @@ def _find(options: argparse.Namespace) -> Consumer:
     except TargetError as error:
         raise UsageError(error.message, error.remedy) from error
     return consumer.numbered(options.worker or 0)
-
-
-# -- several -------------------------------------------------------------------------------------------------
-
-
-def _supervise(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.consumers.workers import Workers
-
-    command = [sys.executable, "-m", "orthanc_events_bridge", "consume", options.target]
-    for name in ("config", "broker", "http", "log_level"):
-        if getattr(options, name) is not None:
-            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    # Once, and not by each worker: what keeps it from beginning is said one time.
-    code = subprocess.run([*command, "--only-load"], stdin=subprocess.DEVNULL, check=False).returncode
-    if code:
-        return code
-    asked = threading.Event()
-
-    def start(number: int) -> subprocess.Popen[bytes]:
-        # It gets no signal from the terminal: from us. Our end of the pipe closes with us, however we end.
-        return subprocess.Popen([*command, "--worker", str(number)], stdin=subprocess.PIPE, start_new_session=True)
-
-    def wait(seconds: float) -> None:
-        if asked.wait(seconds):
-            asked.clear()
-
-    workers = Workers(start, options.workers, wait=wait)
-
-    def stop(number: int, frame: object) -> None:
-        workers.stop()
-        asked.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    return workers.run()
-
-
-def _leave_with_the_supervisor() -> None:
-    """End as if asked to, when the supervisor has ended without asking."""
-
-    def watch() -> None:
-        while os.read(0, 1):  # and not by sys.stdin, whose lock Python would want when it ends
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="supervisor", daemon=True).start()

@@ -29,6 +29,7 @@ def explain(
     :param errors: what pydantic found; what only follows from another mistake is left out.
     :param model: what declares the options.
     """
+    said: set[tuple[Place, str]] = set()  # pydantic asks a block that can hold itself twice
     for error in errors:
         if _consequence(document.data, error, errors):
             continue
@@ -49,7 +50,9 @@ def explain(
                 wrong = f"the value with {' and '.join(f'${{{name}}}' for name in variables)} {wrong}"
             else:
                 wrong = f"'{shown if len(shown) <= 60 else shown[:57] + '…'}' {wrong}"
-        yield place, document.line(place), wrong, right
+        if (place, wrong) not in said:
+            said.add((place, wrong))
+            yield place, document.line(place), wrong, right
 
 
 def spell(place: Place) -> str:
@@ -134,8 +137,8 @@ def _translate(place: Place, error: ErrorDetails, data: Any, model: type[Options
 
 def _unknown_option(place: Place, data: Any, model: type[Options]) -> tuple[str, str, str | None]:
     name, block = str(place[-1]), _block(place[:-1], data, model)
-    known = list(block.model_fields) if block else []
-    for option, field in block.model_fields.items() if block else ():
+    known = list(options_of(block)) if block else []
+    for option, field in options_of(block).items() if block else ():
         inner = options_class(field.annotation)
         if inner is not None and name in inner.model_fields:
             return "there is no such option here", f"it belongs into the block {option}", None
@@ -150,14 +153,18 @@ def _unknown_option(place: Place, data: Any, model: type[Options]) -> tuple[str,
 def _block(place: Place, data: Any, model: type[Options]) -> type[Options] | None:
     """The class of the block of options at a place; a transport's by its type."""
     block: type[Options] | None = model
+    named = False  # what comes next is a name of the operator's own, of a block
     for step in place:
         if isinstance(data, Mapping):
             data = data.get(step)
         elif isinstance(data, list) and isinstance(step, int) and step < len(data):
             data = data[step]
-        if not isinstance(step, int):
-            field = block.model_fields.get(step) if block else None
+        if named:
+            named = False
+        elif not isinstance(step, int):
+            field = options_of(block).get(step) if block else None
             block = options_class(field.annotation) if field else None
+            named = field is not None and get_origin(field.annotation) is dict
         if block is TransportOptions and isinstance(data, Mapping) and isinstance(data.get("type"), str):
             with contextlib.suppress(TransportConfigurationError):  # the mistake at `type` says so
                 block = registration(data["type"]).options
@@ -168,7 +175,12 @@ def _field(place: Place, data: Any, model: type[Options]) -> FieldInfo | None:
     while place and isinstance(place[-1], int):
         place = place[:-1]
     block = _block(place[:-1], data, model) if place else None
-    return block.model_fields.get(str(place[-1])) if block else None
+    return options_of(block).get(str(place[-1])) if block else None
+
+
+def options_of(block: type[Options]) -> dict[str, FieldInfo]:
+    """A block's options by the names that they have in a file."""
+    return {field.alias or name: field for name, field in block.model_fields.items()}
 
 
 def options_class(annotation: Any) -> type[Options] | None:

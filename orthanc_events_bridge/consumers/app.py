@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.clients import Clients
-from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, configure
+from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, Configuration, configure
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.health import health
-from orthanc_events_bridge.consumers.leaving import SIGNALS, leave_at_signals, logs
+from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route, route
-from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
+from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.worker import Terms, Worker
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
@@ -29,6 +28,8 @@ from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
 
 if TYPE_CHECKING:
+    import httpx
+
     from orthanc_events_bridge.testing.kit import Trial
     from orthanc_events_bridge.transports.base import Transport
 
@@ -96,8 +97,21 @@ class Consumer:
         store: str | Mapping[str, Any] | None = None,
     ) -> None:
         said = {name: value for name, value in locals().items() if name not in ("self", "config", "store")}
-        found = configure(said, config)
-        self.settings = found.settings
+        self._begin(configure(ConsumerSettings, said, config), store)
+
+    @classmethod
+    def configured(cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None) -> Self:
+        """One whose configuration is put together already.
+
+        :param store: as in the constructor.
+        :raises ConfigError: the store makes no sense.
+        """
+        self = cls.__new__(cls)
+        self._begin(found, store)
+        return self
+
+    def _begin(self, found: Configuration[Any], store: str | Mapping[str, Any] | None) -> None:
+        self.settings: ConsumerSettings = found.settings
         self.name = found.settings.name
         self.broker = found.settings.broker
         self.meter = Meter()
@@ -163,7 +177,9 @@ class Consumer:
 
         return register
 
-    def once(self, event: Event, effect: str, *, lease: float = LEASE, keep: float = KEEP) -> Once:
+    def once(
+        self, event: Event, effect: str, *, of: str | None = None, lease: float = LEASE, keep: float = KEEP
+    ) -> Once:
         """Do something once for an event, although events come at least once, to any worker of this name.
 
         ::
@@ -177,13 +193,15 @@ class Consumer:
         attempt. What is promised, and what not: docs/once.md.
 
         :param effect: a name for it, letters, digits, ``_`` and ``-``. Several effects of one event have several.
+        :param of: what it is done once for, where that is not the event: the content of a study, say, of which
+            several events tell. Any text; it is stored as a hash.
         :param lease: seconds behind which another may begin it, once this worker gives no sign of life any more. It is
             renewed for as long as the effect takes.
         :param keep: seconds for which it is remembered that it is done; at least as long as the broker keeps events.
         :raises BridgeError: the consumer has no store, or a value makes no sense.
         :raises StoreError: on entering: the store can't be asked. Nothing is begun then.
         """
-        return Once(self._turns, event, effect, lease, keep)
+        return Once(self._turns, event, effect, of, lease, keep)
 
     def test(self) -> Trial:
         """Run the handlers against a broker in memory, on a clock that only tests move (docs/testing.md).
@@ -231,19 +249,7 @@ class Consumer:
         :raises BridgeError: it can't begin.
         """
         logs(self.settings.log_level)
-        over = threading.Event()
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        try:
-            asyncio.run(self._run(over))
-        finally:
-            over.set()
-            # Not sooner: a signal that comes while the loop is closed is not to end the process at once.
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    async def _run(self, over: threading.Event) -> None:
-        leave_at_signals(self.stop, self.settings.drain, over)
-        await self.serve()
+        run_until_told(self.serve, self.stop, self.settings.drain)
 
     async def serve(self) -> None:
         """Work until `stop` is called, in a loop of the caller's own.
@@ -261,6 +267,18 @@ class Consumer:
             self._worker = None
             await clients.close()
             await self._turns.close()
+
+    @contextlib.asynccontextmanager
+    async def asking(self) -> AsyncGenerator[httpx.AsyncClient]:
+        """The client for Orthanc that handlers get, outside of them.
+
+        :raises OrthancError: which Orthanc is not said, or it can't be asked.
+        """
+        clients = Clients(self._orthanc)
+        try:
+            yield clients.for_async()
+        finally:
+            await clients.close()
 
     async def check(self) -> list[str]:
         """Connect to the broker, and to Orthanc where a handler asks it, and leave again.

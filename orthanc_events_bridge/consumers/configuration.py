@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.consumers.settings import ConsumerSettings
@@ -28,6 +28,8 @@ from orthanc_events_bridge.loading import (
 from orthanc_events_bridge.mistakes import explain, spell
 from orthanc_events_bridge.orthanc_api import ENVIRONMENT as ORTHANC_ENVIRONMENT
 from orthanc_events_bridge.orthanc_api import OrthancOptions
+
+_S = TypeVar("_S", bound=ConsumerSettings)
 
 #: Names the file.
 ENVIRONMENT: Final = "ORTHANC_EVENTS_CONSUMER"
@@ -58,25 +60,27 @@ command_line = CommandLine()
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(Generic[_S]):
     """What applies.
 
     :ivar settings: validated.
     :ivar orthanc: which Orthanc handlers ask, the environment included; none where nothing names one.
     """
 
-    settings: ConsumerSettings
+    settings: _S
     orthanc: OrthancOptions | None
 
 
 def configure(
+    kind: type[_S],
     code: Mapping[str, Any],
     file: Path | str | None = None,
     environment: Mapping[str, str] = os.environ,
     given: CommandLine = command_line,
-) -> Configuration:
+) -> Configuration[_S]:
     """Put a consumer's configuration together, and validate it.
 
+    :param kind: declares the options.
     :param code: what the code says, option by option; none of an option: it says nothing.
     :param file: that the code names.
     :raises ConfigError: the file can't be read, or with every mistake, each with the place that it is in.
@@ -109,8 +113,8 @@ def configure(
     where |= dict.fromkeys(in_file, str(path)) | dict.fromkeys(outside, BROKER_ENVIRONMENT)
     where |= {option: f"--{option.replace('_', '-')}" for option in line}
 
-    settings, errors = validate(ConsumerSettings, document, path.parent if path else Path())
-    for place, number, wrong, right in explain(document, errors, ConsumerSettings):
+    settings, errors = validate(kind, document, path.parent if path else Path())
+    for place, number, wrong, right in explain(document, errors, kind):
         source = where.get(str(place[0]) if place else "", str(path) if path else "the consumer")
         in_document = path is not None and source == str(path)
         problems.append(Problem(source, number if in_document else None, spell(place), wrong, right))

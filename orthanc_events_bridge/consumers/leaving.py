@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from orthanc_events_bridge.logs import quiet_clients
@@ -29,6 +29,29 @@ def logs(level: str) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger().setLevel(level.upper())
         quiet_clients()
+
+
+def run_until_told(serve: Callable[[], Awaitable[None]], stop: Callable[[], None], drain: float) -> None:
+    """Work in an event loop of its own until SIGTERM or SIGINT; to be called in the main thread.
+
+    :param serve: works until it is stopped.
+    :param stop: begins to stop; called in the loop.
+    :param drain: seconds that handlers have.
+    """
+    over = threading.Event()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    async def main() -> None:
+        leave_at_signals(stop, drain, over)
+        await serve()
+
+    try:
+        asyncio.run(main())
+    finally:
+        over.set()
+        # Not sooner: a signal that comes while the loop is closed is not to end the process at once.
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_at_signals(stop: Callable[[], None], drain: float, over: threading.Event) -> None:

@@ -86,10 +86,12 @@ class Turns:
         if not lease <= keep:
             raise BridgeError(f"the effect {effect}: keep={keep!r} makes no sense", "give at least as much as lease")
 
-    def key(self, event: Event, effect: str) -> str:
+    def key(self, event: Event, effect: str, of: str | None = None) -> str:
         """What an effect is known by: no patient data, and nothing that a store could not hold."""
         identity = event.id
-        if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identity) is None:  # another producer's
+        if of is not None:
+            identity = hashlib.sha256(of.encode()).hexdigest()
+        elif re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identity) is None:  # another producer's
             identity = hashlib.sha256(f"{event.source}\n{identity}".encode()).hexdigest()
         return f"{self._consumer}.{effect}.{identity}"
 
@@ -133,12 +135,12 @@ class Once:
     """One effect of one event; made by `Consumer.once`. Used as a context manager, ``async with`` in async handlers,
     ``with`` in others, which gives whether the effect is to be done."""
 
-    def __init__(self, turns: Turns, event: Event, effect: str, lease: float, keep: float) -> None:
+    def __init__(self, turns: Turns, event: Event, effect: str, of: str | None, lease: float, keep: float) -> None:
         turns.check(effect, lease, keep)
         self._turns = turns
         self._event = event
         self._effect = effect
-        self._key = turns.key(event, effect)
+        self._key = turns.key(event, effect, of)
         self._lease = lease
         self._keep = keep
         self._owner = uuid.uuid4().hex

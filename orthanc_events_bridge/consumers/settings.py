@@ -43,6 +43,10 @@ def _name(value: str) -> str:
     return value
 
 
+#: An option that is the name of a consumer.
+ConsumerName = Annotated[str, AfterValidator(_name)]
+
+
 def _broker(value: object, info: ValidationInfo) -> TransportOptions:
     return transport_of(block_of(value) if isinstance(value, str) else value, info)
 
@@ -123,6 +127,10 @@ class OrthancSettings(Options):
             yield ("url",), mistake(error.message, error.remedy)
 
 
+#: An option that is an Orthanc: a block, or its URL alone.
+OrthancBlock = Annotated[OrthancSettings, BeforeValidator(_orthanc), _Url()]
+
+
 class RetrySettings(Options):
     """What becomes of an event whose handler fails: it is given again, and in the end goes among the dead letters.
 
@@ -170,7 +178,7 @@ class RetrySettings(Options):
 class ConsumerSettings(Options):
     """What the file begins with, not indented. Nothing is required that the code says already."""
 
-    name: Annotated[str, AfterValidator(_name)] = Field(
+    name: ConsumerName = Field(
         description="Of the consumer. Workers of one name share its events, and what was settled under it is not given "
         "to it again.",
         examples=["router"],
@@ -182,7 +190,7 @@ class ConsumerSettings(Options):
         "[the bridge's configuration](configuration.md). `ORTHANC_EVENTS_BROKER` gives a URL in place of it.",
         examples=["nats://127.0.0.1:4222"],
     )
-    orthanc: Annotated[OrthancSettings, BeforeValidator(_orthanc), _Url()] = Field(
+    orthanc: OrthancBlock = Field(
         default_factory=OrthancSettings, description="Which Orthanc handlers ask, by its URL or a block."
     )
     start: Literal["new", "oldest"] = Field(

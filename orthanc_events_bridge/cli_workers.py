@@ -1,0 +1,80 @@
+"""Commands that run a consumer in several processes: what each is told, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Final
+
+from orthanc_events_bridge.cli_options import UsageError
+
+#: Processes that one command starts.
+_MOST: Final = 256
+
+
+def check_count(count: int) -> None:
+    """Can there be so many workers?
+
+    :raises UsageError: no.
+    """
+    if not 1 <= count <= _MOST:
+        raise UsageError(f"--workers {count} makes no sense", f"give 1 to {_MOST}")
+
+
+def again(options: object, *names: str) -> list[str]:
+    """These options as they were given, for the command line of a worker."""
+    given = {name: getattr(options, name) for name in names}
+    return [
+        word
+        for name, value in given.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def supervise(arguments: list[str], count: int) -> int:
+    """Run a command in so many processes, each with its number as ``--worker``, until told to stop.
+
+    :param arguments: of ``orthanc-events``; with ``--only-load`` it has to find what can't be right, and end.
+    :return: the exit code.
+    """
+    from orthanc_events_bridge.consumers.workers import Workers
+
+    command = [sys.executable, "-m", "orthanc_events_bridge", *arguments]
+    # Once, and not by each worker: what keeps it from beginning is said one time.
+    code = subprocess.run([*command, "--only-load"], stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        return code
+    asked = threading.Event()
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        # It gets no signal from the terminal: from us. Our end of the pipe closes with us, however we end.
+        return subprocess.Popen([*command, "--worker", str(number)], stdin=subprocess.PIPE, start_new_session=True)
+
+    def wait(seconds: float) -> None:
+        if asked.wait(seconds):
+            asked.clear()
+
+    workers = Workers(start, count, wait=wait)
+
+    def stop(number: int, frame: object) -> None:
+        workers.stop()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return workers.run()
+
+
+def leave_with_the_supervisor() -> None:
+    """End as if asked to, when the supervisor has ended without asking."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # and not by sys.stdin, whose lock Python would want when it ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="supervisor", daemon=True).start()

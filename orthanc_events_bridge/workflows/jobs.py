@@ -1,0 +1,127 @@
+"""Orthanc's jobs, submitted and waited for. What a worker that died had submitted is waited for by the next.
+
+Orthanc keeps jobs over its restarts, those that are over only as many as ``JobsHistorySize`` says (10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.errors import BridgeError, GoneError, LogUnavailableError
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at a job: the first, and the most.
+_SOON: Final = 0.1
+_LATE: Final = 5.0
+
+
+class JobError(BridgeError):
+    """A job has failed, or can't be followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job as it is to be submitted.
+
+    :ivar path: where.
+    :ivar body: what; that it is not to be waited for there is added.
+    :ivar kind: Orthanc's ``Type`` of such a job.
+    :ivar content: what such a job has in its ``Content``, by which it is known again; empty: it can't be.
+    :ivar since: no earlier one counts; none: all do.
+    """
+
+    path: str
+    body: Mapping[str, Any]
+    kind: str
+    content: Mapping[str, Any] = field(default_factory=dict)
+    since: datetime | None = None
+
+
+async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: float) -> Mapping[str, Any]:
+    """Have a job done, once: one that somebody has submitted already, and that has not failed, is waited for.
+
+    :param deadline: seconds that it may take.
+    :return: the job, as Orthanc describes it.
+    :raises JobError: it has failed, or has taken too long.
+    :raises httpx.HTTPError: Orthanc doesn't answer.
+    """
+    job = await _submitted(orthanc, submission)
+    if job is None:
+        body = {**submission.body, "Asynchronous": True, "Synchronous": False}
+        answer = await orthanc.post(submission.path, json=body)
+        if answer.status_code >= 400:
+            raise _refused(submission, answer)
+        identifier = str(answer.json()["ID"])
+    else:
+        identifier = str(job["ID"])
+        log.info("job %s was submitted already: it is waited for", identifier)
+    try:
+        async with asyncio.timeout(deadline):
+            return await _end(orthanc, identifier)
+    except TimeoutError:
+        raise JobError(
+            f"job {identifier} of type {submission.kind} has not ended in {deadline:g} s",
+            "look at it in Orthanc: it goes on there; raise `timeout` where it needs longer",
+        ) from None
+
+
+async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapping[str, Any] | None:
+    if not submission.content:
+        return None
+    for job in await _json(orthanc, "/jobs?expand"):
+        content = job.get("Content", {})
+        if (
+            job.get("Type") == submission.kind
+            and job.get("State") != "Failure"
+            and all(content.get(name) == value for name, value in submission.content.items())
+            and (submission.since is None or _created(job) >= submission.since.replace(microsecond=0))
+        ):
+            return dict(job)
+    return None
+
+
+def _created(job: Mapping[str, Any]) -> datetime:
+    try:
+        return datetime.strptime(str(job.get("CreationTime", "")), "%Y%m%dT%H%M%S.%f").replace(tzinfo=UTC)
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
+
+
+async def _end(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any]:
+    wait = _SOON
+    while True:
+        job: Mapping[str, Any] = await _json(orthanc, f"/jobs/{identifier}")
+        if job.get("State") == "Success":
+            return job
+        if job.get("State") == "Failure":
+            # Not ErrorDetails: what a remote says can hold anything.
+            text = str(job.get("ErrorDescription", "no reason given"))
+            raise JobError(f"job {identifier} has failed: {text} ({job.get('ErrorCode', '?')})", "see Orthanc's log")
+        await asyncio.sleep(wait)
+        wait = min(wait * 1.5, _LATE)
+
+
+async def _json(orthanc: httpx.AsyncClient, path: str) -> Any:
+    answer = await orthanc.get(path)
+    if answer.status_code == 404:
+        raise GoneError(f"Orthanc has no {path}")
+    if answer.status_code >= 400:
+        raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
+    return answer.json()
+
+
+def _refused(submission: Submission, answer: httpx.Response) -> BridgeError:
+    if answer.status_code == 404:
+        return GoneError(f"Orthanc answers 404 to POST {submission.path}: the resource is gone, or the name is unknown")
+    return JobError(
+        f"Orthanc answers {answer.status_code} to POST {submission.path}", "see its log; check the name and its rights"
+    )

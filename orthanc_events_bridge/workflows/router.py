@@ -1,0 +1,310 @@
+"""The router: sends studies, series or instances where rules say (docs/consumers/router.md).
+
+Two steps, each with retries of its own. *Deciding*: the consumer ``{name}`` looks at what has become stable, asks the
+rules once, and puts an order into the inbox of each destination that they name. *Sending*: the consumer
+``{name}-{destination}`` carries the orders out. So a destination that is down holds up only itself, what was decided
+holds however long it waits, and each destination has dead letters of its own.
+
+An order's id follows from the event's and the destination's: decided twice, it is the same. What has been sent is
+remembered by its content, so that nothing is sent twice, and nothing goes round in circles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from orthanc_events_bridge.consumers.app import Consumer
+from orthanc_events_bridge.consumers.configuration import Configuration
+from orthanc_events_bridge.consumers.event import Event
+from orthanc_events_bridge.consumers.leaving import logs, run_until_told
+from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
+from orthanc_events_bridge.errors import BridgeError, GoneError
+from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
+from orthanc_events_bridge.transports import create
+from orthanc_events_bridge.transports.base import Outgoing
+from orthanc_events_bridge.values import FileName, Options, Place, mistake
+from orthanc_events_bridge.workflows.audit import Audit
+from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
+from orthanc_events_bridge.workflows.destinations import Destination, Sender
+from orthanc_events_bridge.workflows.facts import Resource, Wanted, look
+
+if TYPE_CHECKING:
+    import httpx
+
+    from orthanc_events_bridge.transports.base import Place as BrokerPlace
+
+log = logging.getLogger(__name__)
+
+#: The type of an order: to send one resource to one destination.
+ORDER: Final = "io.orthanc-events.transfer.ordered.v1"
+
+
+class Rule(Options):
+    """One rule: what it is for, and where that is sent."""
+
+    name: str = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
+    when: When | None = Field(
+        default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
+    )
+    to: tuple[str, ...] = Field(
+        min_length=1, description="Names of destinations. With `[]` nothing is sent anywhere.", examples=[["pacs"]]
+    )
+
+    def judge(self, resource: Resource) -> Verdict:
+        """Is it for that?"""
+        return judge(self.when or (), resource)
+
+
+class RouterSettings(ConsumerSettings):
+    """A router's file: the options of every consumer, and these."""
+
+    name: ConsumerName = Field(default="router", description="Of the consumer.")
+    event: Literal["study.stable", "series.stable", "instance.created"] = Field(
+        default="study.stable", description="What is looked at, and sent as one: studies, series, or each instance."
+    )
+    match: Literal["all", "first"] = Field(
+        default="all", description="`all`: every rule that fits counts. `first`: the first one that does, and no other."
+    )
+    rules: tuple[Rule, ...] = Field(min_length=1, description="What is sent where, from the top.")
+    destinations: dict[str, Destination] = Field(min_length=1, description="Where to, by names of your own.")
+    store: str | None = Field(
+        default=None,
+        description="Where it is remembered what has been sent ([stores](../once.md#stores)). Left out: the broker, "
+        "where that is NATS.",
+        examples=["sqlite:////var/lib/orthanc-events/router.db"],
+    )
+    audit: FileName | None = Field(
+        default=None,
+        description="A file to which a line of JSON is appended for all that is sent: what, where to, when, by which "
+        "rule. Orthanc's ids, no patient data. The log has the same lines.",
+        examples=["/var/log/router-audit.jsonl"],
+    )
+
+    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """Names that lead to nothing."""
+        yield from super().contradictions()
+        for destination in self.destinations:
+            if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
+                wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
+                yield ("destinations", destination), mistake(wrong, right, shown=destination)
+        names = [rule.name for rule in self.rules]
+        for number, rule in enumerate(self.rules):
+            if rule.name in names[:number]:
+                yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
+            for position, destination in enumerate(rule.to):
+                if destination not in self.destinations:
+                    known = ", ".join(self.destinations)
+                    right = f"the destinations are: {known}"
+                    yield ("rules", number, "to", position), mistake("is no destination", right, shown=destination)
+
+
+class Decision:
+    """What the rules say of a resource.
+
+    :ivar rules: of each destination that something goes to, the rule that says so: the first, where several do.
+    :ivar verdicts: of each rule that was asked.
+    """
+
+    def __init__(self, settings: RouterSettings, resource: Resource) -> None:
+        self.rules: dict[str, str] = {}
+        self.verdicts: list[tuple[Rule, Verdict]] = []
+        for rule in settings.rules:
+            verdict = rule.judge(resource)
+            self.verdicts.append((rule, verdict))
+            if verdict.true:
+                for destination in rule.to:
+                    self.rules.setdefault(destination, rule.name)
+                if settings.match == "first":
+                    break
+
+
+class Router:
+    """The consumers of one configuration: the one that decides, and one for each destination.
+
+    :param configuration: of which the settings are `RouterSettings`.
+    :raises BridgeError: it can't be.
+    """
+
+    def __init__(self, configuration: Configuration[RouterSettings], *, dry: bool = False) -> None:
+        settings = self.settings = configuration.settings
+        self._dry = dry
+        self._audit = Audit(settings.audit)
+        self._wanted = Wanted.by(condition for rule in settings.rules for condition in rule.when or ())
+        self._senders = {name: Sender(name, one) for name, one in settings.destinations.items()}
+        self._inboxes: dict[str, BrokerPlace] = {}
+        self._asking = {name: asyncio.Lock() for name in self._senders}
+        self.deciding = Consumer.configured(configuration)
+        self.deciding.on(settings.event)(self._decide)
+        self.sending = {} if dry else {name: self._sending(configuration, name) for name in self._senders}
+
+    def _sending(self, configuration: Configuration[RouterSettings], name: str) -> Consumer:
+        sender = self._senders[name]
+        retry, concurrency = sender.destination.retry, sender.destination.concurrency
+        more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
+        settings = self.settings.model_copy(update={**more, "http": None, "ordered": False, "start": "new"})
+        app = Consumer.configured(Configuration(settings, configuration.orthanc), self.settings.store or "broker")
+
+        async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
+            await self._send(app, sender, event, orthanc)
+
+        app.on(ORDER)(send)
+        return app
+
+    # Deciding.
+
+    async def _decide(self, event: Event, orthanc: httpx.AsyncClient) -> None:
+        identifier = event.resource_id
+        if identifier is None:
+            return
+        try:
+            resource = await look(orthanc, event.level, identifier, self._wanted)
+        except GoneError as error:
+            log.info("%r: %s: nothing is sent", event, error.message)
+            return
+        decision = Decision(self.settings, resource)
+        log.info("%r: %s", event, ", ".join(f"{to} by {rule}" for to, rule in decision.rules.items()) or "to nobody")
+        if not self._dry:
+            for name, rule in decision.rules.items():
+                await self._order(name, order_of(event, resource, name, rule))
+
+    async def _order(self, name: str, order: Outgoing) -> None:
+        async with self._asking[name]:
+            if name not in self._inboxes:
+                assert self.deciding.broker is not None
+                self._inboxes[name] = create(self.deciding.broker).inbox(f"{self.settings.name}-{name}")
+            inbox = self._inboxes[name]
+            try:
+                await inbox.connect()
+                await inbox.publish([order])
+            except BridgeError:
+                await inbox.close()  # it is connected again by the next
+                raise
+
+    # Sending.
+
+    async def _send(self, app: Consumer, sender: Sender, event: Event, orthanc: httpx.AsyncClient) -> None:
+        rule, cause = str(event.data.get("rule", "")), str(event.data.get("cause", ""))
+        told = {"destination": sender.name, "rule": rule, "level": event.level, "id": event.resource_id, "event": cause}
+        try:
+            resource = await look(orthanc, event.level, str(event.resource_id), Wanted(metadata=True))
+        except GoneError:
+            self._audit.note("not sent", **told, why="it was deleted")
+            return
+        if await sender.is_source(orthanc, resource):
+            self._audit.note("not sent", **told, why="it has come from there")
+            return
+        # By its content, and not by the event: what comes round, or is said twice, is sent once.
+        async with app.once(event, "send", of=resource.fingerprint) as first:
+            if not first:
+                self._audit.note("not sent", **told, why="it was sent already")
+                return
+            job = await sender.send(orthanc, resource, event.time)
+            self._audit.note("sent", **told, instances=len(resource.instances), job=job or None)
+
+    # Life.
+
+    @property
+    def level(self) -> str:
+        """``study``, ``series`` or ``instance``: of what it sends."""
+        return self.settings.event.partition(".")[0]
+
+    @property
+    def consumers(self) -> list[Consumer]:
+        """All of it."""
+        return [self.deciding, *self.sending.values()]
+
+    def stop(self) -> None:
+        """Begin to stop; to be called in the loop that it works in."""
+        for one in self.consumers:
+            one.stop()
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT. See `Consumer.run`.
+
+        :raises BridgeError: it can't begin.
+        """
+        logs(self.settings.log_level)
+        run_until_told(self.serve, self.stop, self.settings.drain)
+
+    async def serve(self) -> None:
+        """Work until `stop` is called.
+
+        :raises BridgeError: it can't begin.
+        """
+        self._audit.check()
+        for sender in self._senders.values():
+            sender.check()
+        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
+        try:
+            # One that can't begin ends all: none works by halves.
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            self.stop()
+            await asyncio.wait(tasks)
+            for task in tasks:
+                task.result()
+        finally:
+            for inbox in self._inboxes.values():
+                await inbox.close()
+            for sender in self._senders.values():
+                await sender.close()
+
+    async def check(self) -> list[str]:
+        """Look at everything, and leave again.
+
+        :return: what was found, in a few lines.
+        :raises BridgeError: something can't be used.
+        """
+        self._audit.check()
+        found = await self.deciding.check()
+        async with self.deciding.asking() as orthanc:
+            for sender in self._senders.values():
+                sender.check()
+                found.append(await sender.describe(orthanc))
+        return found
+
+    async def explain(self, orthanc: httpx.AsyncClient, identifier: str) -> tuple[Resource, Decision]:
+        """What the rules say of a resource that is there now.
+
+        :raises GoneError: there is none.
+        """
+        resource = await look(orthanc, self.level, identifier, self._wanted)
+        return resource, Decision(self.settings, resource)
+
+
+def order_of(event: Event, resource: Resource, destination: str, rule: str) -> Outgoing:
+    """The order to send a resource somewhere: a CloudEvent whose id follows from the event's and the destination's."""
+    identifier = str(uuid.uuid5(NAMESPACE, f"order\n{event.id}\n{destination}"))
+    key, now = resource.study, datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    body = {
+        "specversion": "1.0",
+        "id": identifier,
+        "source": event.source,
+        "type": ORDER,
+        # When Orthanc said so: what was sent after that counts.
+        "time": event.attributes.get("time", now),
+        "datacontenttype": "application/json",
+        "partitionkey": key,
+        "recordedtime": now,
+        "subject": event.attributes.get("subject", ""),
+        "traceparent": event.attributes.get("traceparent", trace_parent(identifier)),
+        "data": {
+            "level": resource.level,
+            "id": resource.id,
+            "parents": {"study": resource.study},
+            "destination": destination,
+            "rule": rule,
+            "cause": event.id,
+        },
+    }
+    content = json.dumps(body).encode()
+    return Outgoing(identifier, "router", "transfer", "ordered", key, partition(key), STRUCTURED, content)
