@@ -94,12 +94,12 @@ def _route(options: argparse.Namespace) -> int:
 
 
 def _router(options: argparse.Namespace) -> Router:
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure
+    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
     from orthanc_events_bridge.workflows.router import Router, RouterSettings
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
     line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
-    return Router(configure(RouterSettings, {}, given=line), dry=options.dry_run)
+    return Router(configure_as(RouterSettings, {}, given=line), dry=options.dry_run)
 
 
 async def _explain(router: Router, identifier: str, *, as_json: bool) -> int:

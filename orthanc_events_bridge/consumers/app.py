@@ -97,7 +97,7 @@ class Consumer:
         store: str | Mapping[str, Any] | None = None,
     ) -> None:
         said = {name: value for name, value in locals().items() if name not in ("self", "config", "store")}
-        self._begin(configure(ConsumerSettings, said, config), store)
+        self._begin(configure(said, config), store)
 
     @classmethod
     def configured(cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None) -> Self:

@@ -72,6 +72,16 @@ class Configuration(Generic[_S]):
 
 
 def configure(
+    code: Mapping[str, Any],
+    file: Path | str | None = None,
+    environment: Mapping[str, str] = os.environ,
+    given: CommandLine = command_line,
+) -> Configuration[ConsumerSettings]:
+    """Put a consumer's configuration together, and validate it: `configure_as` for what every consumer has."""
+    return configure_as(ConsumerSettings, code, file, environment, given)
+
+
+def configure_as(
     kind: type[_S],
     code: Mapping[str, Any],
     file: Path | str | None = None,

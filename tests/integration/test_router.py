@@ -1,0 +1,230 @@
+"""The router between real Orthancs, on every broker: everything where it belongs, once, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
+from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, ids, running, wait_for
+from tests.integration.whole import broker_or_skip
+
+pytestmark = pytest.mark.integration
+
+KINDS = ("nats", "rabbitmq", "kafka")
+#: Of the studies of the large test: modality, and what else distinguishes them.
+MODALITIES = ("CT", "MR", "US", "CR", "PT", "SR")
+PARTS = ("KNEE", "HEAD", "CHEST")
+
+RULES = """
+destinations:
+  pacs: {modality: pacs, concurrency: 4}
+  archive: {peer: archive}
+  research: {orthanc: "%(research)s"}
+  export: {folder: "%(export)s"}
+rules:
+  - {name: everything, to: [archive]}
+  - {name: ct, when: {tag: Modality, is: CT}, to: [pacs]}
+  - {name: magnetic, when: {tag: Modality, glob: "M*"}, to: [pacs]}
+  - {name: knees, when: [{tag: BodyPartExamined, is: KNEE}, {not: {tag: Modality, is: [SR, US]}}], to: [research]}
+  - {name: heads, when: {all: [{tag: BodyPartExamined, regex: ^HE}, {tag: Modality, is: [PT, CT]}]}, to: [research]}
+  - {name: ultrasound, when: {tag: Modality, is: US}, to: [export]}
+  - {name: chest, when: {any: [{tag: BodyPartExamined, is: THORAX}, {tag: BodyPartExamined, is: CHEST}]}, to: [export]}
+  - {name: by DICOM, when: {metadata: Origin, is: DicomProtocol}, to: [export, pacs, research]}
+  - {name: old, when: {tag: StudyDate, below: 20000101}, to: [research, pacs]}
+  - {name: nothing, when: {tag: Modality, exists: false}, to: [export]}
+"""
+
+
+def belongs(modality: str, part: str) -> set[str]:
+    """Where a study goes, said once more in other words."""
+    found = {"archive"}
+    if modality in ("CT", "MR"):
+        found.add("pacs")
+    if (part == "KNEE" and modality in ("CT", "MR", "CR", "PT")) or (part == "HEAD" and modality in ("PT", "CT")):
+        found.add("research")
+    if modality == "US" or part == "CHEST":
+        found.add("export")
+    return found
+
+
+def mixed(count: int) -> list[tuple[Study, set[str]]]:
+    """Studies, and where each belongs."""
+    made = []
+    for number in range(count):
+        modality, part = MODALITIES[number % 6], PARTS[number // 6 % 3]
+        study = make_study(modality=modality, series=1 + number % 2, instances=2, canary={"BodyPartExamined": part})
+        made.append((study, belongs(modality, part)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("studies", "kills"),
+    [pytest.param(18, 4, id="18-studies"), pytest.param(200, 20, id="200-studies", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_study_is_where_it_belongs_once_whoever_is_killed(
+    tmp_path: Path, kind: str, studies: int, kills: int
+) -> None:
+    broker_or_skip(kind)
+    chance = random.Random(11)
+    pacs, archive, research = (Receiver(tmp_path / name) for name in ("pacs", "archive", "research"))
+    export = tmp_path / "export"
+    export.mkdir()
+    rules = RULES % {"research": research.url, "export": export}
+    with (
+        running(pacs, archive, research),
+        gateway(tmp_path / "line", kind, modalities=[pacs], peers=[archive]) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        routers.start(1)
+        wanted: dict[str, list[Instance]] = defaultdict(list)
+        kills_left = kills
+        for number, (study, places) in enumerate(mixed(studies)):
+            for instance in study:
+                line.orthanc.upload(instance.data)
+            for goal in places:
+                wanted[goal] += study
+            if number == studies // 4:
+                routers.start(3)
+            if number == studies * 3 // 4:
+                for _ in range(len(routers) - 1):
+                    routers.kill()
+            if kills_left and chance.random() < 1.5 * kills / studies:
+                routers.kill(chance.randrange(len(routers)))
+                routers.start()
+                kills_left -= 1
+        while kills_left:  # in the midst of what is left
+            time.sleep(chance.uniform(0.2, 1.0))
+            routers.kill()
+            routers.start()
+            kills_left -= 1
+
+        def exported() -> set[str]:
+            return {path.stem for path in export.rglob("*.dcm")}
+
+        receivers = {"pacs": pacs, "archive": archive, "research": research}
+        for name, place in receivers.items():
+            wait_for(lambda name=name, place=place: place.has() >= ids(wanted[name]), name, 4 * PATIENCE)
+        wait_for(lambda: exported() >= {one.sop_uid for one in wanted["export"]}, "export")
+        # What was sent by one that died is said by its successor.
+        orders = sum(len({one.study for one in wanted[name]}) for name in wanted)
+        wait_for(lambda: len(routers.audit()) >= orders, "audit")
+        assert routers.stop() == [0]
+        for name, place in receivers.items():
+            assert place.has() == ids(wanted[name])
+            assert set(place.stored().values()) == {1}
+        assert exported() == {one.sop_uid for one in wanted["export"]}
+        said = {(one["destination"], one["id"]) for one in routers.audit()}
+        assert said == {(name, one.study) for name in wanted for one in wanted[name]}
+        assert not list(export.rglob(".*.part")) or kills
+        shutil.rmtree(export)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_destination_that_is_down_holds_up_only_itself(tmp_path: Path, kind: str) -> None:
+    broker_or_skip(kind)
+    up, down = Receiver(tmp_path / "up"), Receiver(tmp_path / "down")
+    rules = """
+destinations:
+  up: {modality: up}
+  down: {modality: down, concurrency: 1, retry: {initial: 1s, maximum: 2s}}
+rules:
+  - {name: all, to: [up, down]}
+"""
+    with (
+        running(up),
+        gateway(tmp_path / "line", kind, modalities=[up, down]) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        routers.start()
+        studies = [make_study(modality="CT") for _ in range(8)]
+        for study in studies:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+        everything = {instance.id for study in studies for instance in study}
+        wait_for(lambda: up.has() == everything, "what is up")
+        assert not routers.audit(destination="down")
+        with running(down):
+            wait_for(lambda: down.has() == everything, "what was down")
+            wait_for(lambda: len(routers.audit(destination="down")) == len(studies), "audit")
+            assert set(up.stored().values()) == set(down.stored().values()) == {1}
+            assert routers.stop() == [0]
+
+
+def test_nothing_goes_round_in_circles(tmp_path: Path) -> None:
+    """A router that sends to where it came from, and to its own Orthanc, which takes everything again as new."""
+    broker_or_skip("nats")
+    source = Receiver(tmp_path / "source")
+    rules = """
+destinations:
+  source: {modality: source}
+  itself: {peer: gateway}
+rules:
+  - {name: all, to: [source, itself]}
+"""
+    with (
+        running(source),
+        gateway(tmp_path / "line", "nats", modalities=[source], OverwriteInstances=True) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        orthanc = line.orthanc
+        orthanc.client.put("/peers/gateway", json={"Url": orthanc.url}).raise_for_status()
+        source.client.put("/modalities/gateway", json=["GATEWAY", "127.0.0.1", orthanc.dicom_port]).raise_for_status()
+        study = make_study(modality="CT", instances=3)
+        for instance in study:
+            source.upload(instance.data)
+        routers.start()
+        source.post("/modalities/gateway/store", {"Resources": [study.id]})
+        wait_for(lambda: routers.audit("not sent", destination="source", why="it has come from there"), "source")
+        # By itself it is stored once more, as if it were new, and is stable again.
+        wait_for(lambda: routers.audit("not sent", destination="itself", why="it was sent already"), "the second round")
+        more = make_study(modality="CT", patient_id=study.patient_id, study_uid=study.study_uid)
+        for instance in more:
+            orthanc.upload(instance.data)
+        wait_for(lambda: len(routers.audit(destination="itself")) == 2, "what was added is sent")
+        wait_for(lambda: len(routers.audit("not sent", destination="itself")) == 2, "and that once")
+        assert [one["instances"] for one in routers.audit(destination="itself")] == [3, 4]
+        assert routers.stop() == [0]
+
+
+def test_it_explains_checks_and_says_what_is_missing(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    known = Receiver(tmp_path / "known")
+    rules = """
+destinations:
+  known: {modality: known}
+rules:
+  - {name: mr, when: [{tag: Modality, is: MR}, {tag: SliceThickness, exists: false}], to: [known]}
+"""
+    with running(known), gateway(tmp_path / "line", "nats", modalities=[known]) as line:
+        routers = Routers(tmp_path / "routers", line, rules)
+        done = routers.run("--check")
+        assert done.returncode == 0, done.stderr
+        assert f"destination known: modality known, KNOWN at 127.0.0.1:{known.dicom_port}\n" in done.stdout
+        study = make_study(modality="CT")
+        for instance in study:
+            line.orthanc.upload(instance.data)
+        for name in (study.id, study.study_uid):
+            done = routers.run("--explain", name)
+            assert done.returncode == 0, done.stderr
+            assert "no  rule mr, to known\n  no  tag Modality is 'MR'; there is 'CT'\n  yes tag Slice" in done.stdout
+            assert done.stdout.endswith("it goes to nobody\n")
+        found = json.loads(routers.run("--explain", study.id, "--json").stdout)
+        assert (found["id"], found["to"], found["rules"][0]["fits"]) == (study.id, {}, False)
+        done = routers.run("--explain", "1.2.3")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "orthanc-events: Orthanc has no study 1.2.3 (give its Orthanc id or its UID)\n"
+        routers.path.write_text(routers.path.read_text().replace("modality: known", "modality: unknown"))
+        done = routers.run("--check")
+        assert done.returncode == 1 and "(add the modality unknown to Orthanc's DicomModalities)" in done.stderr
+        routers.path.write_text(routers.path.read_text().replace("to: [known]", "to: [knwon]"))
+        done = routers.run()
+        assert done.returncode == 2 and "'knwon' is no destination" in done.stderr
+        assert "Traceback" not in done.stderr
