@@ -201,7 +201,7 @@ class Consumer:
         :raises BridgeError: the consumer has no store, or a value makes no sense.
         :raises StoreError: on entering: the store can't be asked. Nothing is begun then.
         """
-        return Once(self._turns, event, effect, of, lease, keep)
+        return Once(self._turns, event, effect, lease, keep, of)
 
     def test(self) -> Trial:
         """Run the handlers against a broker in memory, on a clock that only tests move (docs/testing.md).

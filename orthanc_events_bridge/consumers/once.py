@@ -135,7 +135,9 @@ class Once:
     """One effect of one event; made by `Consumer.once`. Used as a context manager, ``async with`` in async handlers,
     ``with`` in others, which gives whether the effect is to be done."""
 
-    def __init__(self, turns: Turns, event: Event, effect: str, of: str | None, lease: float, keep: float) -> None:
+    def __init__(
+        self, turns: Turns, event: Event, effect: str, lease: float, keep: float, of: str | None = None
+    ) -> None:
         turns.check(effect, lease, keep)
         self._turns = turns
         self._event = event
