@@ -132,6 +132,8 @@ def test_the_fingerprint_tells_contents_apart() -> None:
 
 # Rules.
 
+ROOT = Path(__file__).resolve().parents[2]
+
 RULES = """
 broker: nats://127.0.0.1:4222
 orthanc: http://127.0.0.1:8042
@@ -194,3 +196,13 @@ def test_a_mistake_is_named(tmp_path: Path, right: str, wrong: str, message: str
     text = str(caught.value)
     assert message in text
     assert len(set(text.splitlines())) == len(text.splitlines())
+
+
+def test_the_example_is_right() -> None:
+    found = configure_as(RouterSettings, {}, ROOT / "config" / "router.yaml", {}, CommandLine()).settings
+    assert set(found.destinations) == {"pacs", "archive", "export"}
+    assert found.destinations["archive"].retry.max_attempts == 0
+    assert decided(found, {"Modality": "CT", "StudyDescription": "Trial 7"}) == {
+        "archive": "everything",
+        "export": "research",
+    }
