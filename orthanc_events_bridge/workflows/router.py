@@ -132,11 +132,16 @@ class Router:
     """The consumers of one configuration: the one that decides, and one for each destination.
 
     :param configuration: of which the settings are `RouterSettings`.
+    :param dry: it decides, and sends nothing.
     :raises BridgeError: it can't be.
     """
 
     def __init__(self, configuration: Configuration[RouterSettings], *, dry: bool = False) -> None:
-        settings = self.settings = configuration.settings
+        settings = configuration.settings
+        if dry:  # under a name of its own: it must not take events from those that work
+            settings = settings.model_copy(update={"name": f"{settings.name}-dry-run", "start": "new"})
+            configuration = Configuration(settings, configuration.orthanc)
+        self.settings = settings
         self._dry = dry
         self._audit = Audit(settings.audit)
         self._wanted = Wanted.by(condition for rule in settings.rules for condition in rule.when or ())

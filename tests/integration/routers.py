@@ -104,11 +104,14 @@ class Routers:
         """Run the command to its end."""
         return subprocess.run(self.command(*more), capture_output=True, text=True, timeout=PATIENCE, check=False)
 
-    def start(self, count: int = 1) -> None:
-        """Start some more."""
+    def start(self, count: int = 1, *more: str) -> None:
+        """Start some more.
+
+        :param more: options of the command.
+        """
         for _ in range(count):
             with self._log.open("ab") as log:
-                self._running.append(subprocess.Popen(self.command(), stdout=log, stderr=log))
+                self._running.append(subprocess.Popen(self.command(*more), stdout=log, stderr=log))
 
     def kill(self, number: int = 0) -> None:
         """Kill one at once, as `kill -9` does."""

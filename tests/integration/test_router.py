@@ -194,6 +194,28 @@ rules:
         assert routers.stop() == [0]
 
 
+def test_a_dry_run_sends_nothing_and_takes_nothing_from_those_that_work(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    goal = Receiver(tmp_path / "goal")
+    rules = "destinations:\n  goal: {modality: goal}\nrules:\n  - {name: all, to: [goal]}\n"
+    with (
+        running(goal),
+        gateway(tmp_path / "line", "nats", modalities=[goal]) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        routers.start(1, "--dry-run")
+        wait_for(lambda: "the consumer router-dry-run receives events" in routers.log(), "the dry run")
+        study = make_study(modality="CT")
+        for instance in study:
+            line.orthanc.upload(instance.data)
+        wait_for(lambda: "goal by all" in routers.log(), "a decision")
+        assert routers.stop() == [0]
+        assert not goal.has() and not routers.audit()
+        routers.start()
+        wait_for(lambda: goal.has() == ids(study.instances), "what was only looked at")
+        assert routers.stop() == [0]
+
+
 def test_it_explains_checks_and_says_what_is_missing(tmp_path: Path) -> None:
     broker_or_skip("nats")
     known = Receiver(tmp_path / "known")
