@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_workers import again, check_count, leave_with_the_supervisor, supervise
+from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers import Consumer
@@ -58,16 +57,7 @@ def _consume(options: argparse.Namespace) -> int:
         logs(options.log_level or "info")
         given = again(options, "config", "broker", "http", "log_level")
         return supervise(["consume", options.target, *given], options.workers)
-    consumer = _find(options)
-    if options.only_load:
-        return 0
-    if options.check:
-        print("\n".join(asyncio.run(consumer.check())))
-        return 0
-    if options.worker is not None:
-        leave_with_the_supervisor()
-    consumer.run()
-    return 0
+    return work(options, _find(options))
 
 
 def _find(options: argparse.Namespace) -> Consumer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_workers import again, check_count, leave_with_the_supervisor, supervise
+from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
 from orthanc_events_bridge.errors import GoneError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ A file:
       to: [research]
 
 What can't be sent is tried again by itself, and is in the end among the dead letters of
-NAME-DESTINATION: orthanc-events dlq list --config router.yaml --consumer router-pacs.
+NAME-DESTINATION: orthanc-events dlq list --broker URL --consumer router-pacs.
 docs/consumers/router.md has all options and what is guaranteed.
 
 {EXIT_CODES}"""
@@ -80,17 +80,9 @@ def _route(options: argparse.Namespace) -> int:
         logs(options.log_level or "info")
         return supervise(["route", *again(options, "config", "broker", "log_level")], options.workers)
     router = _router(options)
-    if options.only_load:
-        return 0
-    if options.check:
-        print("\n".join(asyncio.run(router.check())))
-        return 0
     if options.explain is not None:
         return asyncio.run(_explain(router, options.explain, as_json=options.json))
-    if options.worker is not None:
-        leave_with_the_supervisor()
-    router.run()
-    return 0
+    return work(options, router)
 
 
 def _router(options: argparse.Namespace) -> Router:
@@ -130,7 +122,7 @@ async def _orthanc_id(orthanc: httpx.AsyncClient, identifier: str, level: str) -
 
 def _lines(decision: Decision) -> Iterator[str]:
     for rule, verdict in decision.verdicts:
-        yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}, to {', '.join(rule.to) or 'nobody'}"
+        yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}, to {', '.join(rule.to)}"
         for part in verdict.parts:
             yield from _tree(part, 1)
     sent = ", ".join(f"{to} (by {rule})" for to, rule in decision.rules.items())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
-from typing import Final
+from typing import Final, Protocol
 
 from orthanc_events_bridge.cli_options import UsageError
 
@@ -69,7 +71,33 @@ def supervise(arguments: list[str], count: int) -> int:
     return workers.run()
 
 
-def leave_with_the_supervisor() -> None:
+class Working(Protocol):
+    """What a worker runs."""
+
+    async def check(self) -> list[str]:
+        """Connect everywhere, and leave again; what was found, in a few lines."""
+
+    def run(self) -> None:
+        """Work until told to stop."""
+
+
+def work(options: argparse.Namespace, one: Working) -> int:
+    """Do what one worker is told: nothing, where it is only to be loaded; look at everything; or work.
+
+    :return: the exit code.
+    """
+    if options.only_load:
+        return 0
+    if options.check:
+        print("\n".join(asyncio.run(one.check())))
+        return 0
+    if options.worker is not None:
+        _leave_with_the_supervisor()
+    one.run()
+    return 0
+
+
+def _leave_with_the_supervisor() -> None:
     """End as if asked to, when the supervisor has ended without asking."""
 
     def watch() -> None:

@@ -19,9 +19,10 @@ from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.settings import OrthancBlock, RetrySettings
-from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OrthancError
+from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, mistake
+from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.facts import Resource
 from orthanc_events_bridge.workflows.jobs import Submission, run_job
 
@@ -253,18 +254,14 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 async def _file(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
-    answer = await orthanc.get(f"/instances/{instance}/file")
-    if answer.status_code == 404:
+    try:
+        return (await ask(orthanc, f"/instances/{instance}/file")).content
+    except GoneError:
         return None
-    if answer.status_code >= 400:
-        raise LogUnavailableError(f"Orthanc answers {answer.status_code} when asked for the file of {instance}")
-    return answer.content
 
 
 async def _answer(orthanc: httpx.AsyncClient, path: str, remedy: str) -> Any:
-    answer = await orthanc.get(path)
-    if answer.status_code == 404:
-        raise OrthancError(f"Orthanc knows no {path}", remedy)
-    if answer.status_code >= 400:
-        raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
-    return answer.json()
+    try:
+        return (await ask(orthanc, path)).json()
+    except GoneError:
+        raise OrthancError(f"Orthanc knows no {path}", remedy) from None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.conditions import Condition
 
 if TYPE_CHECKING:
@@ -120,12 +120,7 @@ async def _each(orthanc: httpx.AsyncClient, places: Sequence[tuple[str, str, str
 
 
 async def _get(orthanc: httpx.AsyncClient, level: str, identifier: str, what: str) -> Any:
-    answer = await orthanc.get(f"/{PATHS[level]}/{identifier}{what}")
-    if answer.status_code == 404:
-        raise GoneError(f"Orthanc has no {level} {identifier}")
-    if answer.status_code >= 400:
-        raise LogUnavailableError(f"Orthanc answers {answer.status_code} when asked about {level} {identifier}")
-    return answer.json()
+    return (await ask(orthanc, f"/{PATHS[level]}/{identifier}{what}")).json()
 
 
 def _once(values: Iterable[str]) -> Sequence[str]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.errors import BridgeError, GoneError, LogUnavailableError
+from orthanc_events_bridge.errors import BridgeError, GoneError
+from orthanc_events_bridge.workflows.asking import ask
 
 if TYPE_CHECKING:
     import httpx
@@ -77,7 +78,7 @@ async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: 
 async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapping[str, Any] | None:
     if not submission.content:
         return None
-    for job in await _json(orthanc, "/jobs?expand"):
+    for job in (await ask(orthanc, "/jobs?expand")).json():
         content = job.get("Content", {})
         if (
             job.get("Type") == submission.kind
@@ -99,7 +100,7 @@ def _created(job: Mapping[str, Any]) -> datetime:
 async def _end(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any]:
     wait = _SOON
     while True:
-        job: Mapping[str, Any] = await _json(orthanc, f"/jobs/{identifier}")
+        job: Mapping[str, Any] = (await ask(orthanc, f"/jobs/{identifier}")).json()
         if job.get("State") == "Success":
             return job
         if job.get("State") == "Failure":
@@ -108,15 +109,6 @@ async def _end(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any]
             raise JobError(f"job {identifier} has failed: {text} ({job.get('ErrorCode', '?')})", "see Orthanc's log")
         await asyncio.sleep(wait)
         wait = min(wait * 1.5, _LATE)
-
-
-async def _json(orthanc: httpx.AsyncClient, path: str) -> Any:
-    answer = await orthanc.get(path)
-    if answer.status_code == 404:
-        raise GoneError(f"Orthanc has no {path}")
-    if answer.status_code >= 400:
-        raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
-    return answer.json()
 
 
 def _refused(submission: Submission, answer: httpx.Response) -> BridgeError:

@@ -56,9 +56,7 @@ class Rule(Options):
     when: When | None = Field(
         default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
     )
-    to: tuple[str, ...] = Field(
-        min_length=1, description="Names of destinations. With `[]` nothing is sent anywhere.", examples=[["pacs"]]
-    )
+    to: tuple[str, ...] = Field(min_length=1, description="Names of destinations.", examples=[["pacs"]])
 
     def judge(self, resource: Resource) -> Verdict:
         """Is it for that?"""

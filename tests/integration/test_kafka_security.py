@@ -324,6 +324,18 @@ def test_a_password_that_is_replaced_is_used_from_the_next_connection_on(fortres
 # Permissions.
 
 
+#: What one permission says, and what is asked of permissions.
+_RULE = (
+    ("resource_type", Int8),
+    ("resource_name", String()),
+    ("pattern_type", Int8),
+    ("principal", String()),
+    ("host", String()),
+    ("operation", Int8),
+    ("permission", Int8),
+)
+
+
 class _CreateAclsResponse(Response):
     API_KEY = 30
     API_VERSION = 1
@@ -337,20 +349,7 @@ class _CreateAclsStruct(RequestStruct):
     API_KEY = 30
     API_VERSION = 1
     RESPONSE_TYPE = _CreateAclsResponse
-    SCHEMA = Schema(
-        (
-            "creations",
-            Array(
-                ("resource_type", Int8),
-                ("resource_name", String()),
-                ("pattern_type", Int8),
-                ("principal", String()),
-                ("host", String()),
-                ("operation", Int8),
-                ("permission", Int8),
-            ),
-        ),
-    )
+    SCHEMA = Schema(("creations", Array(*_RULE)))
 
 
 class _CreateAcls(Request[_CreateAclsStruct]):
@@ -389,15 +388,7 @@ class _DescribeAclsStruct(RequestStruct):
     API_KEY = 29
     API_VERSION = 1
     RESPONSE_TYPE = _DescribeAclsResponse
-    SCHEMA = Schema(
-        ("resource_type", Int8),
-        ("resource_name", String()),
-        ("pattern_type", Int8),
-        ("principal", String()),
-        ("host", String()),
-        ("operation", Int8),
-        ("permission", Int8),
-    )
+    SCHEMA = Schema(*_RULE)
 
 
 class _DescribeAcls(Request[_DescribeAclsStruct]):

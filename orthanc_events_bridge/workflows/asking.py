@@ -1,0 +1,25 @@
+"""How Orthanc is asked, and what it means that it doesn't give what it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+
+if TYPE_CHECKING:
+    import httpx
+
+
+async def ask(orthanc: httpx.AsyncClient, path: str) -> httpx.Response:
+    """The answer to a GET.
+
+    :raises GoneError: there is no such thing.
+    :raises LogUnavailableError: it can't be had now.
+    :raises httpx.HTTPError: Orthanc doesn't answer.
+    """
+    answer = await orthanc.get(path)
+    if answer.status_code == 404:
+        raise GoneError(f"Orthanc has no {path}")
+    if answer.status_code >= 400:
+        raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
+    return answer
