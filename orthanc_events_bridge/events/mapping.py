@@ -22,7 +22,8 @@ from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 NAMESPACE: Final = uuid.UUID("8be797cd-5573-46b7-8097-bea664a99a80")
 STRUCTURED: Final = JSONFormat.CONTENT_TYPE
 
-_SUBJECTS: Final = {
+#: Where a resource is in Orthanc's REST API, by its level; so begins an event's subject.
+SUBJECTS: Final = {
     "patient": "patients",
     "study": "studies",
     "series": "series",
@@ -119,8 +120,8 @@ def to_event(row: OutboxRow, shape: Mapping[str, Any], recorder: str) -> Event:
         "recordedtime": _time(row.recorded, True),
         "traceparent": trace_parent(identifier),
     }
-    if row.resource is not None and row.level in _SUBJECTS:
-        attributes["subject"] = f"{_SUBJECTS[row.level]}/{row.resource}"
+    if row.resource is not None and row.level in SUBJECTS:
+        attributes["subject"] = f"{SUBJECTS[row.level]}/{row.resource}"
     return Event(attributes, data_of(row))
 
 

@@ -6,16 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from orthanc_events_bridge.events.mapping import SUBJECTS
 from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.conditions import Condition
 
 if TYPE_CHECKING:
     import httpx
-
-#: Of Orthanc's REST API, by level.
-PATHS: Final = {"patient": "patients", "study": "studies", "series": "series", "instance": "instances"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ async def _each(orthanc: httpx.AsyncClient, places: Sequence[tuple[str, str, str
 
 
 async def _get(orthanc: httpx.AsyncClient, level: str, identifier: str, what: str) -> Any:
-    return (await ask(orthanc, f"/{PATHS[level]}/{identifier}{what}")).json()
+    return (await ask(orthanc, f"/{SUBJECTS[level]}/{identifier}{what}")).json()
 
 
 def _once(values: Iterable[str]) -> Sequence[str]:

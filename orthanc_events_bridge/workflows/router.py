@@ -15,9 +15,9 @@ import asyncio
 import json
 import logging
 import re
+import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field
@@ -30,6 +30,7 @@ from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
+from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.values import FileName, Options, Place, mistake
@@ -287,7 +288,7 @@ class Router:
 def order_of(event: Event, resource: Resource, destination: str, rule: str) -> Outgoing:
     """The order to send a resource somewhere: a CloudEvent whose id follows from the event's and the destination's."""
     identifier = str(uuid.uuid5(NAMESPACE, f"order\n{event.id}\n{destination}"))
-    key, now = resource.study, datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    key, now = resource.study, iso(time.time() * 1000)
     body = {
         "specversion": "1.0",
         "id": identifier,
