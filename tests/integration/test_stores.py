@@ -31,7 +31,9 @@ from orthanc_events_bridge.testing.postgresql import PostgresServer
 from orthanc_events_bridge.testing.processes import Server
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.servers import NatsServer
+from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from tests.contract.nats_tools import listener
 from tests.contract.raw_nats import ask
 
 #: Long enough not to end in a test; and the shortest.
@@ -360,11 +362,47 @@ def test_a_bucket_whose_entries_never_end_is_refused(nats: NatsServer) -> None:
         async with Kind(nats.url).opened():
             pass
 
-    with pytest.raises(StoreError, match=r"2\.11"):
+    with pytest.raises(StoreError, match="allow_msg_ttl"):
         asyncio.run(main())
 
 
 @pytest.mark.integration
+def test_an_older_server_is_told_and_gets_no_bucket() -> None:
+    async def main() -> None:
+        async with Kind(server.url).opened():
+            pass
+
+    with listener(version="2.10.26", auth_required=False) as server:
+        with pytest.raises(StoreError, match=r"NATS 2\.10 .*2\.11 or newer"):
+            asyncio.run(main())
+        assert not server.holds("STREAM.CREATE")
+
+
+@pytest.mark.integration
+def test_of_many_that_find_the_connection_lost_one_makes_it_again(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = 0
+    own = Connection.open
+
+    async def counted(options: NatsOptions, url: str) -> Connection:
+        nonlocal opened
+        opened += 1
+        return await own(options, url)
+
+    async def main() -> None:
+        async with Kind(nats.url).opened() as store:
+            nats.stop()
+            nats.start()
+            monkeypatch.setattr(Connection, "open", counted)
+            begun = await asyncio.gather(*(store.begin(f"one.many.{number}", "me", LONG) for number in range(50)))
+            assert {one.state for one in begun} == {"mine"}
+
+    nats.start()
+    asyncio.run(main())
+    assert opened == 1
+
+
 def test_no_password_is_in_an_error() -> None:
     for url in ("postgresql://user:hunter2@127.0.0.1:1/db", "postgresql://user:hunter2@127.0.0.1:1/db?wrong=hunter2"):
         with pytest.raises(StoreError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -19,6 +20,8 @@ from orthanc_events_bridge.transports.nats_options import NatsOptions
 BUCKET: Final = "ORTHANC_EVENTS_ONCE"
 _STREAM: Final = f"KV_{BUCKET}"
 _SUBJECT: Final = f"$KV.{BUCKET}."
+#: From this version on an entry can have a time at which it ends.
+_OLDEST: Final = (2, 11)
 #: Another has written the entry since we looked.
 _OTHER: Final = 10071
 #: Seconds for which an entry stays that its owner has given up. It is the shortest there is.
@@ -35,6 +38,7 @@ class NatsStore(Store):
     def __init__(self, options: NatsOptions) -> None:
         self._options = options
         self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
         self._revisions: dict[tuple[str, str], int] = {}
 
     async def open(self) -> None:
@@ -44,6 +48,12 @@ class NatsStore(Store):
             raise _problem(error) from error
 
     async def _open(self, connection: Connection) -> None:
+        version = connection.connected_server_version
+        if (version.major, version.minor) < _OLDEST:
+            raise StoreError(
+                f"NATS {version.major}.{version.minor} lets no entry end by itself, as the bucket {BUCKET} needs it",
+                "use NATS 2.11 or newer, or another store: PostgreSQL, or a file",
+            )
         limits = self._options.limits
         wanted = StreamConfig(
             name=_STREAM,
@@ -71,7 +81,10 @@ class NatsStore(Store):
                 f"NATS can't make or read the bucket {BUCKET}: {error}", "check JetStream and the user's permissions"
             ) from error
         if not info.config.allow_msg_ttl:
-            raise StoreError(f"the bucket {BUCKET} lets no entry end by itself", "NATS 2.11 or newer is needed")
+            raise StoreError(
+                f"the bucket {BUCKET} lets no entry end by itself",
+                f"set allow_msg_ttl of the stream {_STREAM}, or delete it: then what is done is forgotten",
+            )
 
     async def begin(self, key: str, owner: str, lease: float) -> Begun:
         entry = {"state": "begun", "owner": owner, "lease": lease}
@@ -107,7 +120,8 @@ class NatsStore(Store):
         self._revisions.pop((key, owner), None)
 
     async def close(self) -> None:
-        connection, self._connection = self._connection, None
+        async with self._connecting:
+            connection, self._connection = self._connection, None
         self._revisions.clear()
         if connection is not None:
             await connection.give_up()
@@ -174,23 +188,24 @@ class NatsStore(Store):
 
         :raises TransportError: no server lets us in.
         """
-        if self._connection is not None:
-            try:
-                self._connection.check()
-            except TransportError:
-                await self._connection.give_up()
-                self._connection = None
-            else:
-                return self._connection
-        problem: TransportError = NotConnectedError("no server of NATS is named", "give one")
-        for url in self._options.servers:
-            try:
-                self._connection = await Connection.open(self._options, url)
-            except TransportError as error:
-                problem = error
-            else:
-                return self._connection
-        raise problem
+        async with self._connecting:  # who comes meanwhile gets the same
+            if self._connection is not None:
+                try:
+                    self._connection.check()
+                except TransportError:
+                    await self._connection.give_up()
+                    self._connection = None
+                else:
+                    return self._connection
+            problem: TransportError = NotConnectedError("no server of NATS is named", "give one")
+            for url in self._options.servers:
+                try:
+                    self._connection = await Connection.open(self._options, url)
+                except TransportError as error:
+                    problem = error
+                else:
+                    return self._connection
+            raise problem
 
 
 def _problem(error: Exception) -> StoreError:
