@@ -499,7 +499,7 @@ class Worker:
                 self._held.pop(held, None)
                 return False  # it comes again; receiving says why
             except TransportError as error:
-                if line := self._repeats.line("dead", f"a dead letter can't be stored: {error}"):
+                if line := self._repeats.line("dead", f"a retry or a dead letter can't be stored: {error}"):
                     log.error("%s; it is held and tried again", line)
                 await asyncio.sleep(_DEAD)
             else:

@@ -209,6 +209,8 @@ class Delivery(ABC):
         :param headers: are added to the message, in place of those of the same name; names in lower case, values in
             ASCII. With ``ordered`` they may be forgotten when the subscriber ends.
         :raises NotConnectedError: it will come again, and that at once.
+        :raises TransportError: it could not be kept for so long now. The delivery is held on, and can be given back
+            again, or settled otherwise.
         """
 
     @abstractmethod
@@ -273,6 +275,8 @@ class DeadLetters(ABC):
     @abstractmethod
     def read(self) -> AsyncGenerator[DeadLetter]:
         """Yield those that are there now, oldest first, and end. Nothing is changed by it.
+
+        What it has given may be removed before it ends.
 
         :raises NotConnectedError: the broker doesn't answer.
         """

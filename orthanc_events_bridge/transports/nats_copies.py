@@ -74,6 +74,14 @@ class Copies:
             said[DUE] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         await self._store("inbox", message, f"retry:{key}", attempt, said)
 
+    async def anew(self, message: Incoming, key: str) -> None:
+        """A copy that is in the inbox once more, as it is: due when it was.
+
+        :raises TransportError: as `_store`.
+        """
+        attempt = attempts_before(message.headers, self._name)
+        await self._store("inbox", message, f"retry:{key}", attempt, {DUE: message.headers[DUE]})
+
     async def dead(self, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
         """Among the dead letters.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
@@ -57,14 +56,8 @@ class NatsOrderedSubscription(Settling):
         """
         self = cls(connection, options, name, in_flight)
         infos = await open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait, ordered=True)
-        for info in infos:
-            durable = Durable(info, connection.new_inbox())
-            answered = functools.partial(self._on_message, durable)
-            subscribing = connection.subscribe(durable.reply, cb=answered, pending_msgs_limit=-1)
-            self._answers.append(await connection.ask(subscribing))
-            self._idle.append(durable)
+        self._idle.extend(await self._open(infos))
         self._inbox = self._idle[-1]
-        self.ack_wait = min(durable.ack_wait for durable in self._idle)
         return self
 
     # Receiving.
@@ -121,6 +114,7 @@ class NatsOrderedSubscription(Settling):
         if message.reply:
             since = pull.sent if pull else boot_time()
             if pull is not None:
+                durable.origin.answered(pull)
                 del self._pulls[durable]
             delivery = self._delivery(durable, message, since)
             if durable is self._inbox or delivery is None:
@@ -138,6 +132,7 @@ class NatsOrderedSubscription(Settling):
                 )
             )
         elif pull is not None:
+            durable.origin.answered(pull)
             del self._pulls[durable]
             if boot_time() - pull.sent < pull.expires / 2:  # others' requests come first
                 durable.asked = boot_time() + _PAUSE
@@ -163,11 +158,13 @@ class NatsOrderedSubscription(Settling):
         super()._released(delivery)
 
     async def give_back(self, delivery: NatsDelivery, delay: float, headers: Mapping[str, str]) -> None:
-        """JetStream keeps what is behind it waiting. What is in the inbox has no order to keep, and gets a copy."""
-        if delivery.durable is self._inbox:
-            await super().give_back(delivery, delay, headers)
-            return
+        """JetStream keeps what is behind it waiting. What is in the inbox has no order to keep, and gets a copy. So
+        does what its stream would have dropped by then: rather out of order than lost."""
         if not self._ours(delivery):
+            return
+        await self._check_origin(delivery.durable.origin, age=True)
+        if delivery.durable is self._inbox or not delivery.durable.origin.keeps(delivery.stored, delay):
+            await super().give_back(delivery, delay, headers)
             return
         said = {name: value for name, value in delivery.message.headers.items() if name.startswith("orthanc-")}
         self._said[delivery.durable] = (delivery.key, {**said, "orthanc-operation": "retry", **headers})

@@ -7,12 +7,15 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.transports.base import Incoming
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.nats_origin import Origin
 
 #: What the server answers when a request has ended and the next one may follow.
 _ENDED: Final = frozenset({"404", "408"})
@@ -25,13 +28,14 @@ class Durable:
     """One durable consumer of a stream.
 
     :param reply: the subject that its answers come to.
+    :param origin: the stream.
     :ivar ack_wait: its own, in seconds, whatever was asked for when subscribing.
     :ivar filled: whether its last request brought something; at first it may have anything.
     :ivar asked: when that was, on the clock `orthanc_events_bridge.transports.subscriptions.boot_time`.
     """
 
-    def __init__(self, info: ConsumerInfo, reply: str) -> None:
-        self.stream = info.stream_name
+    def __init__(self, info: ConsumerInfo, reply: str, origin: Origin) -> None:
+        self.origin = origin
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{info.stream_name}.{info.name}"
         self.reply = reply
         self.ack_wait = info.config.ack_wait or 30.0
@@ -94,6 +98,11 @@ def key_of(reply: str) -> str:
     was stored, in nanoseconds."""
     _, number, _, stored, *_ = _tokens(reply)
     return f"{number}.{stored}"
+
+
+def stored_at(reply: str) -> float:
+    """When a message was stored, by the server's clock, in seconds of the epoch."""
+    return int(_tokens(reply)[3]) / 1e9
 
 
 def _tokens(reply: str) -> list[str]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as Answers
+from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
@@ -24,13 +26,16 @@ from orthanc_events_bridge.transports.headers import DUE
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_copies import Copies, attempts_before, due_in
 from orthanc_events_bridge.transports.nats_options import NatsOptions
-from orthanc_events_bridge.transports.nats_pull import Durable, key_of, received
+from orthanc_events_bridge.transports.nats_origin import Origin
+from orthanc_events_bridge.transports.nats_pull import Durable, key_of, received, stored_at
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
 #: The part of ``ack_wait`` after which nothing is settled any more.
 _LATE: Final = 0.8
 #: Seconds by which a copy comes later than it is due, so that it need not be put off twice where clocks differ.
 _CLOCKS: Final = 0.25
+#: A copy that is due in so many seconds is not made anew.
+_SOON: Final = 2.0
 #: Seconds that each of the two steps of closing may take.
 _CLOSING: Final = 0.4
 
@@ -52,7 +57,12 @@ class NatsDelivery(Delivery):
     @property
     def key(self) -> str:
         """What tells its message from all others."""
-        return f"{self.durable.stream}.{key_of(self.reply)}"
+        return f"{self.durable.origin.name}.{key_of(self.reply)}"
+
+    @property
+    def stored(self) -> float:
+        """When its message was stored, in seconds of the epoch."""
+        return stored_at(self.reply)
 
     async def ack(self) -> None:
         await self._subscription.settle(self, b"+ACK")
@@ -76,11 +86,34 @@ class Settling(Subscription):
         self._in_flight = in_flight
         self._copies = Copies(connection, options, name)
         self._name = name
+        self._origins = {one: Origin(connection, options, one) for one in (options.stream, options.inbox_stream)}
         self._answers: list[Answers] = []
+        self._putting_off: set[asyncio.Task[None]] = set()
         self._came: deque[NatsDelivery] = deque()
         self._held: dict[NatsDelivery, None] = {}
         self._room: asyncio.Future[None] | None = None
         self._fault: NotConnectedError | None = None
+
+    async def _open(self, infos: Sequence[ConsumerInfo]) -> list[Durable]:
+        """Listen to what durable consumers will answer.
+
+        :raises NotConnectedError: NATS doesn't answer.
+        """
+        durables: list[Durable] = []
+        for origin in self._origins.values():
+            await origin.look()
+        for info in infos:
+            durable = Durable(info, self._connection.new_inbox(), self._origins[info.stream_name])
+            answered = functools.partial(self._on_message, durable)
+            listening = self._connection.subscribe(durable.reply, cb=answered, pending_msgs_limit=-1)
+            self._answers.append(await self._connection.ask(listening))
+            durables.append(durable)
+        self.ack_wait = min(durable.ack_wait for durable in durables)
+        return durables
+
+    @abstractmethod
+    async def _on_message(self, durable: Durable, message: Msg) -> None:
+        """What a durable consumer answers."""
 
     @abstractmethod
     def _end(self) -> None:
@@ -95,6 +128,9 @@ class Settling(Subscription):
         except NotConnectedError:
             raise
         except TransportError:  # no room for copies: JetStream itself gives it again, and says nothing with it
+            await self._check_origin(delivery.durable.origin, age=True)
+            if not delivery.durable.origin.keeps(delivery.stored, delay):
+                raise  # but would have dropped it by then
             await self.settle(delivery, b"-NAK" + delivery.durable.delay(delay))
         else:
             self._copied()
@@ -111,12 +147,47 @@ class Settling(Subscription):
         incoming, given = received(message)
         left = due_in(incoming.headers)
         if left > 0:
-            self._send(message.reply, b"-NAK" + durable.delay(left + _CLOCKS))
+            early = NatsDelivery(self, durable, incoming, given, message.reply, since)
+            self._held[early] = None
+            task = asyncio.create_task(self._put_off(early, left))
+            self._putting_off.add(task)
+            task.add_done_callback(self._putting_off.discard)
             return None
         # A copy that had to wait was given once more, to be put off.
         died = max(0, given - (2 if DUE in incoming.headers else 1))
         attempt = attempts_before(incoming.headers, self._name) + died + 1
         return NatsDelivery(self, durable, incoming, attempt, message.reply, since)
+
+    async def _put_off(self, delivery: NatsDelivery, left: float) -> None:
+        """Have JetStream keep a copy that is not due for so many seconds. One that has waited for a part of the time
+        for which its stream keeps it gets a new copy in its place."""
+        origin = delivery.durable.origin
+        with contextlib.suppress(NotConnectedError):  # receiving says it
+            await self._check_origin(origin, age=True)
+            longest = origin.longest_wait(delivery.stored)
+            if delivery.attempt > 1 and left > _SOON:
+                try:
+                    await self._copies.anew(delivery.message, delivery.key)
+                except NotConnectedError:
+                    raise
+                except TransportError:  # no room: it is tried again
+                    await self.settle(delivery, b"-NAK" + delivery.durable.delay(longest))
+                else:
+                    self._copied()
+                    await self.settle(delivery, b"+ACK")
+            else:
+                await self.settle(delivery, b"-NAK" + delivery.durable.delay(min(left + _CLOCKS, longest)))
+
+    async def _check_origin(self, origin: Origin, *, age: bool = False) -> None:
+        """Is it still the stream that what is held comes from?
+
+        :raises NotConnectedError: no; nothing of what is held is ours.
+        """
+        try:
+            await origin.check(age=age)
+        except NotConnectedError as error:
+            self._fail(error)
+            raise
 
     def _take(self, limit: int) -> list[Delivery]:
         found: list[Delivery] = []
@@ -182,6 +253,7 @@ class Settling(Subscription):
 
     async def _answer(self, delivery: NatsDelivery, answer: bytes) -> None:
         self._check()
+        await self._check_origin(delivery.durable.origin)
         self._check_time(delivery)
         self._send(delivery.reply, answer)
 
@@ -229,6 +301,8 @@ class Settling(Subscription):
         answers, self._answers = self._answers, []
         if not answers:
             return
+        for task in self._putting_off:
+            task.cancel()
         self._fail(NotConnectedError("the subscription to NATS is closed", "subscribe again"))
         with contextlib.suppress(nats.errors.Error, OSError, TransportError):
             self._connection.check()

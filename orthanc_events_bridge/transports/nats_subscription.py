@@ -10,7 +10,6 @@ our own.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from typing import Final
 
@@ -53,13 +52,8 @@ class NatsSubscription(Settling):
         :raises TransportConfigurationError: they can't be used, or not be made.
         """
         self = cls(connection, options, name, in_flight)
-        for info in await open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait):
-            durable = Durable(info, connection.new_inbox())
-            answered = functools.partial(self._on_message, durable)
-            subscribing = connection.subscribe(durable.reply, cb=answered, pending_msgs_limit=-1)
-            self._answers.append(await connection.ask(subscribing))
-            self._durables.append(durable)
-        self.ack_wait = min(durable.ack_wait for durable in self._durables)
+        infos = await open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait)
+        self._durables = await self._open(infos)
         return self
 
     # Receiving.
@@ -146,6 +140,7 @@ class NatsSubscription(Settling):
                 self._came.append(delivery)
             durable.filled = True
             if pull is not None:
+                durable.origin.answered(pull)
                 pull.left -= 1
                 if not pull.left:
                     self._end()
@@ -156,6 +151,7 @@ class NatsSubscription(Settling):
                 )
             )
         elif pull is not None and pull.durable is durable:
+            durable.origin.answered(pull)
             self._end()
 
     def _end(self) -> None:

@@ -24,7 +24,7 @@ import pytest
 
 from orthanc_events_bridge.consumers import Consumer, Event, Retry, once
 from orthanc_events_bridge.consumers.stores import Store, StoreError, check, make
-from orthanc_events_bridge.consumers.stores.nats import BUCKET
+from orthanc_events_bridge.consumers.stores.nats import BUCKET, NatsStore
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.postgresql import PostgresServer
@@ -366,7 +366,6 @@ def test_a_bucket_whose_entries_never_end_is_refused(nats: NatsServer) -> None:
         asyncio.run(main())
 
 
-@pytest.mark.integration
 def test_an_older_server_is_told_and_gets_no_bucket() -> None:
     async def main() -> None:
         async with Kind(server.url).opened():
@@ -392,8 +391,12 @@ def test_of_many_that_find_the_connection_lost_one_makes_it_again(
 
     async def main() -> None:
         async with Kind(nats.url).opened() as store:
+            assert isinstance(store, NatsStore)
+            assert store._connection is not None
+            lost = store._connection._faulty
             nats.stop()
             nats.start()
+            await asyncio.wait([lost], timeout=60)
             monkeypatch.setattr(Connection, "open", counted)
             begun = await asyncio.gather(*(store.begin(f"one.many.{number}", "me", LONG) for number in range(50)))
             assert {one.state for one in begun} == {"mine"}
@@ -403,6 +406,7 @@ def test_of_many_that_find_the_connection_lost_one_makes_it_again(
     assert opened == 1
 
 
+@pytest.mark.integration
 def test_no_password_is_in_an_error() -> None:
     for url in ("postgresql://user:hunter2@127.0.0.1:1/db", "postgresql://user:hunter2@127.0.0.1:1/db?wrong=hunter2"):
         with pytest.raises(StoreError) as caught:
