@@ -7,10 +7,11 @@ import asyncio
 import json
 import os
 import sys
+import textwrap
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,10 +20,11 @@ from orthanc_events_bridge.cli_status import table
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers.dead import Choice, Letter
-    from orthanc_events_bridge.transports.base import DeadLetters, Transport
+    from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Transport
 
-#: Dead letters that are moved or removed in one go.
+#: Dead letters that are shown, moved or removed in one go, so that an end in between leaves little to be done twice.
 _BATCH: Final = 100
+_TITLES: Final = ["FAILED LAST", "TYPE", "ID", "ATTEMPTS", "REASON"]
 
 _EPILOG: Final = f"""\
 examples:
@@ -143,15 +145,13 @@ def _file_outside() -> bool:
     return bool(os.environ.get(ENVIRONMENT))
 
 
-async def _selected(letters: DeadLetters, choice: Choice) -> list[Letter]:
-    from orthanc_events_bridge.consumers.dead import select
+async def _parts(letters: DeadLetters, choice: Choice, meter: Meter) -> AsyncGenerator[list[Letter]]:
+    """Those that are meant, some at a time: there may be more than fit into memory."""
+    from orthanc_events_bridge.consumers.dead import in_parts, select
 
-    with Meter("dead letters read") as meter:
-        found: list[Letter] = []
-        async for one in select(letters, choice, time.time()):
-            found.append(one)
-            meter.show(len(found))
-        return found
+    async with aclosing(in_parts(select(letters, choice, time.time(), meter.show), _BATCH)) as parts:
+        async for part in parts:
+            yield part
 
 
 # -- looking -------------------------------------------------------------------------------------------------
@@ -159,22 +159,50 @@ async def _selected(letters: DeadLetters, choice: Choice) -> list[Letter]:
 
 async def _list(options: argparse.Namespace, choice: Choice) -> int:
     async with _dead_letters(options) as (_, letters, name):
-        found = await _selected(letters, choice)
-    if options.json:
-        print(json.dumps([one.row() for one in found], indent=2))
-    elif not found:
-        print(f"consumer {name}: no dead letters{' that fit' if choice.chosen else ''}")
-    else:
-        print("\n".join(_rows(found)))
+        if options.json:
+            await _print_json(letters, choice, lambda one: one.row())
+        elif not await _print_rows(letters, choice):
+            print(_none(name, choice))
     return 0
 
 
-def _rows(found: list[Letter]) -> list[str]:
-    rows = [["FAILED LAST", "TYPE", "ID", "ATTEMPTS", "REASON"]]
-    for one in found:
-        why = f"{one.reason} ({one.exception})" if one.exception else one.reason
-        rows.append([one.last or "-", one.type or "-", one.id, str(one.attempts or "-"), why or "-"])
-    return table([[_plain(cell) for cell in row] for row in rows])
+def _none(name: str, choice: Choice) -> str:
+    return f"consumer {name}: no dead letters{' that fit' if choice.chosen else ''}"
+
+
+async def _print_rows(letters: DeadLetters, choice: Choice) -> int:
+    """Print a table of them, as they come.
+
+    :return: how many.
+    """
+    count, widths = 0, [0] * len(_TITLES)
+    with Meter("dead letters read") as meter:
+        async for part in _parts(letters, choice, meter):
+            rows = [_row(one) for one in part]
+            meter.clear()
+            print("\n".join(table(rows if count else [_TITLES, *rows], widths)), flush=True)
+            count += len(part)
+    return count
+
+
+def _row(letter: Letter) -> list[str]:
+    why = f"{letter.reason} ({letter.exception})" if letter.exception else letter.reason
+    cells = (letter.last or "-", letter.type or "-", letter.id, str(letter.attempts or "-"), why or "-")
+    return [_plain(cell) for cell in cells]
+
+
+async def _print_json(letters: DeadLetters, choice: Choice, shown: Callable[[Letter], dict[str, Any]]) -> int:
+    """Print one document, a list, as they come."""
+    begin = "["
+    with Meter("dead letters read") as meter:
+        async for part in _parts(letters, choice, meter):
+            meter.clear()
+            for one in part:
+                print(begin, textwrap.indent(json.dumps(shown(one), indent=2), "  "), sep="\n", end="")
+                begin = ","
+            sys.stdout.flush()
+    print("[]" if begin == "[" else "\n]")
+    return 0
 
 
 def _plain(text: str) -> str:
@@ -184,21 +212,28 @@ def _plain(text: str) -> str:
 
 async def _show(options: argparse.Namespace, choice: Choice) -> int:
     async with _dead_letters(options) as (_, letters, name):
-        found = await _selected(letters, choice)
-    if options.json:
-        print(json.dumps([_whole(one, data=options.data) for one in found], indent=2))
-        return 0
-    if not found:
-        print(f"consumer {name}: no dead letters{' that fit' if choice.chosen else ''}")
-    for one in found:
-        message = one.letter.message
-        print(f"{_plain(one.type or 'no event')}  {_plain(one.id)}")
-        for header, value in sorted(message.headers.items()):
-            print(f"  {_plain(header)}: {_plain(value)}")
-        print(f"  {len(message.body)} bytes" + ("" if options.data else "; --data prints them: patient data, maybe"))
-        if options.data:
-            print(_plain(message.body.decode("utf-8", "backslashreplace")))
+        if options.json:
+            return await _print_json(letters, choice, lambda one: _whole(one, data=options.data))
+        found = False
+        with Meter("dead letters read") as meter:
+            async for part in _parts(letters, choice, meter):
+                meter.clear()
+                for one in part:
+                    _print_whole(one, data=options.data)
+                found = True
+        if not found:
+            print(_none(name, choice))
     return 0
+
+
+def _print_whole(letter: Letter, *, data: bool) -> None:
+    message = letter.letter.message
+    print(f"{_plain(letter.type or 'no event')}  {_plain(letter.id)}")
+    for header, value in sorted(message.headers.items()):
+        print(f"  {_plain(header)}: {_plain(value)}")
+    print(f"  {len(message.body)} bytes" + ("" if data else "; --data prints them: patient data, maybe"))
+    if data:
+        print(_plain(message.body.decode("utf-8", "backslashreplace")))
 
 
 def _whole(letter: Letter, *, data: bool) -> dict[str, Any]:
@@ -216,14 +251,16 @@ async def _redrive(options: argparse.Namespace, choice: Choice) -> int:
     from orthanc_events_bridge.consumers.dead import redrive
 
     async with _dead_letters(options) as (transport, letters, name):
-        found = await _selected(letters, choice)
         if options.dry_run:
-            return _say(found, f"would be given to consumer {name} again")
-        inbox = transport.inbox(name)
+            print(f"{await _print_rows(letters, choice)} would be given to consumer {name} again")
+            return 0
+        inbox, done = transport.inbox(name), 0
         try:
-            if found:
-                await inbox.connect()
-            done = await _steps(found, "given again", lambda part: redrive(letters, inbox, part))
+            with Meter("dead letters given again") as meter:
+                async for part in _parts(letters, choice, meter):
+                    await inbox.connect()
+                    await redrive(letters, inbox, part)
+                    done += len(part)
         finally:
             await inbox.close()
     print(f"{done} given to consumer {name} again")
@@ -231,24 +268,24 @@ async def _redrive(options: argparse.Namespace, choice: Choice) -> int:
 
 
 async def _discard(options: argparse.Namespace, choice: Choice) -> int:
-    from orthanc_events_bridge.consumers.dead import discard
+    from orthanc_events_bridge.consumers.dead import marked
 
     async with _dead_letters(options) as (_, letters, name):
-        found = await _selected(letters, choice)
         if options.dry_run:
-            return _say(found, f"of consumer {name} would be deleted")
-        if found and not options.yes and not await asyncio.to_thread(_sure, len(found), name):
+            print(f"{await _print_rows(letters, choice)} of consumer {name} would be deleted")
+            return 0
+        chosen: list[DeadLetter] = []  # just those are deleted that were counted
+        with Meter("dead letters read") as meter:
+            async for part in _parts(letters, choice, meter):
+                chosen += [marked(one) for one in part]
+        if chosen and not options.yes and not await asyncio.to_thread(_sure, len(chosen), name):
             print("nothing is deleted")
             return 1
-        done = await _steps(found, "deleted", lambda part: discard(letters, part))
-    print(f"{done} of consumer {name} deleted")
-    return 0
-
-
-def _say(found: list[Letter], what: str) -> int:
-    if found:
-        print("\n".join(_rows(found)))
-    print(f"{len(found)} {what}")
+        with Meter("dead letters deleted") as meter:
+            for begin in range(0, len(chosen), _BATCH):
+                await letters.remove(chosen[begin : begin + _BATCH])
+                meter.show(begin, len(chosen))
+    print(f"{len(chosen)} of consumer {name} deleted")
     return 0
 
 
@@ -257,15 +294,6 @@ def _sure(count: int, name: str) -> bool:
         raise UsageError(f"{count} dead letters of consumer {name} would be deleted for good", "say --yes if so")
     print(f"delete {count} dead letters of consumer {name} for good? [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-async def _steps(found: list[Letter], what: str, work: Callable[[list[Letter]], Awaitable[None]]) -> int:
-    """Some at a time, so that an end in between leaves little to be done twice."""
-    with Meter(f"dead letters {what}") as meter:
-        for begin in range(0, len(found), _BATCH):
-            await work(found[begin : begin + _BATCH])
-            meter.show(min(begin + _BATCH, len(found)), len(found))
-    return len(found)
 
 
 _ACTION: Final[dict[str, Callable[[argparse.Namespace, Choice], Coroutine[Any, Any, int]]]] = {

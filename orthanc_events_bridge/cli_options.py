@@ -90,12 +90,16 @@ class Meter:
         whole = f" of {self._shown(of)}" if of else ""
         print(f"\r{self._what}: {self._shown(done)}{whole}\x1b[K", end="", file=sys.stderr, flush=True)
 
+    def clear(self) -> None:
+        """Take it away: something else is to be printed."""
+        if self._on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._on:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.clear()
 
 
 def outbox_options(parser: argparse.ArgumentParser, *, again: bool = False) -> None:

@@ -101,9 +101,13 @@ def status_text(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with their columns under each other."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def table(rows: Sequence[Sequence[str]], widths: list[int] | None = None) -> list[str]:
+    """Lines with their columns under each other.
+
+    :param widths: at least so many letters for each column; what is behind it there goes on. Becomes what they have.
+    """
+    widths = [0] * len(rows[0]) if widths is None else widths
+    widths[:] = [max(width, *(len(row[column]) for row in rows)) for column, width in enumerate(widths)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

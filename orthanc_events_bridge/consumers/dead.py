@@ -5,16 +5,16 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
 from orthanc_events_bridge.consumers.event import UnreadableError, read
 from orthanc_events_bridge.events.mapping import partition
 from orthanc_events_bridge.events.reading import event_of
-from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Outgoing, Place, PublishError
+from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming, Outgoing, Place, PublishError
 from orthanc_events_bridge.transports.headers import (
     ADDRESS,
     ATTEMPTS,
@@ -146,16 +146,40 @@ def letter_of(letter: DeadLetter) -> Letter:
     )
 
 
-async def select(letters: DeadLetters, choice: Choice, now: float) -> AsyncIterator[Letter]:
-    """Those that are meant, oldest first.
+async def select(
+    letters: DeadLetters, choice: Choice, now: float, seen: Callable[[int], object] = lambda count: None
+) -> AsyncGenerator[Letter]:
+    """Those that are meant, oldest first. They may be removed meanwhile.
 
+    :param seen: is told how many there were so far, with those that are not meant.
     :raises NotConnectedError: the broker doesn't answer.
     """
+    count = 0
     async with aclosing(letters.read()) as found:
         async for one in found:
+            count += 1
+            seen(count)
             letter = letter_of(one)
             if choice.fits(letter, now):
                 yield letter
+
+
+async def in_parts(letters: AsyncGenerator[Letter], size: int) -> AsyncGenerator[list[Letter]]:
+    """The same, so many at a time, so that no more are held than that."""
+    part: list[Letter] = []
+    async with aclosing(letters):
+        async for one in letters:
+            part.append(one)
+            if len(part) == size:
+                yield part
+                part = []
+    if part:
+        yield part
+
+
+def marked(letter: Letter) -> DeadLetter:
+    """What removing one needs, without what is in it."""
+    return replace(letter.letter, message=Incoming("", b""))
 
 
 def again(letter: Letter) -> Outgoing:
@@ -204,14 +228,6 @@ async def redrive(letters: DeadLetters, inbox: Place, chosen: Sequence[Letter]) 
         confirmed = {*range(error.confirmed), *error.stored}
         await letters.remove([one.letter for number, one in enumerate(chosen) if number in confirmed])
         raise
-    await letters.remove([one.letter for one in chosen])
-
-
-async def discard(letters: DeadLetters, chosen: Sequence[Letter]) -> None:
-    """Throw some away.
-
-    :raises TransportError: some may be there still.
-    """
     await letters.remove([one.letter for one in chosen])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
@@ -16,6 +18,8 @@ from orthanc_events_bridge.transports.nats_options import NatsOptions
 #: JetStream's numbers for: no such message; no such stream.
 _NO_MESSAGE: Final = frozenset({10037, 10043, 10057})
 _NO_STREAM: Final = 10059
+#: So many are removed at a time.
+_AT_ONCE: Final = 100
 
 
 class NatsDeadLetters(DeadLetters):
@@ -23,7 +27,8 @@ class NatsDeadLetters(DeadLetters):
 
     def __init__(self, connection: Connection, options: NatsOptions, consumer: str) -> None:
         self._connection = connection
-        self._manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
+        self._patience = options.connect_timeout * 2  # the deadline is `ask`'s
+        self._manager = connection.jsm(timeout=self._patience)
         self._stream = options.dead_stream
         self._subject = f"{options.dead_prefix}.{consumer}"
 
@@ -56,13 +61,21 @@ class NatsDeadLetters(DeadLetters):
             raise self._refused(error) from error
 
     async def remove(self, letters: Sequence[DeadLetter]) -> None:
-        for letter in letters:
-            assert isinstance(letter.mark, int)
-            try:
-                await self._connection.ask(self._manager.delete_msg(self._stream, letter.mark))
-            except nats.js.errors.APIError as error:
-                if error.err_code not in _NO_MESSAGE and error.err_code != _NO_STREAM:
-                    raise self._refused(error) from error
+        for first in range(0, len(letters), _AT_ONCE):
+            await asyncio.gather(*(self._remove(letter.mark) for letter in letters[first : first + _AT_ONCE]))
+
+    async def _remove(self, number: object) -> None:
+        # By nats-py the server would also overwrite it on its disk, and write its neighbours anew: 5 ms each, measured
+        # with 6,000. As with what is acknowledged, their room is used again.
+        request = json.dumps({"seq": number, "no_erase": True}).encode()
+        asking = self._connection.request(f"$JS.API.STREAM.MSG.DELETE.{self._stream}", request, self._patience)
+        try:
+            answer = json.loads((await self._connection.ask(asking)).data)
+            if "error" in answer:
+                raise nats.js.errors.APIError.from_error(answer["error"])
+        except nats.js.errors.APIError as error:
+            if error.err_code not in _NO_MESSAGE and error.err_code != _NO_STREAM:
+                raise self._refused(error) from error
 
     def _refused(self, error: nats.js.errors.APIError) -> TransportConfigurationError | NotConnectedError:
         text = f"{error.description} ({error.err_code})"
