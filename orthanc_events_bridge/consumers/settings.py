@@ -48,7 +48,7 @@ ConsumerName = Annotated[str, AfterValidator(_name)]
 
 
 def _broker(value: object, info: ValidationInfo) -> TransportOptions:
-    return transport_of(block_of(value) if isinstance(value, str) else value, info)
+    return transport_of(block_of(value) if isinstance(value, str) else value, info).for_consumer()
 
 
 class _UrlOrBlock(ByType):

@@ -151,12 +151,13 @@ def _wanted(options: KafkaOptions) -> dict[str, str]:
 def _check(topic: Topic, options: KafkaOptions) -> None:
     """A topic that exists is never changed: what differs is named. What we may not read can't be checked."""
     wanted = _wanted(options)
+    compared = options.declare and not options.limits_as_found
     differing = [
         f"{name} is {topic.settings[name]}, wanted {wanted[name]}"
-        for name in (wanted if options.declare else _NEEDED)
+        for name in (wanted if compared else _NEEDED)
         if topic.settings.get(name, wanted[name]) != wanted[name]
     ]
-    if options.declare:
+    if compared:
         partitions, replicas = len(topic.metadata.leaders), set(topic.metadata.replicas)
         if partitions != options.partitions:
             differing.append(f"partitions is {partitions}, wanted {options.partitions}")

@@ -67,7 +67,7 @@ async def open_stream(connection: Connection, options: NatsOptions, which: Which
     except nats.js.errors.APIError as error:
         raise _no_stream(error, stream) from error
     ours = f"{options.subject_prefix}.*.*.*.*" if which == "events" else str((wanted.subjects or [])[0])
-    _check(info.config, wanted, ours, declared=options.declare)
+    _check(info.config, wanted, ours, declared=options.declare and not options.limits_as_found)
     return info
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, PrivateAttr, SecretStr
 
 from orthanc_events_bridge.errors import TransportConfigurationError
 from orthanc_events_bridge.values import (
@@ -57,6 +57,19 @@ class TransportOptions(Options):
         description="How a CloudEvent becomes a message. `structured`: all of it is JSON in the body. `binary`: the "
         "body is `data` alone, and the attributes are headers.",
     )
+
+    _limits_as_found: bool = PrivateAttr(default=False)
+
+    @property
+    def limits_as_found(self) -> bool:
+        """Whether how much an existing place keeps is taken as it is found, and not compared."""
+        return self._limits_as_found
+
+    def for_consumer(self) -> Self:
+        """The same for who receives events: limits are the bridge's affair, unless they are said here too."""
+        found = self.model_copy()
+        found._limits_as_found = not self.model_fields_set & {"limits", "partitions"}
+        return found
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:

@@ -63,13 +63,15 @@ async def open_place(connection: Connection, options: RabbitOptions) -> bool:
                 f"exchange {options.exchange}",
                 lambda channel: channel.exchange_declare(options.exchange, exchange_type="topic", durable=True),
             ),
-            await questions.declare(
+        ]
+        if missing or not options.limits_as_found:
+            declared = await questions.declare(
                 f"queue {options.history}",
                 lambda channel: channel.queue_declare(
                     options.history, durable=True, arguments=stream_arguments(options)
                 ),
-            ),
-        ]
+            )
+            differing.append(declared)
         if any(differing):
             raise TransportConfigurationError(
                 f"RabbitMQ has {' and '.join(filter(None, differing))}",

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.options import TransportOptions
 from tests.contract.harness import CONTENT_TYPE, SECRET, Harness, event, events, failing, run
 from tests.contract.table import TABLE
 
@@ -525,6 +527,36 @@ def test_a_place_that_differs_is_named_and_not_changed(harness: Harness) -> None
             await transport.connect()
         for word in words:
             assert word in str(caught[0])
+        await transport.close()
+
+    run(main())
+
+
+@pytest.mark.needs("declares_topology")
+@pytest.mark.needs("subscribable")
+def test_limits_that_a_consumer_does_not_say_are_taken_as_they_are(harness: Harness) -> None:
+    """The bridge's file has them, and the consumer a URL."""
+    limits: dict[str, dict[str, Any]] = {
+        "NATS": {"max_bytes": 2**20},
+        "RabbitMQ": {"x-max-age": "1h"},
+        "Kafka": {"retention.ms": "3600000"},
+    }
+
+    async def main() -> None:
+        harness.make_place(**limits[harness.title])
+        transport = harness.transport()
+        options: TransportOptions = transport._options  # type: ignore[attr-defined]
+        said = options.for_consumer()
+        assert not said.limits_as_found  # they are said
+        given = {name: getattr(options, name) for name in options.model_fields_set - {"limits", "partitions"}}
+        transport = type(transport)(type(options).model_validate(given).for_consumer())
+        await transport.connect()
+        subscription = await transport.subscribe("router")
+        await subscription.close()
+        await transport.close()
+        transport = harness.transport()
+        with failing(harness, TransportConfigurationError):
+            await transport.connect()
         await transport.close()
 
     run(main())
