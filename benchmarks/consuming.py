@@ -1,40 +1,40 @@
-"""Handling events: a worker of the consumer kit against the plain client's loop, and from one worker to four.
-
-``python -m benchmarks.consuming WAY OPTIONS EVENTS NAME`` is one process that receives: it prints what it measured.
-"""
+"""Handling events: a worker of the consumer kit against loops by hand, and from one worker to four."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.clients import ROOT
 from benchmarks.measure import median, ratios, spread
-from benchmarks.raw_consuming import loop_of, prepare_rabbitmq
+from benchmarks.raw_consuming import WAYS, prepare
+from benchmarks.receiving import HANDLERS, HELD, HELD_WAITING, KIT, WAIT, WAITING, Receiver
 from benchmarks.report import Row, Section, say
-from orthanc_events_bridge.consumers import Consumer, Event
 from orthanc_events_bridge.testing.brokers import BROKERS, make_broker
 from orthanc_events_bridge.testing.servers import scratch_folder
 from orthanc_events_bridge.transports import create, registration
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.transports.options import TransportOptions
 
-_WAYS: Final = ("kit", "raw", "raw and JSON")
+_ALL: Final = (KIT, *WAYS)
 KINDS: Final = ("nats", "rabbitmq", "kafka")
 _TARGET: Final = 0.6
 _SCALING: Final = 3.5
-#: Seconds that a handler waits for something else, as for an answer of Orthanc.
-_WAITING: Final = 0.02
+_WORKERS: Final = (1, 4)
 #: Rounds, events, and those for handlers that wait.
-_SIZE: Final = (5, 30_000, 4000)
-_QUICK: Final = (1, 2000, 400)
+_SIZE: Final = (5, 30_000, 8000)
+_QUICK: Final = (1, 2000, 800)
+#: Events of so many studies.
+_KEYS: Final = 500
+#: Numbers of events that are sent before the clock runs, until each worker has had some; so many at a time.
+_BEFORE: Final = 1_000_000
+_STEP: Final = 256
+#: Seconds behind which something has gone wrong.
+_DEADLINE: Final = 180.0
 
 
 def run(*, quick: bool) -> Section:
@@ -49,28 +49,34 @@ def run(*, quick: bool) -> Section:
             path = scratch / "options"
             path.write_bytes(pickle.dumps(options))
             for number in range(rounds):
-                names = {way: f"{way.replace(' ', '-')}-{number}" for way in _WAYS}
-                asyncio.run(_publish(options, events, list(names.values())))
-                for way in reversed(_WAYS) if number % 2 else _WAYS:
-                    (found,) = _receive(way, path, events, names[way])
+                names = {way: f"{way}-{number}" for way in _ALL}
+                asyncio.run(_publish(options, range(events), names))
+                for way in reversed(_ALL) if number % 2 else _ALL:
+                    found = _receive(way, path, events, names[way])
                     rates.setdefault((kind, way), []).append(found["rate"])
-                    cpu.setdefault((kind, way), []).append(found["cpu"] / events * 1e6)
+                    cpu.setdefault((kind, way), []).append(found["cpu"])
                 broker.remove_place()
             say(
                 f"handling from {BROKERS[kind].title}: "
-                + ", ".join(f"{w} {median(rates[kind, w]):.0f}/s" for w in _WAYS)
+                + ", ".join(f"{w} {median(rates[kind, w]):.0f}/s" for w in _ALL)
             )
             for number in range(rounds):
-                pair = []
-                for workers in (1, 4):
-                    name = f"waiting-{workers}-{number}"
-                    asyncio.run(_publish(options, waiting, [name], keys=waiting))
-                    all_of = _receive("waiting", path, waiting, name, workers)
-                    pair.append(waiting / (max(one["end"] for one in all_of) - min(one["begin"] for one in all_of)))
-                    broker.remove_place()
-                scaling.setdefault(kind, []).append(pair[1] / pair[0])
+                one, four = (
+                    _scale(options, path, waiting, f"{WAITING}-{workers}-{number}", workers)
+                    for workers in (reversed(_WORKERS) if number % 2 else _WORKERS)
+                )
+                if number % 2:
+                    one, four = four, one
+                scaling.setdefault(kind, []).append(four / one)
+                broker.remove_place()
             say(f"handling from {BROKERS[kind].title}: one worker to four {spread(scaling[kind])}")
     return _section(rates, cpu, scaling, events, waiting, rounds)
+
+
+def _receive(way: str, path: Path, events: int, name: str) -> dict[str, Any]:
+    receiver = Receiver(way, path, events, name)
+    receiver.wait_ready()
+    return receiver.end()
 
 
 def _options(lines: Sequence[str]) -> dict[str, Any]:
@@ -80,19 +86,60 @@ def _options(lines: Sequence[str]) -> dict[str, Any]:
     return dict(found)
 
 
-async def _publish(options: TransportOptions, count: int, names: Sequence[str], keys: int = 500) -> None:
-    """Let all names begin, and then send them the same events."""
+async def _publish(options: TransportOptions, numbers: Sequence[int], names: dict[str, str] | None = None) -> None:
+    """Send events.
+
+    :param names: of consumers by their way: they begin with these events. The kit's has nothing of before to read.
+    """
     transport = create(options)
     await transport.connect()
-    for name in names:
-        if name.startswith("raw") and options.type == "rabbitmq":
-            await prepare_rabbitmq(options, name)  # type: ignore[arg-type]
-        elif not name.startswith("raw"):
-            await (await transport.subscribe(name, oldest=True)).close()
-    made = [_event(number, f"study-{number % keys}") for number in range(count)]
-    for start in range(0, count, 500):
-        await transport.publish(made[start : start + 500])
+    for way, name in (names or {}).items():
+        if way == KIT:
+            await (await transport.subscribe(name)).close()
+        else:
+            await prepare(options, name)
+    for start in range(0, len(numbers), 500):
+        await transport.publish([_event(number, f"study-{number % _KEYS}") for number in numbers[start : start + 500]])
     await transport.close()
+
+
+def _scale(options: TransportOptions, path: Path, events: int, name: str, workers: int) -> float:
+    """Events per second of so many workers, from when a tenth is handled until nine tenths are.
+
+    All of them receive before it begins, and have had their share of the work: how long an interpreter takes to start,
+    and a broker to share things out, is not what is asked.
+    """
+    running = [Receiver(WAITING, path, 0, name) for _ in range(workers)]
+    try:
+        for one in running:
+            one.wait_ready()
+        before = 0
+        deadline = time.monotonic() + _DEADLINE
+        while not all(one.handled() for one in running) or sum(one.handled() for one in running) < before:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not every worker of {name} is given events")
+            if sum(one.handled() for one in running) >= before:
+                asyncio.run(_publish(options, range(_BEFORE + before, _BEFORE + before + _STEP)))
+                before += _STEP
+            time.sleep(0.2)
+        asyncio.run(_publish(options, range(events)))
+        while sum(one.handled() for one in running) < before + events:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not handle all events")
+            time.sleep(0.1)
+        found = [one.end()["times"] for one in running]
+    except BaseException:
+        for one in running:
+            one.kill()
+        raise
+    first: dict[str, float] = {}
+    for times in found:
+        for number, moment in times.items():
+            if int(number) < _BEFORE:
+                first[number] = min(moment, first.get(number, moment))
+    ordered = sorted(first.values())
+    low, high = len(ordered) // 10, len(ordered) * 9 // 10
+    return (high - low) / (ordered[high] - ordered[low])
 
 
 def _event(number: int, key: str) -> Outgoing:
@@ -125,34 +172,6 @@ def _event(number: int, key: str) -> Outgoing:
     return Outgoing(identifier, *where, "application/cloudevents+json", json.dumps(content).encode())
 
 
-def _receive(way: str, options: Path, events: int, name: str, workers: int = 1) -> list[dict[str, Any]]:
-    """Have processes receive all; what each measured."""
-    share = str(events) if workers == 1 else "0"
-    command = [sys.executable, "-m", "benchmarks.consuming", way, str(options), share, name]
-    running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for _ in range(workers)
-    ]
-    if workers > 1:  # each says how many it has; when all are handled they are told to end
-        _until_all(running, events)
-    found = []
-    for process in running:
-        out, _ = process.communicate("end\n" if workers > 1 else None, timeout=300)
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
-
-
-def _until_all(running: Sequence[subprocess.Popen[str]], events: int) -> None:
-    counts = [0] * len(running)
-    while sum(counts) < events:
-        for number, process in enumerate(running):
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("how many\n")
-            process.stdin.flush()
-            counts[number] = int(process.stdout.readline())
-        time.sleep(0.05)
-
-
 def _section(
     rates: dict[tuple[str, str], list[float]],
     cpu: dict[tuple[str, str], list[float]],
@@ -165,13 +184,13 @@ def _section(
     lines: list[Sequence[str]] = [("", "events/s", "kit / it", "CPU, µs per event")]
     for kind in KINDS:
         title = BROKERS[kind].title
-        for way in _WAYS:
-            ratio = "" if way == "kit" else spread(ratios(rates[kind, "kit"], rates[kind, way]))
+        for way in _ALL:
+            ratio = "" if way == KIT else spread(ratios(rates[kind, KIT], rates[kind, way]))
             lines.append((f"{title}, {way}", spread(rates[kind, way], ".0f"), ratio, spread(cpu[kind, way], ".0f")))
-        found = ratios(rates[kind, "kit"], rates[kind, "raw"])
+        found = ratios(rates[kind, KIT], rates[kind, "plain"])
         why = (
-            f"a worker takes {median(cpu[kind, 'kit']):.0f} µs of CPU per event, the plain loop, which looks at"
-            f" nothing, {median(cpu[kind, 'raw']):.0f}, and {median(cpu[kind, 'raw and JSON']):.0f} where it reads it."
+            f"a worker takes {median(cpu[kind, KIT]):.0f} µs of CPU per event, the loop by hand"
+            f" {median(cpu[kind, 'plain']):.0f}."
         )
         rows.append(
             Row(
@@ -191,79 +210,25 @@ def _section(
         "Handling",
         [
             (
-                f"{events} events of 500 studies wait at the broker. One process with one worker of the kit, whose"
-                " async handler does nothing, takes them all; against it the plain client in the fastest loop that"
-                " it has (NATS: an own inbox and raw MSG.NEXT; RabbitMQ: aiormq, every 64th acknowledgement for"
-                " all before it; Kafka: getmany and a commit per batch), once looking at nothing, once reading JSON."
-                f" Timed from when a tenth is handled until all is. {rounds} rounds, the order reversed in every other."
+                f"{events} events of {_KEYS} studies wait at the broker. One process with one worker of the kit, whose"
+                f" async handler does nothing, {HANDLERS} at a time, takes them all, and holds {HELD} at most; against"
+                " it loops by hand with the plain client (NATS: an own inbox and raw MSG.NEXT; RabbitMQ: aiormq, and an"
+                " acknowledgement for 64 at a time; Kafka: getmany and a commit per batch) that hold as many:"
             ),
             (
-                f"Then {waiting} events whose handlers wait for {_WAITING * 1000:.0f} ms each, 16 at a time in each"
-                " worker, by one worker and by four."
+                f"plain: what can be had by hand. It reads the event, awaits the same handler, {HANDLERS} at a time and"
+                " those of one key one behind the other, and acknowledges an event when its handler has returned."
+                " Retries, dead letters, attempts, metrics, freezes and stopping in good order it does without. The kit"
+                " is held against this one. JSON: one behind the other, and no handler is awaited; each is parsed, and"
+                " not looked at. nothing: not even that."
+            ),
+            f"Timed from when a tenth is handled until all is. {rounds} rounds, the order reversed in every other.",
+            (
+                f"Then {waiting} events whose handlers wait for {WAIT * 1000:.0f} ms each, {HANDLERS} at a time in each"
+                f" worker, which holds {HELD_WAITING}, by one worker and by four: sent when all receive and have had"
+                " some, and timed from when a tenth is handled until nine tenths are."
             ),
         ],
         rows,
         [lines],
     )
-
-
-# In the process that receives.
-
-
-async def _measure(way: str, options: TransportOptions, events: int, name: str) -> None:
-    done, count = asyncio.Event(), 0
-    begin = end = cpu = 0.0
-
-    def seen() -> None:
-        nonlocal count, begin, end, cpu
-        count += 1
-        if count == (events // 10 or 1):
-            begin, cpu = time.monotonic(), time.process_time()
-        end = time.monotonic()
-        if count == events:
-            cpu = time.process_time() - cpu
-            done.set()
-
-    if way.startswith("raw"):
-        reads = way == "raw and JSON"
-
-        def on_body(body: bytes) -> None:
-            if reads:
-                json.loads(body)
-            seen()
-
-        await loop_of(options)(options, name, on_body, done)
-    else:
-        app = Consumer(name, broker=options, start="oldest", concurrency=16, prefetch=32 if way == "waiting" else 512)
-
-        @app.on("instance.created")
-        async def handler(event: Event) -> None:
-            if way == "waiting":
-                await asyncio.sleep(_WAITING)
-            seen()
-
-        working = asyncio.create_task(app.serve())
-        if events:
-            await done.wait()
-        else:
-            await asyncio.get_running_loop().run_in_executor(None, _answer, lambda: count)
-        app.stop()
-        await working
-    rate = (events - events // 10) / (end - begin) if events else 0.0
-    print(json.dumps({"rate": rate, "cpu": cpu / 0.9, "begin": begin, "end": end}), flush=True)
-
-
-def _answer(count: Any) -> None:
-    for line in sys.stdin:
-        if line.startswith("end"):
-            return
-        print(count(), flush=True)
-
-
-def _main() -> None:
-    way, options, events, name = sys.argv[1:]
-    asyncio.run(_measure(way, pickle.loads(Path(options).read_bytes()), int(events), name))  # noqa: S301 -- our own
-
-
-if __name__ == "__main__":
-    _main()
