@@ -72,17 +72,19 @@ class Pull:
     :ivar left: how many may still come.
     :ivar sent: when, on the clock `orthanc_events_bridge.transports.subscriptions.boot_time`.
     :ivar expires: after how many seconds the server answers at the latest.
+    :ivar news: done when something has come, or the request has ended.
     """
 
     durable: Durable
     left: int
     sent: float
     expires: float
-    done: asyncio.Future[None]
+    news: asyncio.Future[None]
 
-    def end(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+    def tell(self) -> None:
+        """Wake up who waits for it."""
+        if not self.news.done():
+            self.news.set_result(None)
 
 
 def received(message: Msg) -> tuple[Incoming, int]:

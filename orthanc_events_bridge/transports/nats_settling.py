@@ -191,9 +191,10 @@ class Settling(Subscription):
 
     def _take(self, limit: int) -> list[Delivery]:
         found: list[Delivery] = []
+        now = boot_time()
         while self._came and len(found) < limit:
             delivery = self._came.popleft()
-            if self._late(delivery):  # it has been given to another by now, or soon is
+            if self._late(delivery, now):  # it has been given to another by now, or soon is
                 self._released(delivery)
             else:
                 self._held[delivery] = None
@@ -265,8 +266,8 @@ class Settling(Subscription):
                 "it comes again; raise ack_wait, or extend in time",
             )
 
-    def _late(self, delivery: NatsDelivery) -> bool:
-        return boot_time() - delivery.since > _LATE * delivery.durable.ack_wait
+    def _late(self, delivery: NatsDelivery, now: float | None = None) -> bool:
+        return (boot_time() if now is None else now) - delivery.since > _LATE * delivery.durable.ack_wait
 
     # The connection.
 

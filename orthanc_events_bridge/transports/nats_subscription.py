@@ -64,7 +64,7 @@ class NatsSubscription(Settling):
         asked: set[Durable] = set()
         while True:
             self._check()
-            if self._pull is None and (found := self._take(limit)):
+            if found := self._take(limit):
                 return found
             left = max(0.0, end - loop.time())
             room = min(limit, self._in_flight - len(self._held) - len(self._came))
@@ -97,7 +97,7 @@ class NatsSubscription(Settling):
         return live
 
     async def _ask(self, durable: Durable, batch: int, wait: float) -> None:
-        """Ask for so many at most, and wait until the server says that there are no more."""
+        """Ask for so many at most, and wait until something comes, or the server says that there is nothing."""
         live, inbox = self._durables
         expires = 0.0 if durable is inbox or inbox.filled else min(wait, live.ack_wait * _PULL, _PULL_SECONDS)
         future = asyncio.get_running_loop().create_future()
@@ -110,7 +110,7 @@ class NatsSubscription(Settling):
             await asyncio.sleep(min(expires - waited, _PAUSE))
 
     async def _finish(self, pull: Pull, seconds: float) -> bool:
-        """Wait until a request has ended, at most so long.
+        """Wait until a request has brought something or has ended, at most so long.
 
         :return: whether it has.
         :raises NotConnectedError: the server doesn't answer.
@@ -119,7 +119,9 @@ class NatsSubscription(Settling):
         while pull.left < seen:  # as long as they keep coming
             seen = pull.left
             patience = pull.expires + self._patience
-            if await self._wait(pull.done, min(seconds, patience)):
+            if pull.news.done():  # of what is taken already
+                pull.news = asyncio.get_running_loop().create_future()
+            if await self._wait(pull.news, min(seconds, patience)):
                 return True
             if seconds < patience and boot_time() - pull.sent < patience:
                 return False
@@ -143,7 +145,8 @@ class NatsSubscription(Settling):
                 durable.origin.answered(pull)
                 pull.left -= 1
                 if not pull.left:
-                    self._end()
+                    self._pull = None
+                pull.tell()
         elif words := problem(message):
             self._fail(
                 NotConnectedError(
@@ -156,5 +159,5 @@ class NatsSubscription(Settling):
 
     def _end(self) -> None:
         if self._pull is not None:
-            self._pull.end()
+            self._pull.tell()
             self._pull = None
