@@ -21,7 +21,8 @@ from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.consumers.routes import Route, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
-from orthanc_events_bridge.consumers.worker import Terms, Worker
+from orthanc_events_bridge.consumers.terms import Terms
+from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.transports import create

@@ -165,7 +165,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
         if not isinstance(found.get(needed), str) or not found[needed]:
             raise UnreadableError(f"it is a CloudEvent without {needed}")
     data = found.pop("data", None)
-    if "data_base64" in found or not isinstance(data, dict | None):
+    if "data_base64" in found or not (data is None or isinstance(data, dict)):
         raise UnreadableError("its data is no JSON object")
     name, version = _name(found["type"])
     if version not in ("", VERSION):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from datetime import datetime
 from typing import Final
@@ -30,6 +31,7 @@ class Meter:
     :ivar durations: short name → how many ended within each of `BUCKETS`, and all.
     :ivar seconds: short name → seconds in handlers.
     :ivar newest: when the newest event that is handled was recorded, in seconds since the epoch; none: there is none.
+    :ivar unburied: events that wait for a place of dead letters that takes none.
     :ivar lag: seconds from then until it was handled.
     """
 
@@ -40,6 +42,7 @@ class Meter:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.newest: float | None = None
         self.lag = 0.0
+        self.unburied = 0
 
     def count(self, outcome: str, name: str) -> None:
         """One more event has come to this end."""
@@ -53,9 +56,10 @@ class Meter:
         """It ends, however."""
         self.in_flight -= 1
         name = _known(name)
-        found = self.durations.setdefault(name, [0] * (len(BUCKETS) + 1))
-        place = next((number for number, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
-        found[place] += 1
+        found = self.durations.get(name)
+        if found is None:
+            found = self.durations[name] = [0] * (len(BUCKETS) + 1)
+        found[bisect_left(BUCKETS, seconds)] += 1
         self.seconds[name] += seconds
 
     def handled(self, recorded: str, now: float) -> None:

@@ -41,6 +41,11 @@ class Collector:
         gauge = GaugeMetricFamily(f"{_PREFIX}_in_flight", "Events whose handlers run.", labels=one)
         gauge.add_metric([self._consumer], meter.in_flight)
         yield gauge
+        gauge = GaugeMetricFamily(
+            f"{_PREFIX}_dead_waiting", "Events that wait for a place of dead letters that takes none.", labels=one
+        )
+        gauge.add_metric([self._consumer], meter.unburied)
+        yield gauge
         histogram = HistogramMetricFamily(
             f"{_PREFIX}_duration_seconds", "Time in the handlers of an event.", labels=typed
         )

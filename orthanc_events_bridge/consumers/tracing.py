@@ -27,7 +27,7 @@ _OTHER: Final = "other"
 
 
 class Spans:
-    """Makes them, or does nothing.
+    """Makes them, or does nothing where nobody has set up OpenTelemetry when the worker begins.
 
     :param consumer: its name.
     :param system: the kind of broker, as its transport is called.
@@ -36,17 +36,21 @@ class Spans:
     def __init__(self, consumer: str, system: str) -> None:
         self._consumer = consumer
         self._system = system
-        self._tracer = trace.get_tracer("orthanc_events_bridge", __version__) if _ON else None
+        # As long as nobody has said where spans go, they would cost more than all else that is done for an event.
+        there = _ON and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        self._tracer = trace.get_tracer("orthanc_events_bridge", __version__) if there else None
 
-    @contextlib.contextmanager
-    def processing(self, event: Event) -> Iterator[Span]:
+    def processing(self, event: Event) -> contextlib.AbstractContextManager[Span]:
         """The time in which an event's handlers run."""
         if self._tracer is None:
-            yield _NONE
-            return
+            return _NONE
+        return self._processing(self._tracer, event)
+
+    @contextlib.contextmanager
+    def _processing(self, tracer: trace.Tracer, event: Event) -> Iterator[Span]:
         carrier = {name: event.attributes.get(name, "") for name in ("traceparent", "tracestate")}
         parent = TraceContextTextMapPropagator().extract(carrier)
-        with self._tracer.start_as_current_span(
+        with tracer.start_as_current_span(
             f"{event.name if event.ours else _OTHER} process",
             context=parent,
             kind=trace.SpanKind.CONSUMER,
@@ -91,4 +95,4 @@ class Span:
             self._span.set_status(trace.Status(trace.StatusCode.ERROR, kind))
 
 
-_NONE: Final = Span()
+_NONE: Final = contextlib.nullcontext(Span())

@@ -20,7 +20,8 @@ from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.once import Turns
 from orthanc_events_bridge.consumers.routes import Handler, Route
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
-from orthanc_events_bridge.consumers.worker import Terms, Worker
+from orthanc_events_bridge.consumers.terms import Terms
+from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.mapping import STRUCTURED, partition
 from orthanc_events_bridge.orthanc_api import OrthancOptions

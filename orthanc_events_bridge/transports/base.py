@@ -251,6 +251,17 @@ class Subscription(ABC):
         :raises NotConnectedError: subscribe again.
         """
 
+    async def leave(self, back: Sequence[Delivery]) -> None:  # noqa: B027 -- who has nothing faster waits for `close`
+        """Take nothing more, and give back what was not begun: others of the name are given it at once, in its order.
+
+        `receive` is not called any more. What else is held can be settled until `close`. Where the broker can't give
+        single deliveries back, they go to others with `close`. It is no attempt; but a broker that counts deliveries by
+        itself counts it.
+
+        :param back: of those that are held, in their order.
+        :raises NotConnectedError: all that is held comes again.
+        """
+
     @abstractmethod
     async def close(self) -> None:
         """End it; what is not settled is given to others of the name, at once where the broker can, otherwise when

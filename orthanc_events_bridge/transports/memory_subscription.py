@@ -7,7 +7,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -53,6 +53,11 @@ class Name:
         self.held.pop(delivery, None)
         message = replace(delivery.message, headers={**delivery.message.headers, **headers})
         heapq.heappush(self._again, (due, next(self._places), message, delivery.attempt + 1))
+
+    def put_back(self, delivery: MemoryDelivery) -> None:
+        """To be taken once more as if it had not been, before all others."""
+        if self.held.pop(delivery, delivery) is None:
+            heapq.heappush(self._again, (0.0, next(self._places), delivery.message, delivery.attempt))
 
     def settled(self, delivery: MemoryDelivery) -> None:
         """It is never given again."""
@@ -199,6 +204,12 @@ class MemorySubscription(Subscription):
             if found or time.monotonic() >= end:
                 return found
             await asyncio.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        await self.check()
+        for delivery in back:
+            for name in self._turns:
+                name.put_back(delivery)  # type: ignore[arg-type]
 
     async def close(self) -> None:
         self._closed = True

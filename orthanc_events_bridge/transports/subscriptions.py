@@ -10,8 +10,6 @@ from orthanc_events_bridge.errors import TransportConfigurationError
 
 #: Every broker takes it as part of a queue's or topic's name, with a prefix and a suffix of ours.
 _LONGEST_NAME: Final = 128
-
-
 #: Of the wire contract: by which events are shared in order. Fixed for good.
 PARTITIONS: Final = 64
 
@@ -29,8 +27,11 @@ def check_name(transport: str, name: str) -> None:
         )
 
 
-def boot_time() -> float:
-    """Seconds on a clock that goes on while the process, or the whole machine, is suspended."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
+if hasattr(time, "CLOCK_BOOTTIME"):
+
+    def boot_time() -> float:
+        """Seconds on a clock that goes on while the process, or the whole machine, is suspended."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
+
+else:
+    boot_time = time.monotonic

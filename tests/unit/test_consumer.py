@@ -231,7 +231,7 @@ def test_no_more_handlers_run_than_are_allowed() -> None:
 
 
 def test_a_place_of_dead_letters_that_takes_nothing_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthanc_events_bridge.consumers.worker._DEAD", 0.0)
+    monkeypatch.setattr("orthanc_events_bridge.consumers.handling._DEAD", 0.0)
     broker, consumer = Broker(), app()
     asked = 0
 
@@ -267,26 +267,42 @@ def test_a_cut_connection_is_made_again_and_what_was_held_comes_again() -> None:
     assert consumer.meter.total("handled") == 2
 
 
-def test_what_has_not_begun_when_it_stops_goes_back() -> None:
+def test_what_has_not_begun_when_it_stops_is_anothers_at_once_and_no_attempt_is_counted() -> None:
     broker, consumer, ended = Broker(), app(concurrency=1, prefetch=10), []
-    begun = asyncio.Event()
 
-    @consumer.on("study.stable")
-    async def handler(event: Event) -> None:
-        begun.set()
-        await asyncio.sleep(0.05)
-        ended.append(event.id)
+    async def main() -> None:
+        begun, rest = asyncio.Event(), asyncio.Event()
 
-    for number in range(5):
-        broker.store(outgoing(number, key=f"study-{number}"))
-    run(consumer, broker, begun.is_set)
-    assert ended == ["id-0"]
-    assert len(broker.names["one"].held) == 4  # of a subscriber that is not alive: given to the next
-    again = app()
-    rest = []
-    again.on("study.stable")(lambda event: rest.append(event.id))
-    run(again, broker, lambda: len(rest) == 4)
-    assert sorted(rest) == ["id-1", "id-2", "id-3", "id-4"]
+        @consumer.on("study.stable")
+        async def handler(event: Event) -> None:
+            begun.set()
+            await rest.wait()
+            ended.append(event.id)
+
+        for number in range(5):
+            broker.store(outgoing(number, key=f"study-{number}"))
+        transport = MemoryTransport(MemoryOptions(), broker)
+        worker = Worker(transport, consumer._terms, consumer._routes, Clients(None), consumer.meter)
+        working = asyncio.create_task(worker.run())
+        await begun.wait()
+        worker.stop()
+        other = MemoryTransport(MemoryOptions(), broker)
+        await other.connect()
+        subscription = await other.subscribe("one")
+        found = []
+        async with asyncio.timeout(10):
+            while len(found) < 4:
+                found += await subscription.receive(10, 0.01)
+        assert ended == [] and not working.done()  # it still runs
+        assert [(one.message.headers["orthanc-event-id"], one.attempt) for one in found] == [
+            (f"id-{number}", 1) for number in range(1, 5)
+        ]
+        rest.set()
+        await working
+        assert ended == ["id-0"]
+        assert await subscription.receive(10, 0) == []
+
+    asyncio.run(main())
 
 
 def test_handlers_that_do_not_end_are_given_back() -> None:

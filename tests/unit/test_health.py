@@ -15,9 +15,10 @@ from orthanc_events_bridge.consumers import Consumer, Event, RetryPolicy
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.health import Health, health
 from orthanc_events_bridge.consumers.meter import Meter
+from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.threads import DaemonThreads
 from orthanc_events_bridge.consumers.tracing import Spans
-from orthanc_events_bridge.consumers.worker import Terms, Worker
+from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.consumers.workers import Workers
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.transports.memory import MemoryTransport
@@ -72,7 +73,7 @@ def test_health_is_that_of_the_worker() -> None:
     assert answers.answer("GET", "/health/ready")[0] == 503
     one.ready = True
     assert answers.answer("GET", "/health/ready?x=1")[0] == 200
-    one.ticked -= 60
+    one._holding.ticked -= 60
     assert answers.answer("GET", "/health/live")[0] == 503
     assert answers.answer("GET", "/")[0] == 404
     assert answers.answer("POST", "/metrics")[0] == 405

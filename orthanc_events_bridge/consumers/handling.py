@@ -1,0 +1,276 @@
+"""What becomes of an event: its handlers are run, and its delivery is settled exactly one way.
+
+It is acknowledged when they have returned, given again when one of them failed, and put among the dead letters when that
+makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by itself.
+
+A place of dead letters that takes nothing loses nothing, and holds nobody up: what has to go there is held, and waits
+beside what is handled. It counts among what a worker may hold (``prefetch``): where all of that waits, nothing more is
+received, which health, metrics and the log say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.consumers.failures import ascii_text, kind_of, place, read_time, spell, time_text
+from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, RetryPolicy
+from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
+from orthanc_events_bridge.consumers.threads import DaemonThreads
+from orthanc_events_bridge.consumers.tracing import Spans
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.consumers.clients import Clients
+    from orthanc_events_bridge.consumers.holding import Held, Holding
+    from orthanc_events_bridge.consumers.meter import Meter
+    from orthanc_events_bridge.consumers.routes import Route
+    from orthanc_events_bridge.consumers.terms import Terms
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two tries to put something among the dead letters.
+_DEAD: Final = 1.0
+#: So many deliveries are not held against an event at least, whose worker stopped or lost its broker before it began.
+_NOT_BEGUN: Final = 20
+
+
+class Handling:
+    """See the module's text.
+
+    :param holding: what is settled leaves it.
+    :param stop: set when nothing is to begin any more.
+    :param start: has a coroutine run beside.
+    :param clients: what handlers ask Orthanc with.
+    :param now: seconds of the epoch.
+    :param chance: 0 to 1, at random.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        holding: Holding,
+        stop: asyncio.Event,
+        start: Callable[[Coroutine[Any, Any, None]], None],
+        clients: Clients,
+        meter: Meter,
+        system: str,
+        now: Callable[[], float],
+        chance: Callable[[], float],
+    ) -> None:
+        self._terms = terms
+        self._holding = holding
+        self._stop = stop
+        self._start = start
+        self._clients = clients
+        self._meter = meter
+        self._now = now
+        self._chance = chance
+        self._spans = Spans(terms.name, system)
+        self._threads = DaemonThreads(terms.concurrency, f"{terms.name}-handler")
+        self._repeats = Repeats(time.monotonic)
+        self._unburied: dict[Held, dict[str, str]] = {}
+
+    @property
+    def stuck(self) -> bool:
+        """Whether all that may be held waits for the place of dead letters."""
+        return len(self._unburied) >= self._terms.prefetch
+
+    def close(self) -> list[str]:
+        """Let go of the threads that handlers ran in.
+
+        :return: the names of those that run on.
+        """
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        return self._threads.busy
+
+    async def handle(self, held: Held) -> None:
+        """Have it handled, and settle it."""
+        event = held.event
+        if event.attempt > _NOT_BEGUN and self._kills(held):
+            reason = f"it was given {event.attempt - 1} times and never settled, as one that kills its workers"
+            await self.bury(held, reason, "")
+            return
+        held.begun = True
+        began = time.perf_counter()
+        self._meter.begin()
+        problem: BaseException | None = None
+        try:
+            with self._spans.processing(event) as span:
+                try:
+                    await _Apart(self._call(held))
+                except BaseException as error:
+                    span.failed(kind_of(error))
+                    raise
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            problem = error
+        except BaseException as error:  # a handler's own SystemExit, and whatever extensions raise
+            problem = error
+        finally:
+            self._meter.end(event.name, time.perf_counter() - began)
+        if problem is not None:
+            await self._failed(held, problem)
+            return
+        self._meter.count("handled", event.name)
+        if event.ours and not event.operation:
+            self._meter.handled(event.attributes.get("recordedtime", ""), self._now())
+        await self._settle(held, held.delivery.ack)
+
+    async def ignore(self, held: Held) -> None:
+        """No handler is for it."""
+        self._meter.count("ignored", held.event.name)
+        await self._settle(held, held.delivery.ack)
+
+    async def _call(self, held: Held) -> None:
+        event = held.event
+        for held.at in held.routes:
+            if held.at.where is not None and not held.at.where(event):
+                continue
+            if held.at.is_async:
+                if held.at.wants_orthanc:
+                    await held.at.handler(event, self._clients.for_async())
+                else:
+                    await held.at.handler(event)
+            else:
+                arguments = (event, self._clients.for_sync()) if held.at.wants_orthanc else (event,)
+                await asyncio.get_running_loop().run_in_executor(self._threads, held.at.handler, *arguments)
+
+    # Failures.
+
+    def _policy(self, route: Route | None) -> RetryPolicy:
+        return (route and route.retry) or self._terms.retry
+
+    def _kills(self, held: Held) -> bool:
+        """Was it given more often than is allowed? It can have been given back without having been begun."""
+        limits = [self._policy(one).max_attempts for one in held.routes]
+        return all(limit is not None and held.event.attempt > limit + max(limit, _NOT_BEGUN) for limit in limits)
+
+    async def _failed(self, held: Held, problem: BaseException) -> None:
+        event, now, name = held.event, self._now(), held.at.name if held.at is not None else ""
+        first = read_time(held.delivery.message.headers.get(FIRST_FAILURE, ""), now)
+        outcome: Again | Dead
+        if isinstance(problem, Reject):
+            outcome = Dead(problem.reason)
+        else:
+            asked = problem.after if isinstance(problem, Retry) else None
+            outcome = self._policy(held.at).after(event.attempt, now - first, self._chance, asked)
+        kind = "" if isinstance(problem, Retry | Reject) else kind_of(problem)
+        headers = {FIRST_FAILURE: time_text(first), LAST_FAILURE: time_text(now)} | ({EXCEPTION: kind} if kind else {})
+        why = f"{kind} in {place(problem, held.at)}" if kind else f"{type(problem).__name__} of {name}"
+        if kind:
+            log.debug("what was raised may hold patient data", exc_info=problem)
+        if isinstance(outcome, Dead):
+            await self.bury(held, outcome.reason, why, headers)
+            return
+        self._meter.count("retried", event.name)
+        delay = outcome.delay
+        if self._terms.ordered:
+            delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
+        log.warning("%s: %s; attempt %d, again in %.3g s", spell(held), why, event.attempt, delay)
+        await self._settle(held, lambda: held.delivery.nack(delay, headers))
+
+    async def bury(self, held: Held, reason: str, why: str = "", headers: dict[str, str] | None = None) -> None:
+        """Put it among the dead letters: what is lost there would be lost for good.
+
+        Where their place takes nothing it is held, and waits beside.
+        """
+        log.error("%s goes among the dead letters: %s%s", spell(held), reason, f"; {why}" if why else "")
+        said = {REASON: ascii_text(reason), LAST_FAILURE: time_text(self._now())} | (headers or {})
+        said.setdefault(FIRST_FAILURE, said[LAST_FAILURE])
+        held.begun = True
+        if not self._unburied and await self._bury(held, said):
+            return
+        self._unburied[held] = said
+        self._meter.unburied = len(self._unburied)
+        if len(self._unburied) == 1:
+            self._start(self._bury_later())
+        if self.stuck and (line := self._repeats.line("stuck", f"the consumer {self._terms.name} receives nothing")):
+            log.error("%s: all it may hold, %d events, waits for the place of dead letters", line, len(self._unburied))
+
+    async def _bury(self, held: Held, said: dict[str, str]) -> bool:
+        """Try it.
+
+        :return: False: the place takes nothing now.
+        """
+        try:
+            if await self._settle(held, lambda: held.delivery.reject(said)):
+                self._meter.count("dead", held.event.name)
+        except TransportError as error:
+            if line := self._repeats.line("dead", f"a dead letter can't be stored: {error}"):
+                log.error("%s; it is held and tried again", line)
+            return False
+        return True
+
+    async def _bury_later(self) -> None:
+        """Until nothing waits any more. One at a time is tried: it is the place that takes none."""
+        while self._unburied:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEAD):
+                    await self._stop.wait()
+            while self._unburied:
+                held = next(iter(self._unburied))
+                said = self._unburied.pop(held)
+                if not await self._bury(held, said):
+                    if self._stop.is_set():  # it comes again
+                        self._unburied.clear()
+                    else:
+                        self._unburied[held] = said  # behind the others, which may be smaller
+                    break
+                self._repeats.over("stuck")
+            self._meter.unburied = len(self._unburied)
+        if self._repeats.over("dead") and not self._stop.is_set():
+            log.info("the consumer %s has stored the dead letters that waited", self._terms.name)
+
+    async def _settle(self, held: Held, settle: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Settle it, unless it isn't ours any more.
+
+        :return: whether it is settled.
+        :raises TransportError: it is not, and is held on.
+        """
+        self._holding.look()
+        if held.void:
+            return False
+        held.begun = True
+        try:
+            await settle()
+        except NotConnectedError:
+            self._holding.remove(held)
+            return False  # it comes again; receiving says why
+        self._holding.remove(held)
+        return True
+
+
+class _Apart:
+    """Awaits a coroutine in a context of its own (`contextvars`), as it had as a task of its own, for less.
+
+    What one event's handler sets there, the next one's must not find.
+    """
+
+    __slots__ = ("_coroutine",)
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        context, step, value = copy_context(), self._coroutine.send, None
+        while True:
+            try:
+                waits_for = context.run(step, value)
+            except StopIteration:
+                return
+            try:
+                value, step = (yield waits_for), self._coroutine.send
+            except GeneratorExit:
+                self._coroutine.close()
+                raise
+            except BaseException as error:  # it was cancelled
+                value, step = error, self._coroutine.throw  # type: ignore[assignment]
