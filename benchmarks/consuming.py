@@ -56,10 +56,8 @@ def run(*, quick: bool) -> Section:
                     rates.setdefault((kind, way), []).append(found["rate"])
                     cpu.setdefault((kind, way), []).append(found["cpu"])
                 broker.remove_place()
-            say(
-                f"handling from {BROKERS[kind].title}: "
-                + ", ".join(f"{w} {median(rates[kind, w]):.0f}/s" for w in _ALL)
-            )
+            rate = ", ".join(f"{way} {median(rates[kind, way]):.0f}/s" for way in _ALL)
+            say(f"handling from {BROKERS[kind].title}: {rate}")
             for number in range(rounds):
                 one, four = (
                     _scale(options, path, waiting, f"{WAITING}-{workers}-{number}", workers)

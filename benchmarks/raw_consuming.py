@@ -1,4 +1,4 @@
-"""What a worker of the kit is held against: the fastest loops by hand that each broker's client has, as far as we found.
+"""What a worker of the kit is held against: the fastest loops by hand with each broker's client that we found.
 
 Each receives in one process, holds at most 512 messages, and acknowledges as cheaply as its broker lets it: NATS by raw
 ``MSG.NEXT`` requests, two under way, and an own inbox; RabbitMQ by aiormq, and an acknowledgement for 64 at a time;

@@ -1,7 +1,7 @@
 """What becomes of an event: its handlers are run, and its delivery is settled exactly one way.
 
-It is acknowledged when they have returned, given again when one of them failed, and put among the dead letters when that
-makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by itself.
+It is acknowledged when they have returned, given again when one of them failed, and put among the dead letters when
+that makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by itself.
 
 A place of dead letters that takes nothing loses nothing, and holds nobody up: what has to go there is held, and waits
 beside what is handled. It counts among what a worker may hold (``prefetch``): where all of that waits, nothing more is
@@ -132,17 +132,18 @@ class Handling:
 
     async def _call(self, held: Held) -> None:
         event = held.event
-        for held.at in held.routes:
-            if held.at.where is not None and not held.at.where(event):
+        for route in held.routes:
+            held.at = route
+            if route.where is not None and not route.where(event):
                 continue
-            if held.at.is_async:
-                if held.at.wants_orthanc:
-                    await held.at.handler(event, self._clients.for_async())
+            if route.is_async:
+                if route.wants_orthanc:
+                    await route.handler(event, self._clients.for_async())
                 else:
-                    await held.at.handler(event)
+                    await route.handler(event)
             else:
-                arguments = (event, self._clients.for_sync()) if held.at.wants_orthanc else (event,)
-                await asyncio.get_running_loop().run_in_executor(self._threads, held.at.handler, *arguments)
+                arguments = (event, self._clients.for_sync()) if route.wants_orthanc else (event,)
+                await asyncio.get_running_loop().run_in_executor(self._threads, route.handler, *arguments)
 
     # Failures.
 
@@ -273,4 +274,4 @@ class _Apart:
                 self._coroutine.close()
                 raise
             except BaseException as error:  # it was cancelled
-                value, step = error, self._coroutine.throw  # type: ignore[assignment]
+                value, step = error, self._coroutine.throw

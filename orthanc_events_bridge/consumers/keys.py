@@ -17,8 +17,8 @@ _TURN: Final = 64
 class Keys:
     """Events of one key are handled in the order in which they came; of all, those first that came first.
 
-    A task for each event would cost more than all else that is done for one: so many tasks as may run at a time take what
-    is ready, and end when nothing is.
+    A task for each event would cost more than all else that is done for one: as many tasks as may run at a time take
+    what is ready, and end when nothing is.
 
     :param concurrency: how many are handled at a time.
     :param handle: has one handled.

@@ -15,7 +15,7 @@ from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, Retr
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError, RefusedError
-from orthanc_events_bridge.transports.base import Outgoing
+from orthanc_events_bridge.transports.base import Delivery, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
 
@@ -289,7 +289,7 @@ def test_what_has_not_begun_when_it_stops_is_anothers_at_once_and_no_attempt_is_
         other = MemoryTransport(MemoryOptions(), broker)
         await other.connect()
         subscription = await other.subscribe("one")
-        found = []
+        found: list[Delivery] = []
         async with asyncio.timeout(10):
             while len(found) < 4:
                 found += await subscription.receive(10, 0.01)
