@@ -1,8 +1,8 @@
 """Processes that receive, as the benchmark of handling has them.
 
 ``python -m benchmarks.receiving WAY OPTIONS EVENTS NAME`` receives until so many events are handled; with 0 events
-until it is told to end. It speaks in lines: ``ready``, then, each time it is asked, how many it has handled, and at its end
-what it measured, in JSON.
+until it is told to end. It speaks in lines: ``ready``, then, each time it is asked, how many it has handled, and at its
+end what it measured, in JSON.
 """
 
 from __future__ import annotations

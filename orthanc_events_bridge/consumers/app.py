@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     from orthanc_events_bridge.testing.kit import Trial
     from orthanc_events_bridge.transports.base import Transport
+
+log = logging.getLogger(__name__)
 
 _H = TypeVar("_H", bound=Callable[..., Any])
 
@@ -250,7 +253,12 @@ class Consumer:
         :raises BridgeError: it can't begin.
         """
         logs(self.settings.log_level)
-        run_until_told(self.serve, self.stop, self.settings.drain)
+        run_until_told(self.name, self.serve, self.stop, self.settings.drain, lambda: self.running)
+
+    @property
+    def running(self) -> list[str]:
+        """What handlers are at, for logs."""
+        return self._worker.running if self._worker is not None else []
 
     async def serve(self) -> None:
         """Work until `stop` is called, in a loop of the caller's own.

@@ -1,7 +1,8 @@
 """What becomes of an event: its handlers are run, and its delivery is settled exactly one way.
 
 It is acknowledged when they have returned, given again when one of them failed, and put among the dead letters when
-that makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by itself.
+that makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by
+itself.
 
 A place of dead letters that takes nothing loses nothing, and holds nobody up: what has to go there is held, and waits
 beside what is handled. It counts among what a worker may hold (``prefetch``): where all of that waits, nothing more is

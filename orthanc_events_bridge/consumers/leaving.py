@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from orthanc_events_bridge.consumers.threads import USUAL, DaemonThreads
 from orthanc_events_bridge.logs import quiet_clients
 
 log = logging.getLogger(__name__)
@@ -31,19 +32,32 @@ def logs(level: str) -> None:
         quiet_clients()
 
 
-def run_until_told(serve: Callable[[], Awaitable[None]], stop: Callable[[], None], drain: float) -> None:
+def run_until_told(
+    name: str,
+    serve: Callable[[], Awaitable[None]],
+    stop: Callable[[], None],
+    drain: float,
+    running: Callable[[], list[str]],
+) -> None:
     """Work in an event loop of its own until SIGTERM or SIGINT; to be called in the main thread.
 
+    :param name: of the consumer.
     :param serve: works until it is stopped.
     :param stop: begins to stop; called in the loop.
     :param drain: seconds that handlers have.
+    :param running: what handlers are at, for the log.
     """
     over = threading.Event()
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     async def main() -> None:
-        leave_at_signals(stop, drain, over)
+        # Those of `asyncio.to_thread`, too, are not to keep the process from leaving.
+        threads = DaemonThreads(USUAL, f"{name}-thread")
+        asyncio.get_running_loop().set_default_executor(threads)
+        leave_at_signals(stop, drain, over, running)
         await serve()
+        if left := threads.busy:
+            log.warning("the consumer %s ends while threads run on: %s", name, ", ".join(left))
 
     try:
         asyncio.run(main())
@@ -54,18 +68,22 @@ def run_until_told(serve: Callable[[], Awaitable[None]], stop: Callable[[], None
             signal.signal(number, handler)
 
 
-def leave_at_signals(stop: Callable[[], None], drain: float, over: threading.Event) -> None:
+def leave_at_signals(
+    stop: Callable[[], None], drain: float, over: threading.Event, running: Callable[[], list[str]]
+) -> None:
     """Stop at SIGTERM and SIGINT, in the running event loop; to be called in the main thread.
 
     :param stop: begins to stop; called in the loop.
     :param drain: seconds that handlers have.
     :param over: set when the event loop is closed: that, too, waits for what a handler has left running.
+    :param running: the names of the handlers that run, for who asks why the process did not end well.
     """
     loop = asyncio.get_running_loop()
 
     def watch() -> None:
         if not over.wait(drain + _GRACE):
-            log.error("a handler does not end: the process does, and what it held comes again")
+            what = ", ".join(running()) or "what it has begun"
+            log.error("a handler does not end: the process does, and what it held comes again: %s", what)
             _end()
 
     def asked(number: int, frame: object) -> None:

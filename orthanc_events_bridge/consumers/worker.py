@@ -314,7 +314,6 @@ class Worker:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        kind = kind_of(error)
         # Nobody knows what it has left behind: what is held goes back, and comes again.
         log.critical(
             "handling failed by itself, which is a mistake of this package: %s", kind_of(error), exc_info=error

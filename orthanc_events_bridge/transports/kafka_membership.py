@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError
@@ -61,6 +61,7 @@ class Membership:
         self._lost = lost
         self._ordered = ordered
         self._told: frozenset[str] = frozenset()
+        self._leaves = self._leaves_told = False
         self._stirred = asyncio.Event()
         self._settled = asyncio.Event()
         self._changed: set[Partition] = set()
@@ -79,7 +80,8 @@ class Membership:
             held = frozenset(self.partitions)
             busy = frozenset(place for place, one in self.partitions.items() if one.held)
             topics = {self._topic.name, self._retries.inbox, *self._told}
-            share = await self._group.join(Claim(held, busy), topics, self._count)
+            self._leaves_told = self._leaves
+            share = await self._group.join(Claim(held, busy, self._leaves), topics, self._count)
             await self._apply(share)
             self.joined.set()
             await self._keep(share)
@@ -125,7 +127,7 @@ class Membership:
         """Say that we are alive, until it is time to share anew."""
         loop = asyncio.get_running_loop()
         look = loop.time() + _WATCH
-        while not await self._let_go() and self._told == self._retries.made:
+        while not await self._let_go() and self._told == self._retries.made and self._leaves == self._leaves_told:
             moving = share.more or any(one.leaving for one in self.partitions.values())
             self._stirred.clear()
             with contextlib.suppress(TimeoutError):
@@ -163,6 +165,16 @@ class Membership:
             del self.partitions[one.place]
         self._fetcher.use(self.partitions.values())
         return True
+
+    def leave(self, changed: Iterable[Partition]) -> None:
+        """Let others have our partitions, each as soon as nothing of it is in hand.
+
+        :param changed: those of which something was put back.
+        """
+        self._changed.update(changed)
+        self._leaves = True
+        self._settled.set()
+        self._stirred.set()
 
     # Progress.
 

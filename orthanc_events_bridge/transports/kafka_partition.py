@@ -173,6 +173,17 @@ class Partition:
         else:
             self.records.appendleft(record)
 
+    def put_back(self, offsets: Iterable[int]) -> None:
+        """What is held was not begun, and is for whoever has the partition next: nothing else is given out here."""
+        back = set(offsets)
+        if not back:
+            return
+        self.rest = frozenset(back | {one for one in self.rest if one >= self.given})
+        self.high = max(self.high, self.given)
+        self.given = min(back)
+        for offset in back:
+            self.held.pop(offset, None)
+
     def restart(self, offset: int) -> None:
         """Go on elsewhere: what we wanted is not there."""
         self.records.clear()
@@ -191,7 +202,7 @@ class Partition:
         """
         unsettled = sorted(self.held)
         if self.given < self.high:
-            unsettled += sorted(offset for offset in self.rest if offset >= self.given)
+            unsettled = sorted({*self.held, *(offset for offset in self.rest if offset >= self.given)})
         high = max(self.given, self.high)
         mark = self.mark if len(self.mark) <= room else ""
         low, room = unsettled[0] if unsettled else high, room - len(mark)

@@ -17,17 +17,21 @@ class Claim:
 
     :param held: its places.
     :param busy: those of them with events that are being worked on; they stay, if it can be.
+    :param leaves: it is about to go: all it has is for others.
     """
 
     held: frozenset[Place] = frozenset()
     busy: frozenset[Place] = frozenset()
+    leaves: bool = False
 
     def encode(self) -> bytes:
         """As the other members read it."""
-        document = {
+        document: dict[str, Any] = {
             what: by_topic((place, place[1]) for place in sorted(places))
             for what, places in (("held", self.held), ("busy", self.busy))
         }
+        if self.leaves:
+            document["leaves"] = True
         return json.dumps(document, separators=(",", ":")).encode()
 
     @classmethod
@@ -38,7 +42,7 @@ class Claim:
             frozenset((topic, one) for topic, those in document[what].items() for one in those)
             for what in ("held", "busy")
         )
-        return cls(held, busy)
+        return cls(held, busy, document.get("leaves") is True)
 
 
 def share_out(claims: Mapping[str, Claim], counts: Mapping[str, int]) -> tuple[dict[str, set[Place]], bool]:
@@ -48,6 +52,7 @@ def share_out(claims: Mapping[str, Claim], counts: Mapping[str, int]) -> tuple[d
     :param counts: the number of partitions of each topic.
     :return: each member's places, without those that another one has to give up first; and whether there are any.
     """
+    takers = [member for member in claims if not claims[member].leaves] or list(claims)
     holders: dict[Place, str] = {}
     for member in sorted(claims):
         for place in claims[member].held:
@@ -59,10 +64,10 @@ def share_out(claims: Mapping[str, Claim], counts: Mapping[str, int]) -> tuple[d
         for partition in range(count):
             if (topic, partition) in holders:
                 mine[holders[topic, partition]].append(partition)
-        least, odd = divmod(count, len(claims))
+        least, odd = divmod(count, len(takers))
         # One more goes to those who have it already, then to those who have the least so far.
-        order = sorted(claims, key=lambda member: (len(mine[member]) <= least, len(shares[member]), member))
-        quotas = {member: least + (place < odd) for place, member in enumerate(order)}
+        order = sorted(takers, key=lambda member: (len(mine[member]) <= least, len(shares[member]), member))
+        quotas = dict.fromkeys(claims, 0) | {member: least + (place < odd) for place, member in enumerate(order)}
         taken: set[int] = set()
         for member, partitions in mine.items():
             partitions.sort(key=lambda partition: ((topic, partition) not in claims[member].busy, partition))

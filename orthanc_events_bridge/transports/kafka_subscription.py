@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
@@ -280,6 +280,19 @@ class KafkaSubscription(Subscription):
             self.settle(one, offset)
 
     # Its end.
+
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        """See `orthanc_events_bridge.transports.base.Subscription.leave`. Others get a partition when nothing of it is
+        in hand any more, and those that have none in hand at once."""
+        self._check()
+        offsets: dict[Partition, list[int]] = {}
+        for delivery in back:
+            if isinstance(delivery, KafkaDelivery) and delivery in self._held:
+                self._held.discard(delivery)
+                offsets.setdefault(delivery.partition, []).append(delivery.record.offset)
+        for one, those in offsets.items():
+            one.put_back(those)
+        self._membership.leave(offsets)
 
     def _fail(self, error: TransportError) -> None:
         if self._fault is None:

@@ -124,7 +124,7 @@ class NatsOrderedSubscription(Settling):
                 if key == delivery.key:
                     headers = {**delivery.message.headers, **said}
                     delivery.message = dataclasses.replace(delivery.message, headers=headers)
-                self._came.append(delivery)
+                self._arrived(delivery)
         elif words := problem(message):
             self._fail(
                 NotConnectedError(

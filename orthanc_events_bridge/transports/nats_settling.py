@@ -92,6 +92,7 @@ class Settling(Subscription):
         self._came: deque[NatsDelivery] = deque()
         self._held: dict[NatsDelivery, None] = {}
         self._room: asyncio.Future[None] | None = None
+        self._leaving = False
         self._fault: NotConnectedError | None = None
 
     async def _open(self, infos: Sequence[ConsumerInfo]) -> list[Durable]:
@@ -188,6 +189,12 @@ class Settling(Subscription):
         except NotConnectedError as error:
             self._fail(error)
             raise
+
+    def _arrived(self, delivery: NatsDelivery) -> None:
+        if self._leaving:
+            self._send(delivery.reply, b"-NAK")
+        else:
+            self._came.append(delivery)
 
     def _take(self, limit: int) -> list[Delivery]:
         found: list[Delivery] = []
@@ -297,6 +304,18 @@ class Settling(Subscription):
         except TransportError:
             self._check()
             raise
+
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        """See `orthanc_events_bridge.transports.base.Subscription.leave`; what is on its way goes back, too."""
+        self._check()
+        self._leaving = True
+        for origin in self._origins.values():
+            await self._check_origin(origin)
+        for delivery in (*back, *self._came):
+            if isinstance(delivery, NatsDelivery) and not self._late(delivery):
+                self._held.pop(delivery, None)
+                self._send(delivery.reply, b"-NAK")
+        self._came.clear()
 
     async def close(self) -> None:
         answers, self._answers = self._answers, []

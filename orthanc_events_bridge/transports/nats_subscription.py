@@ -139,7 +139,7 @@ class NatsSubscription(Settling):
             since = pull.sent if pull else boot_time()
             delivery = self._delivery(durable, message, since)
             if delivery is not None:
-                self._came.append(delivery)
+                self._arrived(delivery)
             durable.filled = True
             if pull is not None:
                 durable.origin.answered(pull)

@@ -59,9 +59,11 @@ class Lane:
         self._held: int | None = None  # the delivery tag of what is not settled
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._leaving = False  # as soon as nothing is held
         self._over = False  # the past is
         self._since = 0.0
+        self._retired = False
         self._closed = False
         self.owner = ""
 
@@ -101,6 +103,10 @@ class Lane:
         self._leaving = True
         self._move()
 
+    def retire(self) -> None:
+        """Hand it over for good, as soon as nothing of it is held, or what is would be given here once more."""
+        self._retired = True
+
     def settle(self) -> None:
         """What it was given is done with."""
         tag, self._held = self._held, None
@@ -112,17 +118,24 @@ class Lane:
         except (OSError, RuntimeError) as error:  # it has ended, and nobody has told us yet
             self._connection.fail(self._connection.lost(error))
         self._move()
+        self._end_if_retired()
+
+    def _end_if_retired(self) -> None:
+        if self._retired and self._ending is None:
+            self._ending = asyncio.create_task(self.close())
 
     def later(self, seconds: float, raw: DeliveredMessage) -> None:
         """Give what it was given once more; until then nothing else of it is given to anybody."""
-        if not self._closed:
+        if self._retired:
+            self._end_if_retired()
+        elif not self._closed:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._subscriber.came, self, raw)
 
     # From one place to the next.
 
     @property
     def _moves(self) -> bool:
-        return not self._closed and (self._over or (self._leaving and self._held is None))
+        return not self._closed and not self._retired and (self._over or (self._leaving and self._held is None))
 
     def _move(self) -> None:
         """Go where it is time to go."""
@@ -184,10 +197,14 @@ class Lane:
 
     async def close(self) -> None:
         """Hand it over. Never raises."""
+        if self._ending is not None and self._ending is not asyncio.current_task():
+            await self._ending
+            return
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-        if self._channel is not None:
-            await self._connection.end(self._channel)
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await self._connection.end(channel)

@@ -8,12 +8,14 @@ partition queues up for it anew, behind the other. So the one that is to have it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.transports.base import Delivery
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking
 from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_lane import Lane
@@ -151,6 +153,22 @@ class OrderedSubscription(RabbitSubscription):
             del self._held[delivery]
             self._news.set()  # there is room
             delivery.lane.later(delay, as_given_again(delivery.raw, self._queues.name, more))
+
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        """See `orthanc_events_bridge.transports.base.Subscription.leave`. A partition of which nothing is at work is
+        handed over now, the others when that has ended."""
+        if self._balancing is not None:
+            self._balancing.cancel()
+        ours = {one: None for one in (*back, *self._came) if isinstance(one, OrderedDelivery)}
+        for delivery in ours:
+            self._held.pop(delivery, None)
+        self._came = deque(one for one in self._came if one not in ours)
+        # What came from the inbox goes back with `close`: RabbitMQ 3.10 has ended the channel, now and then, of one who
+        # gave back what a consumer had got that was cancelled.
+        busy = {one.lane for one in self._held if isinstance(one, OrderedDelivery)}
+        for lane in busy:
+            lane.retire()
+        await asyncio.gather(*(lane.close() for lane in self._lanes if lane not in busy))
 
     async def close(self) -> None:
         if not self._closed:

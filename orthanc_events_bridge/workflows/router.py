@@ -238,7 +238,10 @@ class Router:
         :raises BridgeError: it can't begin.
         """
         logs(self.settings.log_level)
-        run_until_told(self.serve, self.stop, self.settings.drain)
+        run_until_told(self.settings.name, self.serve, self.stop, self.settings.drain, self._running)
+
+    def _running(self) -> list[str]:
+        return [text for one in self.consumers for text in one.running]
 
     async def serve(self) -> None:
         """Work until `stop` is called.

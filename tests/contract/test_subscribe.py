@@ -568,6 +568,39 @@ def test_waiting_that_is_cancelled_loses_nothing(harness: Harness) -> None:
     run(main(), seconds=3 * PATIENCE)
 
 
+# Leaving.
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_has_not_begun_is_given_to_another_at_once(harness: Harness, ordered: bool) -> None:
+    """While one that leaves still works on something, others get the rest, in its order."""
+    if not (ordered or harness.gives_back):
+        return  # it comes with the end of the subscription, as everything that is held
+    sent = events(60, keys=KEYS)
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with connected(harness) as transport:
+            one = await transport.subscribe(name, oldest=True, ordered=ordered)
+            await transport.publish(sent)
+            held, *back = await collect(one, 2 if ordered else 40, ack=False)
+            other = await transport.subscribe(name, oldest=True, ordered=ordered)
+            await one.leave(back)
+            # What shares a partition with the one that is at work may have to wait for that.
+            found = await drain(other, lambda found: {*ids(found)} >= {*ids(back)} or len({*ids(found)}) > 30, ack=True)
+            await held.ack()
+            while {*ids(found)} < {one.id for one in sent} - {id_of(held)}:
+                found += await drain(other, bool)
+            assert sorted(ids(found)) == sorted({one.id for one in sent} - {id_of(held)})
+            check_order(ids(found), sent)
+            assert max(one.attempt for one in found) <= 2  # by brokers that count themselves
+            await one.close()
+            assert await remaining(transport, other) == []
+            await other.close()
+
+    run(main(), seconds=3 * PATIENCE)
+
+
 # The time that a delivery may take.
 
 

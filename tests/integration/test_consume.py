@@ -113,17 +113,25 @@ def test_check_connects_and_leaves(start: Run, tmp_path: Path) -> None:
     assert out == "consumer hello: hello handles server.started\nmemory: a broker in memory: 0 events\n"
 
 
+#: The same of an async handler that has something else called in a thread.
+IN_THREAD = STUCK.replace(
+    "def stuck(event):", "async def waits(event):\n    await asyncio.to_thread(stuck)\n\ndef stuck():"
+)
+
+
+@pytest.mark.parametrize("text", [STUCK, IN_THREAD], ids=["sync", "to_thread"])
 @pytest.mark.parametrize("command", [["stuck.py"], ["-m", "orthanc_events_bridge", "consume", "stuck:app"]])
-def test_a_sync_handler_that_never_ends_does_not_keep_the_process(
-    start: Run, tmp_path: Path, command: list[str]
+def test_a_thread_that_never_ends_does_not_keep_the_process(
+    start: Run, tmp_path: Path, command: list[str], text: str
 ) -> None:
-    (tmp_path / "stuck.py").write_text(STUCK, "utf-8")
+    (tmp_path / "stuck.py").write_text(text, "utf-8")
     process = start(*command)
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGTERM)
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "gives 1 events back" in said
+    assert f"gives back what did not end within 0.2 s: {'waits' if text == IN_THREAD else 'stuck'}" in said
+    assert "threads run on: stuck" in said or "handlers behind that run on: stuck" in said
     assert out == ("left\n" if command == ["stuck.py"] else "")
 
 

@@ -7,12 +7,14 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.clients import Clients
+from orthanc_events_bridge.consumers.health import Health
 from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError, RefusedError
 from orthanc_events_bridge.transports.base import Delivery, Outgoing
@@ -249,6 +251,80 @@ def test_a_place_of_dead_letters_that_takes_nothing_loses_nothing(monkeypatch: p
     broker.store(outgoing(0))
     run(consumer, broker, lambda: settled(broker) and bool(broker.dead))
     assert asked == 4 and len(broker.dead["one"]) == 1
+
+
+def test_dead_letters_that_can_not_be_stored_hold_up_nobody_as_long_as_there_is_room() -> None:
+    broker, consumer, seen = Broker(), app(concurrency=1, prefetch=4), []
+    broker.refuse_dead = lambda: RefusedError("full", "make room")
+
+    @consumer.on("study.stable")
+    async def never(event: Event) -> None:
+        raise Reject("no")
+
+    @consumer.on("series.stable")
+    async def handler(event: Event) -> None:
+        seen.append(event.id)
+
+    async def main() -> None:
+        transport = MemoryTransport(MemoryOptions(), broker)
+        worker = Worker(transport, consumer._terms, consumer._routes, Clients(None), consumer.meter)
+        health = Health(worker, consumer.meter, "one")
+        working = asyncio.create_task(worker.run())
+
+        async def until(so: Callable[[], bool]) -> None:
+            async with asyncio.timeout(10):
+                while not so():  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+
+        for number in range(3):
+            broker.store(outgoing(number))
+        for number in range(3, 10):
+            broker.store(outgoing(number, "series.stable", f"series-{number}"))
+        await until(lambda: len(seen) == 7)  # although its only handler would wait three times
+        assert consumer.meter.unburied == 3
+        assert health.answer("GET", "/health/ready")[0] == 200
+        broker.store(outgoing(10))
+        await until(lambda: worker.stuck)
+        status, _, text = health.answer("GET", "/health/ready")
+        assert status == 503 and b"dead letters" in text
+        broker.refuse_dead = lambda: None
+        await until(lambda: len(broker.dead.get("one", [])) == 4)
+        await until(lambda: not worker.stuck)
+        worker.stop()
+        await working
+
+    asyncio.run(main())
+    assert consumer.meter.unburied == 0 and consumer.meter.total("dead") == 4
+
+
+def test_dead_letters_that_can_not_be_stored_do_not_hold_up_the_end() -> None:
+    broker, consumer = Broker(), app(drain=60.0)
+    broker.refuse_dead = lambda: RefusedError("full", "make room")
+
+    @consumer.on("study.stable")
+    async def never(event: Event) -> None:
+        raise Reject("no")
+
+    broker.store(outgoing(0))
+    run(consumer, broker, lambda: consumer.meter.unburied == 1)
+    assert len(broker.names["one"].held) == 1 and not broker.dead  # it is the next one's
+
+
+def test_what_one_event_sets_in_its_context_another_does_not_find() -> None:
+    broker, consumer, seen = Broker(), app(concurrency=1), []
+    mine: ContextVar[str] = ContextVar("mine", default="nothing")
+
+    @consumer.on("study.stable")
+    async def handler(event: Event) -> None:
+        seen.append(mine.get())
+        mine.set(event.id)
+        await asyncio.sleep(0)
+        assert mine.get() == event.id
+
+    for number in range(4):
+        broker.store(outgoing(number, key=f"study-{number}"))
+    run(consumer, broker, lambda: settled(broker) and len(seen) == 4)
+    assert seen == ["nothing"] * 4 and not broker.dead
 
 
 def test_a_cut_connection_is_made_again_and_what_was_held_comes_again() -> None:

@@ -372,3 +372,35 @@ def test_a_connection_that_was_closed_meanwhile_is_made_again() -> None:
     asyncio.run(fetcher._follow(1))
     assert [record.offset for record in one.records] == [0, 1]
     assert nodes.opened == 2
+
+
+# Leaving.
+
+
+def test_who_leaves_keeps_nothing_but_what_is_being_handed_over() -> None:
+    counts = {"events": 6}
+    held = {name: frozenset({("events", one), ("events", one + 1)}) for name, one in (("a", 0), ("b", 2), ("c", 4))}
+    claims = {name: Claim(places, frozenset(), name == "a") for name, places in held.items()}
+    shares, more = share_out(claims, counts)
+    assert shares["a"] == set() and more  # the others wait until it has let go
+    assert Claim.decode(claims["a"].encode()) == claims["a"]
+    del claims["a"]
+    shares, more = share_out(claims, counts)
+    assert sorted(map(len, shares.values())) == [3, 3] and not more
+
+
+def test_if_all_leave_nothing_moves() -> None:
+    held = {name: frozenset({("events", one)}) for name, one in (("a", 0), ("b", 1))}
+    shares, more = share_out({name: Claim(places, leaves=True) for name, places in held.items()}, {"events": 2})
+    assert {name: frozenset(share) for name, share in shares.items()} == held and not more
+
+
+def test_what_is_put_back_is_not_settled_and_what_lies_between_is() -> None:
+    one = Partition.begin(("events", 0), None, (0, ""))
+    one.given = 10
+    one.held = dict.fromkeys([2, 5, 7, 9])  # the others of the ten are settled
+    one.put_back([5, 9])
+    assert read_note(*one.progress(4096)) == ([2, 5, 7, 9], 10)
+    one.settled(2)
+    one.settled(7)
+    assert read_note(*one.progress(4096)) == ([5, 9], 10)
