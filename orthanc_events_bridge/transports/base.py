@@ -252,7 +252,9 @@ class Subscription(ABC):
         """
 
     async def leave(self, back: Sequence[Delivery]) -> None:  # noqa: B027 -- who has nothing faster waits for `close`
-        """Take nothing more, and give back what was not begun: others of the name are given it at once, in its order.
+        """Take nothing more, and give back what was not begun: others of the name are given it at once.
+
+        As what `Delivery.nack` gives back it stands outside the order then, unless the subscription is ``ordered``.
 
         `receive` is not called any more. What else is held can be settled until `close`. Where the broker can't give
         single deliveries back, they go to others with `close`. It is no attempt; but a broker that counts deliveries by

@@ -573,7 +573,7 @@ def test_waiting_that_is_cancelled_loses_nothing(harness: Harness) -> None:
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_what_has_not_begun_is_given_to_another_at_once(harness: Harness, ordered: bool) -> None:
-    """While one that leaves still works on something, others get the rest, in its order."""
+    """While one that leaves still works on something, others get the rest."""
     if not (ordered or harness.gives_back):
         return  # it comes with the end of the subscription, as everything that is held
     sent = events(60, keys=KEYS)
@@ -592,7 +592,8 @@ def test_what_has_not_begun_is_given_to_another_at_once(harness: Harness, ordere
             while {*ids(found)} < {one.id for one in sent} - {id_of(held)}:
                 found += await drain(other, bool)
             assert sorted(ids(found)) == sorted({one.id for one in sent} - {id_of(held)})
-            check_order(ids(found), sent)
+            if ordered:  # else what is given back stands outside the order
+                check_order(ids(found), sent)
             assert max(one.attempt for one in found) <= 2  # by brokers that count themselves
             await one.close()
             assert await remaining(transport, other) == []
