@@ -4,9 +4,9 @@ It is acknowledged when they have returned, given again when one of them failed,
 that makes no sense any more. Where the connection is lost in between nothing is sent: the broker gives it again by
 itself.
 
-A place of dead letters that takes nothing loses nothing, and holds nobody up: what has to go there is held, and waits
-beside what is handled. It counts among what a worker may hold (``prefetch``): where all of that waits, nothing more is
-received, which health, metrics and the log say.
+A place of retries or of dead letters that takes nothing loses nothing, and holds nobody up: what has to go there is
+held, and waits beside what is handled. It counts among what a worker may hold (``prefetch``): where all of that waits,
+nothing more is received, which health, metrics and the log say.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two tries to put something among the dead letters.
-_DEAD: Final = 1.0
+#: Settles a delivery.
+_Settle = Callable[[], Coroutine[Any, Any, None]]
+
+#: Seconds between two tries to store a retry or a dead letter.
+_AGAIN: Final = 1.0
 #: So many deliveries are not held against an event at least, whose worker stopped or lost its broker before it began.
 _NOT_BEGUN: Final = 20
 
@@ -77,12 +80,12 @@ class Handling:
         self._spans = Spans(terms.name, system)
         self._threads = DaemonThreads(terms.concurrency, f"{terms.name}-handler")
         self._repeats = Repeats(time.monotonic)
-        self._unburied: dict[Held, dict[str, str]] = {}
+        self._waiting: dict[Held, tuple[_Settle, str]] = {}
 
     @property
     def stuck(self) -> bool:
-        """Whether all that may be held waits for the place of dead letters."""
-        return len(self._unburied) >= self._terms.prefetch
+        """Whether all that may be held waits for a place of retries or dead letters."""
+        return len(self._waiting) >= self._terms.prefetch
 
     def close(self) -> list[str]:
         """Let go of the threads that handlers ran in.
@@ -173,12 +176,11 @@ class Handling:
         if isinstance(outcome, Dead):
             await self.bury(held, outcome.reason, why, headers)
             return
-        self._meter.count("retried", event.name)
         delay = outcome.delay
         if self._terms.ordered:
             delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
         log.warning("%s: %s; attempt %d, again in %.3g s", spell(held), why, event.attempt, delay)
-        await self._settle(held, lambda: held.delivery.nack(delay, headers))
+        await self._store(held, lambda: held.delivery.nack(delay, headers), "retried")
 
     async def bury(self, held: Held, reason: str, why: str = "", headers: dict[str, str] | None = None) -> None:
         """Put it among the dead letters: what is lost there would be lost for good.
@@ -188,51 +190,60 @@ class Handling:
         log.error("%s goes among the dead letters: %s%s", spell(held), reason, f"; {why}" if why else "")
         said = {REASON: ascii_text(reason), LAST_FAILURE: time_text(self._now())} | (headers or {})
         said.setdefault(FIRST_FAILURE, said[LAST_FAILURE])
-        held.begun = True
-        if not self._unburied and await self._bury(held, said):
-            return
-        self._unburied[held] = said
-        self._meter.unburied = len(self._unburied)
-        if len(self._unburied) == 1:
-            self._start(self._bury_later())
-        if self.stuck and (line := self._repeats.line("stuck", f"the consumer {self._terms.name} receives nothing")):
-            log.error("%s: all it may hold, %d events, waits for the place of dead letters", line, len(self._unburied))
+        await self._store(held, lambda: held.delivery.reject(said), "dead")
 
-    async def _bury(self, held: Held, said: dict[str, str]) -> bool:
+    async def _store(self, held: Held, store: _Settle, outcome: str) -> None:
+        """Settle it by what the broker has to store; where that takes nothing, later, beside what is handled."""
+        held.begun = True
+        if not self._waiting and await self._try(held, store, outcome):
+            return
+        self._waiting[held] = store, outcome
+        self._meter.waiting = len(self._waiting)
+        if len(self._waiting) == 1:
+            self._start(self._store_later())
+        if self.stuck and (line := self._repeats.line("stuck", f"the consumer {self._terms.name} receives nothing")):
+            log.error("%s: all it may hold, %d events, waits for a place that takes none", line, len(self._waiting))
+
+    async def _try(self, held: Held, store: _Settle, outcome: str) -> bool:
         """Try it.
 
         :return: False: the place takes nothing now.
         """
         try:
-            if await self._settle(held, lambda: held.delivery.reject(said)):
-                self._meter.count("dead", held.event.name)
+            if await self._settle(held, store):
+                self._meter.count(outcome, held.event.name)
         except TransportError as error:
-            if line := self._repeats.line("dead", f"a dead letter can't be stored: {error}"):
+            if line := self._repeats.line("dead", f"a retry or a dead letter can't be stored: {error}"):
                 log.error("%s; it is held and tried again", line)
             return False
         return True
 
-    async def _bury_later(self) -> None:
+    async def _store_later(self) -> None:
         """Until nothing waits any more. One at a time is tried: it is the place that takes none."""
-        while self._unburied:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DEAD):
-                    await self._stop.wait()
-            while self._unburied:
-                held = next(iter(self._unburied))
-                said = self._unburied.pop(held)
-                if not await self._bury(held, said):
-                    if self._stop.is_set():  # it comes again
-                        self._unburied.clear()
-                    else:
-                        self._unburied[held] = said  # behind the others, which may be smaller
-                    break
-                self._repeats.over("stuck")
-            self._meter.unburied = len(self._unburied)
+        try:
+            while self._waiting:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_AGAIN):
+                        await self._stop.wait()
+                for held in list(self._waiting):
+                    store, outcome = self._waiting[held]
+                    stored = await self._try(held, store, outcome)
+                    del self._waiting[held]
+                    if not stored:
+                        if self._stop.is_set():  # they come again
+                            self._waiting.clear()
+                        else:
+                            self._waiting[held] = store, outcome  # behind the others, which may be smaller
+                        break
+                    self._repeats.over("stuck")
+                self._meter.waiting = len(self._waiting)
+        finally:
+            self._waiting.clear()
+            self._meter.waiting = 0
         if self._repeats.over("dead") and not self._stop.is_set():
-            log.info("the consumer %s has stored the dead letters that waited", self._terms.name)
+            log.info("the consumer %s has stored what waited", self._terms.name)
 
-    async def _settle(self, held: Held, settle: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    async def _settle(self, held: Held, settle: _Settle) -> bool:
         """Settle it, unless it isn't ours any more.
 
         :return: whether it is settled.

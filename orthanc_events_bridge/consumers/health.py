@@ -4,7 +4,7 @@
     200 as long as the event loop runs; a handler that blocks it keeps the answer waiting, or gets 503 behind it.
 ``/health/ready``
     200 while the worker is subscribed, else 503; and 503 while it receives nothing, since all that it may hold waits
-    for a place of dead letters that takes none.
+    for a place of retries or dead letters that takes none.
 ``/metrics``
     Prometheus' text format; 501 where ``prometheus_client`` is not installed.
 
@@ -63,7 +63,11 @@ class Health:
             return HTTPStatus.OK, _TEXT, b"alive\n"
         if path == "/health/ready":
             if self._worker.ready and self._worker.stuck:
-                return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"all it holds waits for the place of dead letters\n"
+                return (
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    _TEXT,
+                    b"all it holds waits for a place of retries or dead letters\n",
+                )
             if self._worker.ready:
                 return HTTPStatus.OK, _TEXT, b"receiving events\n"
             return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"not subscribed\n"

@@ -31,7 +31,7 @@ class Meter:
     :ivar durations: short name → how many ended within each of `BUCKETS`, and all.
     :ivar seconds: short name → seconds in handlers.
     :ivar newest: when the newest event that is handled was recorded, in seconds since the epoch; none: there is none.
-    :ivar unburied: events that wait for a place of dead letters that takes none.
+    :ivar waiting: events that wait for a place of retries or dead letters that takes none.
     :ivar lag: seconds from then until it was handled.
     """
 
@@ -42,7 +42,7 @@ class Meter:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.newest: float | None = None
         self.lag = 0.0
-        self.unburied = 0
+        self.waiting = 0
 
     def count(self, outcome: str, name: str) -> None:
         """One more event has come to this end."""

@@ -42,9 +42,9 @@ class Collector:
         gauge.add_metric([self._consumer], meter.in_flight)
         yield gauge
         gauge = GaugeMetricFamily(
-            f"{_PREFIX}_dead_waiting", "Events that wait for a place of dead letters that takes none.", labels=one
+            f"{_PREFIX}_waiting", "Events that wait for a place of retries or dead letters that takes none.", labels=one
         )
-        gauge.add_metric([self._consumer], meter.unburied)
+        gauge.add_metric([self._consumer], meter.waiting)
         yield gauge
         histogram = HistogramMetricFamily(
             f"{_PREFIX}_duration_seconds", "Time in the handlers of an event.", labels=typed

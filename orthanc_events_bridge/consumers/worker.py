@@ -109,7 +109,7 @@ class Worker:
 
     @property
     def stuck(self) -> bool:
-        """Whether it receives nothing, since all that it may hold waits for the place of dead letters."""
+        """Whether it receives nothing, since all that it may hold waits for a place of retries or dead letters."""
         return self._handling.stuck
 
     # Its life.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -17,8 +17,9 @@ from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.health import Health
 from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError, RefusedError
-from orthanc_events_bridge.transports.base import Delivery, Outgoing
+from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
+from orthanc_events_bridge.transports.memory_subscription import MemoryDelivery
 from orthanc_events_bridge.transports.options import MemoryOptions
 
 QUICK = RetryPolicy(max_attempts=3, initial=0.0, maximum=0.0)
@@ -233,7 +234,7 @@ def test_no_more_handlers_run_than_are_allowed() -> None:
 
 
 def test_a_place_of_dead_letters_that_takes_nothing_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthanc_events_bridge.consumers.handling._DEAD", 0.0)
+    monkeypatch.setattr("orthanc_events_bridge.consumers.handling._AGAIN", 0.0)
     broker, consumer = Broker(), app()
     asked = 0
 
@@ -281,7 +282,7 @@ def test_dead_letters_that_can_not_be_stored_hold_up_nobody_as_long_as_there_is_
         for number in range(3, 10):
             broker.store(outgoing(number, "series.stable", f"series-{number}"))
         await until(lambda: len(seen) == 7)  # although its only handler would wait three times
-        assert consumer.meter.unburied == 3
+        assert consumer.meter.waiting == 3
         assert health.answer("GET", "/health/ready")[0] == 200
         broker.store(outgoing(10))
         await until(lambda: worker.stuck)
@@ -294,7 +295,33 @@ def test_dead_letters_that_can_not_be_stored_hold_up_nobody_as_long_as_there_is_
         await working
 
     asyncio.run(main())
-    assert consumer.meter.unburied == 0 and consumer.meter.total("dead") == 4
+    assert consumer.meter.waiting == 0 and consumer.meter.total("dead") == 4
+
+
+def test_a_retry_that_can_not_be_stored_is_held_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orthanc_events_bridge.consumers.handling._AGAIN", 0.0)
+    broker, consumer, attempts = Broker(), app(), []
+    refused: list[int] = []
+    nack = MemoryDelivery.nack
+
+    async def refuse(self: MemoryDelivery, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        if len(refused) < 3:
+            refused.append(self.attempt)
+            raise RefusedError("full", "make room")
+        await nack(self, delay, headers)
+
+    monkeypatch.setattr(MemoryDelivery, "nack", refuse)
+
+    @consumer.on("study.stable")
+    async def handler(event: Event) -> None:
+        attempts.append(event.attempt)
+        if event.attempt == 1:
+            raise ValueError
+
+    broker.store(outgoing(0))
+    run(consumer, broker, lambda: settled(broker) and len(attempts) == 2)
+    assert attempts == [1, 2] and refused == [1, 1, 1]
+    assert consumer.meter.total("retried") == 1 and consumer.meter.waiting == 0
 
 
 def test_dead_letters_that_can_not_be_stored_do_not_hold_up_the_end() -> None:
@@ -306,7 +333,7 @@ def test_dead_letters_that_can_not_be_stored_do_not_hold_up_the_end() -> None:
         raise Reject("no")
 
     broker.store(outgoing(0))
-    run(consumer, broker, lambda: consumer.meter.unburied == 1)
+    run(consumer, broker, lambda: consumer.meter.waiting == 1)
     assert len(broker.names["one"].held) == 1 and not broker.dead  # it is the next one's
 
 
