@@ -2,7 +2,7 @@
 
 Test-only. A bridge with mutants is started in place of the real one: ``ORTHANC_EVENTS_PYTHON`` names a script that runs
 this module (`wrapper`), and ``ORTHANC_EVENTS_MUTANTS`` says which. Those of Orthanc's process are put into a test's
-shim (`in_orthanc`).
+shim (`in_orthanc`). Those of consumers: `orthanc_events_bridge.testing.consumer_mutants`.
 """
 
 from __future__ import annotations

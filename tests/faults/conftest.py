@@ -11,6 +11,21 @@ import pytest
 
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
+from tests.contract.harness import Harness
+from tests.contract.table import TABLE
+
+
+@pytest.fixture(params=[name for name, (_, can) in TABLE.items() if can.subscribable and can.durable])
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    """Every broker that consumers can be on, with a place of its own; ``indirect``: the named one."""
+    kind, _ = TABLE[request.param]
+    found = kind(tmp_path / "broker")
+    found.new_place()
+    try:
+        yield found
+    finally:
+        found.tidy()
+        found.close()
 
 
 @pytest.fixture

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from orthanc_events_bridge.consumers import RetryPolicy
 from orthanc_events_bridge.events.mapping import partition
+from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.transports.options import TransportOptions
+from tests.contract.harness import Harness
+from tests.faults.judging import Note
 
 _PROGRAM = Path(__file__).with_name("consumer_process.py")
 
+KEYS = [f"study-{number}" for number in range(200)]
+#: For what fails by chance.
+QUICK = RetryPolicy(max_attempts=20, initial=0.1, maximum=1.0)
 
-def cloud_event(number: int, key: str, *, poison: bool = False) -> Outgoing:
-    """An event about a study, as the bridge sends it."""
+
+def cloud_event(number: int, key: str, *, poison: bool = False, takes: float | None = None) -> Outgoing:
+    """An event about a study, as the bridge sends it.
+
+    :param takes: seconds that its handler takes, where that is not left to chance.
+    """
     identifier = f"{number:08d}-0000-5000-8000-000000000000"
     content = {
         "specversion": "1.0",
@@ -34,33 +44,90 @@ def cloud_event(number: int, key: str, *, poison: bool = False) -> Outgoing:
         "time": "2026-11-27T08:00:00.000Z",
         "partitionkey": key,
         "sequence": f"{number:020d}",
-        "data": {"change": "NewChildInstance", "level": "study", "id": key, "parents": {}, "poison": poison},
+        "data": {
+            "change": "NewChildInstance",
+            "level": "study",
+            "id": key,
+            "parents": {},
+            "poison": poison,
+            "takes": takes,
+        },
     }
     body = json.dumps(content).encode()
     where = ("main", "study", "instance-added", key, partition(key))
     return Outgoing(identifier, *where, "application/cloudevents+json", body)
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What a worker wrote down: ``begin``, ``end``, ``fail`` or ``reject`` of an event.
+def events(count: int, *, poison: int = 0, keys: Sequence[str] = KEYS) -> list[Outgoing]:
+    """In order, their keys in turn; each so many-th is poison."""
+    return [
+        cloud_event(number, keys[number % len(keys)], poison=bool(poison) and number % poison == 7)
+        for number in range(count)
+    ]
 
-    :ivar at: seconds on the machine's clock, the same for all workers.
+
+def options(harness: Harness) -> TransportOptions:
+    """What workers of their own processes need to reach the broker."""
+    return harness.transport()._options  # type: ignore[attr-defined,no-any-return]  # every transport's own name
+
+
+def publish(broker: TransportOptions, sent: Sequence[Outgoing]) -> None:
+    """As the bridge does."""
+
+    async def main() -> None:
+        transport = create(broker)
+        await transport.connect()
+        try:
+            for start in range(0, len(sent), 500):
+                await transport.publish(sent[start : start + 500])
+        finally:
+            await transport.close()
+
+    asyncio.run(main())
+
+
+def dead(broker: TransportOptions, name: str, *, remove: bool = False) -> list[dict[str, str]]:
+    """The headers of a consumer's dead letters.
+
+    :param remove: clear them away, too.
     """
 
-    at: float
-    worker: int
-    what: str
-    id: str
-    attempt: int
+    async def read() -> list[dict[str, str]]:
+        transport = create(broker)
+        await transport.connect()
+        letters = await transport.dead_letters(name)
+        try:
+            found = [one async for one in letters.read()]
+            if remove:
+                await letters.remove(found)
+            return [one.message.headers for one in found]
+        finally:
+            await letters.close()
+            await transport.close()
+
+    return asyncio.run(read())
+
+
+def id_of(headers: Mapping[str, str]) -> str:
+    """Of the event that a dead letter was."""
+    return headers.get("orthanc-event-id") or headers["nats-msg-id"][:36]
+
+
+def clock() -> float:
+    """Seconds, the same for all processes of this machine."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 class Group:
     """Workers of one name.
 
     :param folder: for what they write down.
-    :param longest: seconds that a handler takes at most.
+    :param name: of their consumer.
+    :param busy: seconds that a handler takes at most.
     :param failing: the part of handlings that fail by chance.
+    :param blocking: the handler is no coroutine function: it blocks a thread.
+    :param lease: seconds; the handler does what it does once (docs/once.md). 0: it doesn't.
+    :param without: protections that are switched off (`orthanc_events_bridge.testing.consumer_mutants`).
     :param consumer: further arguments of `Consumer`.
     """
 
@@ -70,17 +137,21 @@ class Group:
         broker: TransportOptions,
         name: str,
         *,
-        longest: float = 0.002,
+        busy: float = 0.002,
         failing: float = 0.0,
+        blocking: bool = False,
+        lease: float = 0.0,
+        without: Sequence[str] = (),
         **consumer: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.name = name
         self._folder = folder
         self._options = folder / "options"
-        self._options.write_bytes(
-            pickle.dumps({"broker": broker, "name": name, "longest": longest, "failing": failing, "consumer": consumer})
-        )
+        how = {"busy": busy, "failing": failing, "blocking": blocking, "lease": lease, "without": without}
+        self._options.write_bytes(pickle.dumps({"broker": broker, "name": name, "consumer": consumer, **how}))
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.killed: dict[int, float] = {}
         self._told: set[int] = set()  # to end
         self._logs: list[Any] = []
 
@@ -116,6 +187,9 @@ class Group:
                 return
             self._told.add(number)
         self.workers[number].send_signal(what)
+        if what == signal.SIGKILL:
+            self.workers[number].wait()
+            self.killed[number] = clock()
 
     def stop(self) -> None:
         """Have all end as they should, and see that they do."""
@@ -144,6 +218,14 @@ class Group:
         """The events that were handled."""
         return {one.id for one in self.notes() if one.what == "end"}
 
+    def quiet(self, until: Callable[[], bool], seconds: float = 8.0) -> None:
+        """Wait until something is so, or nobody has written anything down for so long."""
+        count, since = -1, time.monotonic()
+        while not until() and time.monotonic() - since < seconds:
+            time.sleep(0.1)
+            if (now := len(self.notes())) != count:
+                count, since = now, time.monotonic()
+
     def wait(self, until: Callable[[], bool], seconds: float, every: float = 0.25) -> None:
         """Wait until something is so."""
         end = time.monotonic() + seconds
@@ -154,43 +236,21 @@ class Group:
             time.sleep(every)
 
 
-@dataclass(frozen=True, slots=True)
-class Handled:
-    """What came of what was sent.
-
-    :ivar lost: never handled.
-    :ivar unexpected: handled, and never sent.
-    :ivar again: handled more than once.
-    :ivar overtaken: first handled to its end before an earlier one of its key had been.
-    """
-
-    lost: int
-    unexpected: int
-    again: int
-    overtaken: int
-
-    def __str__(self) -> str:
-        return f"lost {self.lost}, unexpected {self.unexpected}, again {self.again}, overtaken {self.overtaken}"
-
-
-def judge(sent: Sequence[Outgoing], notes: Sequence[Note], settled: Sequence[str] = ()) -> Handled:
-    """Compare.
-
-    :param settled: ids of those that were settled otherwise, as dead letters.
-    """
-    ends: dict[str, int] = defaultdict(int)
-    order: dict[str, list[int]] = defaultdict(list)
-    by_id = {one.id: one for one in sent}
-    for note in notes:
-        if note.what == "end":
-            if note.id in by_id and not ends[note.id]:
-                order[by_id[note.id].key].append(int(note.id[:8]))
-            ends[note.id] += 1
-    overtaken = sum(before > after for found in order.values() for before, after in pairwise(found))
-    done = {*ends, *settled}
-    return Handled(
-        lost=len(by_id.keys() - done),
-        unexpected=len(ends.keys() - by_id.keys()),
-        again=sum(count - 1 for count in ends.values() if count > 1),
-        overtaken=overtaken,
-    )
+def trouble(group: Group, chance: random.Random, seconds: float, workers: int, ack_wait: float) -> None:
+    """Kill, freeze, stop and start workers at random."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(chance.uniform(0.3, 1.0))
+        alive = group.alive
+        if len(alive) < workers:
+            group.start(workers - len(alive))
+            continue
+        victim, what = chance.choice(alive), chance.random()
+        if what < 0.4:
+            group.send(victim, signal.SIGKILL)
+        elif what < 0.7:
+            group.send(victim, signal.SIGTERM)
+        else:
+            group.send(victim, signal.SIGSTOP)
+            time.sleep(chance.uniform(0.1, 1.5 * ack_wait))
+            group.send(victim, signal.SIGCONT)

@@ -1,0 +1,143 @@
+"""Protections of consumers, switched off on purpose, to show that the tests would notice.
+
+Test-only. A worker of ``tests/faults/consumer_process.py`` switches off by itself what its test names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from orthanc_events_bridge.consumers import stores, worker
+from orthanc_events_bridge.consumers.event import Event, read
+from orthanc_events_bridge.consumers.worker import Worker
+from orthanc_events_bridge.transports.base import Delivery, Incoming
+
+
+def _acknowledging_first() -> None:
+    """What is given is acknowledged before its handlers have returned."""
+    handle = Worker._handle
+
+    async def nothing(*_: object) -> None:
+        """It is settled."""
+
+    async def acknowledge_and_handle(self: Worker, held: Any) -> None:
+        await held.delivery.ack()
+        for name in ("ack", "nack", "reject", "extend"):
+            setattr(held.delivery, name, nothing)
+        await handle(self, held)
+
+    Worker._handle = acknowledge_and_handle  # type: ignore[method-assign]
+
+
+def _settling_late() -> None:
+    """Whoever stood still goes on with what another has by now, and settles it (NATS)."""
+    from orthanc_events_bridge.transports.nats_settling import Settling
+
+    Worker._look = lambda self: setattr(self, "ticked", self._clock())  # type: ignore[method-assign]
+    Settling._late = lambda self, delivery: False  # type: ignore[method-assign]
+
+
+def _counting_in_memory() -> None:
+    """Each worker counts the attempts that it has seen itself."""
+    counts = Counter[str]()
+
+    def counted(message: Incoming, attempt: int = 1) -> Event:
+        event = read(message, attempt)
+        counts[event.id] += 1
+        return dataclasses.replace(event, attempt=counts[event.id])
+
+    worker.read = counted  # type: ignore[attr-defined]
+
+
+class _Forgetful(dict[str, Any]):
+    """Finds nothing."""
+
+    def get(self, *_: object) -> None:
+        """Nothing."""
+
+    def __delitem__(self, key: str) -> None:
+        self.pop(key, None)
+
+
+def _without_keys() -> None:
+    """A worker begins what it is given whatever else it does about the same key."""
+    accept = Worker._accept
+
+    def forget_and_accept(self: Worker, delivery: Delivery) -> None:
+        self._chains = _Forgetful()
+        accept(self, delivery)
+
+    Worker._accept = forget_and_accept  # type: ignore[method-assign]
+
+
+def _without_waiting() -> None:
+    """In order, what is behind an event that is given back doesn't wait for it (NATS)."""
+    from orthanc_events_bridge.transports.nats_ordered import NatsOrderedSubscription
+    from orthanc_events_bridge.transports.nats_settling import Settling
+
+    NatsOrderedSubscription.give_back = Settling.give_back  # type: ignore[method-assign]
+
+
+def _acknowledging_the_dead() -> None:
+    """What goes among the dead letters is acknowledged before it is stored there (NATS)."""
+    from orthanc_events_bridge.transports.nats_settling import NatsDelivery, Settling
+
+    async def reject(self: Settling, delivery: NatsDelivery, headers: Mapping[str, str]) -> None:
+        if self._ours(delivery):
+            await self.settle(delivery, b"+ACK")
+            await self._copies.dead(delivery.message, delivery.key, delivery.attempt, headers)
+
+    Settling.reject = reject  # type: ignore[method-assign]
+
+
+def _without_drain() -> None:
+    """A worker that is to stop waits for no handler."""
+
+    async def nothing(self: Worker) -> None:
+        """What runs is cut off when the event loop ends."""
+
+    Worker._drain = nothing  # type: ignore[method-assign]
+
+
+def _without_extending() -> None:
+    """A worker gives no sign of life for what it holds."""
+
+    async def nothing(self: Worker) -> None:
+        """For what is held."""
+
+    Worker._beat = nothing  # type: ignore[method-assign]
+
+
+def _without_claims() -> None:
+    """That another has begun an effect keeps nobody from it."""
+    make = stores.make
+
+    def make_without(store: Any) -> stores.Store:
+        made = make(store)
+        begin = made.begin
+
+        async def begin_always(key: str, owner: str, lease: float) -> stores.Begun:
+            found = await begin(key, owner, lease)
+            return stores.Begun("mine") if found.state == "theirs" else found
+
+        made.begin = begin_always  # type: ignore[method-assign]
+        return made
+
+    stores.make = make_without
+
+
+#: Those of a consumer's process
+MUTANTS: Final[dict[str, Callable[[], None]]] = {
+    "return": _acknowledging_first,
+    "late": _settling_late,
+    "counts": _counting_in_memory,
+    "keys": _without_keys,
+    "waiting": _without_waiting,
+    "stored": _acknowledging_the_dead,
+    "drain": _without_drain,
+    "extend": _without_extending,
+    "claim": _without_claims,
+}
