@@ -14,6 +14,7 @@ from orthanc_events_bridge.consumers import stores, worker
 from orthanc_events_bridge.consumers.event import Event, read
 from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.transports.base import Delivery, Incoming
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 
 def _acknowledging_first() -> None:
@@ -111,22 +112,42 @@ def _without_extending() -> None:
     Worker._beat = nothing  # type: ignore[method-assign]
 
 
-def _without_claims() -> None:
-    """That another has begun an effect keeps nobody from it."""
+def _with_stores(change: Callable[[stores.Store], None]) -> None:
     make = stores.make
 
-    def make_without(store: Any) -> stores.Store:
+    def make_changed(store: str | NatsOptions) -> stores.Store:
         made = make(store)
-        begin = made.begin
+        change(made)
+        return made
+
+    stores.make = make_changed
+
+
+def _without_claims() -> None:
+    """That another has begun an effect keeps nobody from it."""
+
+    def change(store: stores.Store) -> None:
+        begin = store.begin
 
         async def begin_always(key: str, owner: str, lease: float) -> stores.Begun:
             found = await begin(key, owner, lease)
             return stores.Begun("mine") if found.state == "theirs" else found
 
-        made.begin = begin_always  # type: ignore[method-assign]
-        return made
+        store.begin = begin_always  # type: ignore[method-assign]
 
-    stores.make = make_without
+    _with_stores(change)
+
+
+def _without_notes() -> None:
+    """That an effect is done is not noted."""
+
+    def change(store: stores.Store) -> None:
+        async def nothing(key: str, owner: str, keep: float) -> bool:
+            return True
+
+        store.finish = nothing  # type: ignore[method-assign]
+
+    _with_stores(change)
 
 
 #: Those of a consumer's process
@@ -140,4 +161,5 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "drain": _without_drain,
     "extend": _without_extending,
     "claim": _without_claims,
+    "note": _without_notes,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -86,3 +86,70 @@ def judge(
         together=together,
         cut=cut + sum(len(left) for (worker, _), left in running.items() if worker not in killed),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What came of effects that are to be done once.
+
+    :ivar lost: never done.
+    :ivar skipped: taken for done before anybody had done it.
+    :ivar overlapping: begun while another was at it, who was alive, and had not stood still for longer than its lease.
+    :ivar repeated: begun again behind the note that it is done, or while who had done it lived on to note it.
+    :ivar twice: done by a worker that was killed before it could note that. No store can prevent it.
+    :ivar late: begun while another was at it, who had stood still for longer than its lease, and said so.
+    """
+
+    lost: int
+    skipped: int
+    overlapping: int
+    repeated: int
+    twice: int
+    late: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {count}" for name, count in asdict(self).items())
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether it is what docs/once.md promises."""
+        return not (self.lost or self.skipped or self.overlapping or self.repeated)
+
+
+def judge_effects(
+    sent: Sequence[Outgoing], notes: Sequence[Note], killed: Mapping[int, float], said: Collection[tuple[int, str]]
+) -> Effects:
+    """Compare.
+
+    :param killed: when a worker was certainly dead.
+    :param said: workers, and events of which they said that their lease was lost.
+    """
+    found: dict[str, int] = dict.fromkeys(("skipped", "overlapping", "repeated", "twice", "late"), 0)
+    running: dict[str, set[int]] = defaultdict(set)
+    noted: dict[str, dict[int, bool]] = defaultdict(dict)  # whether it is, for those that came to its end
+    for one in notes:
+        at_it, done = running[one.id], noted[one.id]
+        if one.what == "begin":
+            dead = {worker for worker in at_it if killed.get(worker, one.at) < one.at}
+            for worker in at_it - dead:
+                gone = worker in killed and one.id not in _ends(notes, worker)
+                found["late" if gone or (worker, one.id) in said else "overlapping"] += 1
+            for worker, is_noted in done.items():
+                if is_noted or killed.get(worker, one.at) >= one.at:
+                    found["late" if (worker, one.id) in said else "repeated"] += 1
+                else:
+                    found["twice"] += 1
+            running[one.id] = (at_it - dead) | {one.worker}
+        elif one.what == "noted":
+            done[one.worker] = True
+        elif one.what == "skip":
+            found["skipped"] += not done
+        else:
+            at_it.discard(one.worker)
+            if one.what == "end":
+                done[one.worker] = False
+    return Effects(lost=sum(not noted[one.id] for one in sent), **found)
+
+
+def _ends(notes: Sequence[Note], worker: int) -> set[str]:
+    return {one.id for one in notes if one.worker == worker and one.what == "end"}

@@ -145,6 +145,7 @@ CASES: list[Any] = [
     pytest.param("drain", a_worker_is_stopped, "nats", id="drain"),
     pytest.param("extend", a_handler_takes_long, "nats", id="extend"),
     pytest.param("claim", two_are_given_the_same, "nats", id="claim"),
+    pytest.param("note", two_are_given_the_same, "nats", id="note"),
 ]
 
 

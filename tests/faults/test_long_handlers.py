@@ -23,7 +23,7 @@ MINUTES = 60.0
 
 @pytest.mark.parametrize(
     ("seconds", "ack_wait"),
-    [pytest.param(8.0, 2.0, id="short"), pytest.param(45 * MINUTES, 30.0, id="45-minutes", marks=pytest.mark.slow)],
+    [pytest.param(10.0, 4.0, id="short"), pytest.param(45 * MINUTES, 30.0, id="45-minutes", marks=pytest.mark.slow)],
 )
 def test_a_long_handler_keeps_what_it_holds(harness: Harness, tmp_path: Path, seconds: float, ack_wait: float) -> None:
     """Of both kinds, ordered and not, while others come and go and the rest of the events go on.
