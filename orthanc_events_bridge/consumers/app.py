@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
     from orthanc_events_bridge.testing.kit import Trial
     from orthanc_events_bridge.transports.base import Transport
-
-log = logging.getLogger(__name__)
 
 _H = TypeVar("_H", bound=Callable[..., Any])
 

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from orthanc_events_bridge.consumers import stores, worker
 from orthanc_events_bridge.consumers.event import Event, read
+from orthanc_events_bridge.consumers.holding import Held, Holding
+from orthanc_events_bridge.consumers.keys import Keys
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.transports.base import Delivery, Incoming
+from orthanc_events_bridge.transports.base import Incoming
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 
@@ -37,8 +39,8 @@ def _settling_late() -> None:
     """Whoever stood still goes on with what another has by now, and settles it (NATS)."""
     from orthanc_events_bridge.transports.nats_settling import Settling
 
-    Worker._look = lambda self: setattr(self, "ticked", self._clock())  # type: ignore[method-assign]
-    Settling._late = lambda self, delivery: False  # type: ignore[method-assign]
+    Holding.look = lambda self: setattr(self, "ticked", self._clock())  # type: ignore[method-assign]
+    Settling._late = lambda self, delivery, now=None: False  # type: ignore[method-assign]
 
 
 def _counting_in_memory() -> None:
@@ -53,25 +55,19 @@ def _counting_in_memory() -> None:
     worker.read = counted  # type: ignore[attr-defined]
 
 
-class _Forgetful(dict[str, Any]):
-    """Finds nothing."""
-
-    def get(self, *_: object) -> None:
-        """Nothing."""
-
-    def __delitem__(self, key: str) -> None:
-        self.pop(key, None)
-
-
 def _without_keys() -> None:
     """A worker begins what it is given whatever else it does about the same key."""
-    accept = Worker._accept
+    add = Keys.add
 
-    def forget_and_accept(self: Worker, delivery: Delivery) -> None:
-        self._chains = _Forgetful()
-        accept(self, delivery)
+    def forget_and_add(self: Keys, held: Held) -> None:
+        self._behind.clear()
+        add(self, held)
 
-    Worker._accept = forget_and_accept  # type: ignore[method-assign]
+    def done(self: Keys, key: str) -> None:
+        self._behind.pop(key, None)
+
+    Keys.add = forget_and_add  # type: ignore[method-assign]
+    Keys._done = done  # type: ignore[method-assign]
 
 
 def _without_waiting() -> None:
@@ -106,10 +102,10 @@ def _without_drain() -> None:
 def _without_extending() -> None:
     """A worker gives no sign of life for what it holds."""
 
-    async def nothing(self: Worker) -> None:
+    async def nothing(self: Holding) -> None:
         """For what is held."""
 
-    Worker._beat = nothing  # type: ignore[method-assign]
+    Holding.beat = nothing  # type: ignore[method-assign]
 
 
 def _with_stores(change: Callable[[stores.Store], None]) -> None:
