@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import aiormq
-from aiormq.exceptions import AMQPError, AuthenticationError
+from aiormq.exceptions import AMQPError
 from yarl import URL
 
 from orthanc_events_bridge.errors import (
@@ -22,7 +21,8 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, chain, closed, words
+from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, closed, words
+from orthanc_events_bridge.transports.rabbitmq_login import HungUpError, not_connected
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.tls import client_context, cut
 
@@ -35,10 +35,6 @@ _GOODBYE: Final = 0.4
 _CUTTING: Final = 0.3
 #: Seconds between two heartbeats; a server that is silent for three and a half times that is given up.
 _HEARTBEAT: Final = 10
-
-
-class _HungUpError(TransportConfigurationError):
-    """The server ended the connection in place of answering the login."""
 
 
 class Connection:
@@ -57,6 +53,7 @@ class Connection:
         self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._number = 0  # of the channel that was opened last
         self._options = options
+        self._server = server
         tls = client_context(options.tls, "RabbitMQ") if options.tls_required else None
         self._sockets = Sockets(host, port, tls, options.tls.server_hostname)
         query = {"heartbeat": str(_HEARTBEAT), "name": f"orthanc-events-bridge {options.name}", "auth": options.auth}
@@ -75,11 +72,11 @@ class Connection:
         :raises TransportConfigurationError: it refuses us, or we refuse it.
         """
         # It was on its way down, or its answer got lost behind the end of the connection.
-        with contextlib.suppress(_HungUpError):
+        with contextlib.suppress(HungUpError):
             return await cls._open(options, server)
         try:
             return await cls._open(options, server)
-        except _HungUpError as error:
+        except HungUpError as error:
             raise TransportConfigurationError(error.message, error.remedy) from None
 
     @classmethod
@@ -89,18 +86,28 @@ class Connection:
         try:
             await asyncio.wait([opening], timeout=options.connect_timeout)
             if not opening.done():
-                raise connection._not_connected(TimeoutError())
+                raise connection._refused(TimeoutError())
             if opening.cancelled():
-                raise connection._not_connected(ConnectionError("given up"))
+                raise connection._refused(ConnectionError("given up"))
             error = opening.exception()
             if error is not None:
-                raise connection._not_connected(error)
+                raise connection._refused(error)
         except BaseException:
             opening.cancel()
             await connection.give_up()
             raise
         connection._amqp.closing.add_done_callback(connection._on_closed)
         return connection
+
+    def _refused(self, error: BaseException) -> TransportError:
+        return not_connected(self.url, self._options, error, vhost=self.vhost, encrypted=self.encrypted)
+
+    async def another(self) -> Connection:
+        """Open a second one to the same server.
+
+        :raises TransportError: as `open`.
+        """
+        return await self.open(self._options, self._server)
 
     # What it is.
 
@@ -236,6 +243,10 @@ class Connection:
         if not self._faulty.done():
             self._faulty.set_result(None)
 
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        """Have something called as soon as it can't be used any more; at once where it can't be already."""
+        self._faulty.add_done_callback(lambda done: tell())
+
     def lost(self, error: BaseException | None = None) -> NotConnectedError:
         """The error that says so."""
         text = f": {words(error)}" if error and words(error) else ""
@@ -267,9 +278,13 @@ class Connection:
     def _on_closed(self, closing: asyncio.Future[Any]) -> None:
         self.fail(self.lost(None if closing.cancelled() else closing.exception()))
 
-    async def give_up(self) -> None:
-        """End it: politely where the server answers at once; nothing that a frozen one doesn't take holds it up."""
-        healthy = self.fault is None and self._amqp.is_opened
+    async def give_up(self, goodbye: float = _GOODBYE) -> None:
+        """End it: politely where the server answers at once; nothing that a frozen one doesn't take holds it up.
+
+        :param goodbye: seconds that being polite may take; cutting it off takes 0.3 more at most.
+        """
+        # While an alarm is on, the server does not read what we would say.
+        healthy = self.fault is None and self._amqp.is_opened and not self.alarm
         self.fail(self.lost())
         writer = self._sockets.writer
         if writer is None:
@@ -278,47 +293,7 @@ class Connection:
             cut(writer)
         closing = asyncio.ensure_future(self._amqp.close())
         closing.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait([closing], timeout=_GOODBYE)
+        await asyncio.wait([closing], timeout=goodbye)
         if not closing.done():
             cut(writer)
             await asyncio.wait([closing], timeout=_CUTTING)
-
-    # What it is ended by at the beginning.
-
-    def _not_connected(self, error: BaseException) -> TransportError:
-        """Which of our errors a failed attempt to connect is."""
-        place = f"RabbitMQ at {self.url}"
-        text = words(error)
-        for cause in chain(error):
-            if isinstance(cause, ssl.SSLError):
-                return TransportConfigurationError(
-                    f"{place}: TLS failed: {words(cause)}",
-                    "check tls.ca_file, the names and dates in the certificates, and tls.cert_file",
-                )
-        if isinstance(error, AuthenticationError):
-            return TransportConfigurationError(
-                f"{place} does not offer to log in by {self._options.auth.upper()}, but by {error.args[0]}",
-                "set auth to plain, or enable the plugin rabbitmq_auth_mechanism_ssl and its mechanism at the server",
-            )
-        if isinstance(error, ClosedError):
-            if error.code == 403:
-                return TransportConfigurationError(
-                    f"{place} refuses the credentials: {text}",
-                    "check user and password, or the certificate; RabbitMQ takes guest from its own machine only",
-                )
-            if error.code == 530:
-                return TransportConfigurationError(
-                    f"{place} does not let us into the virtual host {self.vhost}: {text}",
-                    "check the virtual host in the URL, and the user's permissions and limits there",
-                )
-        if isinstance(error, TimeoutError):
-            text = f"no answer within {self._options.connect_timeout:g} s"
-        elif self.encrypted and isinstance(error, AMQPError | OSError):
-            # From TLS 1.3 on a server looks at our certificate when the handshake is over for us.
-            return _HungUpError(
-                f"{place} ended the connection while we logged in: {text}",
-                "check tls.cert_file if it verifies its clients; see its log",
-            )
-        if isinstance(error, AMQPError | OSError | ClosedError):
-            return NotConnectedError(f"{place} can't be reached: {text}", "start RabbitMQ, or check `servers`")
-        return TransportConfigurationError(f"{place}: {type(error).__name__}: {text}", "check the transport's options")
