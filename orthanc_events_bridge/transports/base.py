@@ -209,7 +209,7 @@ class Delivery(ABC):
         :param headers: are added to the message, in place of those of the same name; names in lower case, values in
             ASCII. With ``ordered`` they may be forgotten when the subscriber ends.
         :raises NotConnectedError: it will come again, and that at once.
-        :raises TransportError: it could not be kept for so long now. The delivery is held on, and can be given back
+        :raises TransportError: it can't be kept now, or not for so long. The delivery is held on, and can be given back
             again, or settled otherwise.
         """
 

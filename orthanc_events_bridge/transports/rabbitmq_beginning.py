@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
 
-from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.errors import NotConnectedError, RefusedError
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_message import headers_of
@@ -67,9 +67,15 @@ class Beginning:
     async def announce(self) -> None:
         """Write down that there is a past to be copied.
 
-        :raises TransportError: RabbitMQ doesn't answer, or does not permit it.
+        :raises NotConnectedError: RabbitMQ doesn't answer.
+        :raises TransportConfigurationError: RabbitMQ does not permit it.
         """
-        await self._put({})
+        try:
+            await self._copies.open()
+            future, _ = self._mark_with({})
+            await self._copies.sent(future)
+        except RefusedError as error:
+            raise NotConnectedError(error.message, error.remedy) from error
 
     def end_received(self) -> None:
         """The message behind the last copy was."""
@@ -142,20 +148,35 @@ class Beginning:
         self._news.set()
 
     async def _put(self, state: Mapping[str, Any]) -> str:
+        future, identifier = self._mark_with(state)
+        await self._sent(future)
+        return identifier
+
+    def _mark_with(self, state: Mapping[str, Any]) -> tuple[asyncio.Future[str], str]:
         identifier = uuid.uuid4().hex
         body = json.dumps({**state, "id": identifier}).encode()
-        await self._copies.sent(self._copies.send(self._queues.beginning, {}, body, "application/json"))
-        return identifier
+        return self._copies.send(self._queues.beginning, {}, body, "application/json"), identifier
 
     async def _say_end(self) -> None:
         sent = [self._copies.send(queue, {"orthanc-operation": _END}, b"", None) for queue in self._queues.pasts]
         for future in sent:
-            await self._sent(future)
+            await self._sent_to_past(future)
 
     async def _sent(self, future: asyncio.Future[str]) -> None:
-        """Wait until a copy is where it was sent; that of an ordered name is deleted when all of it has come."""
+        """Wait until a copy is where it was sent, while an alarm is on for as long as that takes."""
+        while True:
+            try:
+                await self._copies.sent(future)
+            except RefusedError as error:
+                if not self._copies.alarm:
+                    raise NotConnectedError(error.message, error.remedy) from error
+            else:
+                return
+
+    async def _sent_to_past(self, future: asyncio.Future[str]) -> None:
+        """The same for a past; that of an ordered name is deleted when all of it has come."""
         try:
-            await self._copies.sent(future)
+            await self._sent(future)
         except NotConnectedError:
             if not (self._queues.ordered and future.done() and future.result().endswith(DELETED)):
                 raise
@@ -245,7 +266,7 @@ class Beginning:
             if (queue := self._queues.past(message.routing_key or ""))
         ]
         for future in sent:
-            await self._sent(future)
+            await self._sent_to_past(future)
         await connection.ask(self._reader.basic_ack(some[-1].delivery_tag or 0, multiple=True))
         return state | {"next": offset(some[-1]) + 1}
 

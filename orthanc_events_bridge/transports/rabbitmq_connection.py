@@ -141,6 +141,8 @@ class Connection:
         :raises TransportError: as `ask`.
         """
         self.check()
+        if self.alarm:  # it doesn't read what we would ask
+            raise self.alarmed()
         # None that was used a moment ago: what RabbitMQ has closed it still waits to hear of from us.
         most = self._amqp.connection_tune.channel_max or 65535
         numbers = itertools.chain(range(self._number + 1, most + 1), range(1, self._number + 1))

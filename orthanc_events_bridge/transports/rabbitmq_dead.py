@@ -19,10 +19,12 @@ from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking, alone, refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
-from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_copies import LOST, Copies
+from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
 from orthanc_events_bridge.transports.rabbitmq_message import dead_headers, incoming
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues, open_dead
+from orthanc_events_bridge.transports.rabbitmq_sending import Sending
 
 #: So many messages RabbitMQ hands over at a time.
 MOST: Final = 65_535
@@ -36,8 +38,9 @@ class DeadPlace:
     It has a channel of its own: what RabbitMQ closes it for ends nothing else.
     """
 
-    def __init__(self, connection: Connection, options: RabbitOptions, queues: Queues) -> None:
+    def __init__(self, connection: Connection, sending: Sending, options: RabbitOptions, queues: Queues) -> None:
         self._connection = connection
+        self._sending = sending
         self._options = options
         self._queues = queues
         self._copies: Copies | None = None
@@ -49,20 +52,35 @@ class DeadPlace:
         """Those that are not answered yet."""
         return self._copies.waiting if self._copies is not None else []
 
-    async def put(self, raw: DeliveredMessage, headers: Mapping[str, str]) -> None:
-        """Put a copy of a message there, and return when the queue has it, on disk.
+    async def put(self, delivery: RabbitDelivery, headers: Mapping[str, str]) -> None:
+        """Put a copy of an event there, and return when the queue has it, on disk.
 
         :param headers: say why.
         :raises NotConnectedError: RabbitMQ doesn't answer.
-        :raises RefusedError: the queue is full, or does not answer.
+        :raises RefusedError: the queue is full, or has not answered yet: tried again, its answer is waited for.
         :raises TransportConfigurationError: it can't be used as it is, or RabbitMQ does not permit it.
         """
-        named, why = dead_headers(raw, self._queues.name, headers), ""
+        raw, why = delivery.raw, ""
         for _ in range(2):  # it may have been deleted since it was found
-            await self._find()
-            why = await self._send(named, raw)
+            if delivery.dead is None:
+                await self._find()
+            copies = self._copies
+            assert copies is not None
+            if delivery.dead is None:
+                named = dead_headers(raw, self._queues.name, headers)
+                delivery.dead = copies.send(self._queues.dead, named, raw.body, raw.header.properties.content_type)
+            await copies.answered(delivery.dead)
+            future, delivery.dead = delivery.dead, None
+            why = future.result()
             if not why:
                 return
+            if why.startswith(LOST):
+                raise copies.refusal(future)
+            if copies.fault is not None and copies.fault.code == 403:
+                raise TransportConfigurationError(
+                    f"RabbitMQ does not permit this user to store dead letters: {copies.fault.text}",
+                    "let it write to amq.default",
+                )
             self._found = False
         raise RefusedError(
             f"RabbitMQ takes no more dead letters: {why}",
@@ -74,32 +92,14 @@ class DeadPlace:
             if not self._found:
                 await open_dead(self._connection, self._options, self._queues)
                 self._found = True
-            if self._copies is None or self._copies.channel is None or self._copies.channel.fault is not None:
-                self._copies = Copies(self._connection, self._options.ack_timeout)
-                await self._copies.open()
-
-    async def _send(self, headers: Mapping[str, str], raw: DeliveredMessage) -> str:
-        connection, copies, patience = self._connection, self._copies, self._options.ack_timeout
-        assert copies is not None and copies.channel is not None
-        future = copies.send(self._queues.dead, headers, raw.body, raw.header.properties.content_type)
-        if not await connection.wait(future, patience):
-            if connection.alarm:
-                raise connection.alarmed()
-            raise RefusedError(
-                f"RabbitMQ has not confirmed a dead letter within {patience:g} s", "check the server and its cluster"
-            )
-        fault = copies.channel.fault
-        if future.result() and fault is not None and fault.code == 403:
-            raise TransportConfigurationError(
-                f"RabbitMQ does not permit this user to store dead letters: {fault.text}", "let it write to amq.default"
-            )
-        return future.result()
+            if self._copies is None or self._copies.fault is not None:
+                self._copies = Copies(self._sending, self._options.ack_timeout)
+            await self._copies.open()
 
     async def close(self) -> None:
         """Nothing more is put there. Never raises."""
-        if self._copies is not None and self._copies.channel is not None:
-            self._copies.abandon("the subscription is closed")
-            await self._connection.end(self._copies.channel)
+        if self._copies is not None:
+            await self._copies.end()
 
 
 class RabbitDeadLetters(DeadLetters):

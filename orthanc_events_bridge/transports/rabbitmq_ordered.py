@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
 
@@ -18,20 +18,19 @@ from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking
 from orthanc_events_bridge.transports.rabbitmq_connection import Connection
+from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
 from orthanc_events_bridge.transports.rabbitmq_lane import Lane
 from orthanc_events_bridge.transports.rabbitmq_message import as_given_again
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.rabbitmq_roster import Roster, owners
-from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitDelivery, RabbitSubscription
+from orthanc_events_bridge.transports.rabbitmq_subscription import RabbitSubscription
 
 #: Seconds without a change of the roster behind which all have seen the same, and the longest that is waited for it.
 _QUIET: Final = 3.0
 _RESTLESS: Final = 10.0
 #: Seconds after which all have left a past that is over.
 _PASSED: Final = 10.0
-#: Seconds that handing over may take.
-_CLOSING: Final = 0.4
 
 
 class OrderedDelivery(RabbitDelivery):
@@ -49,7 +48,7 @@ class OrderedSubscription(RabbitSubscription):
         super().__init__(connection, options, queues, in_flight)
         self._lanes: list[Lane] = []
         self._changed = asyncio.Event()
-        self._roster = Roster(connection, options, queues, self._changed.set)
+        self._roster = Roster(connection, self._sending, options, queues, self._changed.set)
         self._balancing: asyncio.Task[None] | None = None
         self._clearing: asyncio.Task[None] | None = None
 
@@ -170,16 +169,11 @@ class OrderedSubscription(RabbitSubscription):
             lane.retire()
         await asyncio.gather(*(lane.close() for lane in self._lanes if lane not in busy))
 
-    async def close(self) -> None:
-        if not self._closed:
-            if self._balancing is not None:
-                self._balancing.cancel()
-            closing = [self._roster.close(), *(lane.close() for lane in self._lanes)]
-            ends = [asyncio.ensure_future(one) for one in closing]
-            await asyncio.wait(ends, timeout=_CLOSING)
-            for one in ends:
-                one.cancel()
-        await super().close()
-        if self._clearing is not None:  # the past may have come to its end meanwhile
-            self._clearing.cancel()
-            await asyncio.wait([self._clearing], timeout=_CLOSING)
+    # Its end.
+
+    def _leave(self) -> Iterable[Coroutine[Any, Any, None]]:
+        return [self._roster.close(), *(lane.close() for lane in self._lanes)]
+
+    @property
+    def _background(self) -> tuple[asyncio.Task[None] | None, ...]:
+        return (*super()._background, self._balancing, self._clearing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import uuid
@@ -21,9 +22,10 @@ from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_asking import refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
-from orthanc_events_bridge.transports.rabbitmq_copies import Copies
+from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+from orthanc_events_bridge.transports.rabbitmq_sending import Sending
 from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 
 #: Seconds between two words of one that is there, and after which one that is silent is taken for gone.
@@ -63,16 +65,25 @@ class Roster:
     """
 
     def __init__(
-        self, connection: Connection, options: RabbitOptions, queues: Queues, changed: Callable[[], None]
+        self,
+        connection: Connection,
+        sending: Sending,
+        options: RabbitOptions,
+        queues: Queues,
+        changed: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._options = options
         self._exchange = queues.workers
         self._changed = changed
-        self._copies = Copies(connection, options.ack_timeout)
+        self._copies = Copies(sending, options.ack_timeout)
         self._channel: Channel | None = None
         self._acks: Acks | None = None
         self._seen: dict[str, float] = {}
+        self._said = 0  # so many words
+        self._saying: asyncio.Future[str] | None = None
+        self._heard = 0  # the last of our own words that came to us
+        self._unheard = 0.0  # since when one is under way to us
         self._beating: asyncio.Task[None] | None = None
         self.me = uuid.uuid4().hex
         self.fault: NotConnectedError | None = None
@@ -110,9 +121,13 @@ class Roster:
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._say(there=True)
+            # While an alarm is on nothing is answered: words would pile up.
+            if self._saying is None or self._saying.done():
+                self._say(there=True)
             await asyncio.sleep(_BEAT)
-            if self._copies.channel is not None and self._copies.channel.fault is not None:
+            # It goes with the exchange, also where that is made again at once; and a binding can't be asked for.
+            deaf = self._unheard and loop.time() - self._unheard > _SILENT
+            if deaf or self._copies.fault is not None:
                 self._lose(f"the exchange {self._exchange} of RabbitMQ was deleted")
                 return
             gone = [one for one, last in self._seen.items() if loop.time() - last > _SILENT]
@@ -122,8 +137,15 @@ class Roster:
                 self._changed()
 
     def _say(self, *, there: bool) -> None:
-        body = json.dumps({"worker": self.me, "there": there}).encode()
-        self._copies.send("", {}, body, "application/json", exchange=self._exchange)
+        self._said += 1
+        body = json.dumps({"worker": self.me, "there": there, "number": self._said}).encode()
+        self._saying = self._copies.send("", {}, body, "application/json", exchange=self._exchange)
+        self._saying.add_done_callback(functools.partial(self._on_said, self._said))
+
+    def _on_said(self, number: int, future: asyncio.Future[str]) -> None:
+        answered = not future.result() or future.result().endswith(DELETED)  # then it was led nowhere
+        if answered and self._heard < number and not self._unheard:
+            self._unheard = asyncio.get_running_loop().time()
 
     def _on_message(self, message: DeliveredMessage) -> None:
         if self._acks is None:
@@ -133,10 +155,11 @@ class Roster:
         self._acks.settle(tag)
         try:
             said = json.loads(message.body)
-            worker, there = str(said["worker"]), bool(said["there"])
+            worker, there, number = str(said["worker"]), bool(said["there"]), int(said.get("number", 0))
         except (ValueError, KeyError, TypeError):  # somebody else's
             return
         if worker == self.me:
+            self._heard, self._unheard = number, 0.0
             return
         known = worker in self._seen
         if there:
@@ -162,8 +185,11 @@ class Roster:
             self._say(there=False)
         if self._acks is not None:
             self._acks.close()
-        for channel in (self._copies.channel, self._channel):
-            if channel is not None:
+        try:
+            if self._channel is not None:
                 with contextlib.suppress(TransportError):
-                    await self._connection.end(channel)
-        self._copies.abandon("the subscription is closed")
+                    await self._connection.end(self._channel)
+            if self._saying is not None:
+                await asyncio.wait({self._saying})
+        finally:
+            await self._copies.end()

@@ -13,29 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Self
 
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Subscription
+from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_dead import DeadPlace
-from orthanc_events_bridge.transports.rabbitmq_message import (
-    attempt,
-    headers_of,
-    incoming,
-    retry_headers,
-    seconds_left,
-)
+from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
+from orthanc_events_bridge.transports.rabbitmq_message import headers_of, retry_headers, seconds_left
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues
+from orthanc_events_bridge.transports.rabbitmq_sending import Sending
 
 #: Seconds between two looks for the exchange.
 _WATCH: Final = 5.0
@@ -48,28 +45,6 @@ _CLOSING: Final = 0.9
 _LEFT: Final = (0.45, 0.2, 0.05)
 
 
-class RabbitDelivery(Delivery):
-    """Settled by an acknowledgement, which RabbitMQ does not answer: what got lost with the connection comes again."""
-
-    def __init__(self, subscription: RabbitSubscription, raw: DeliveredMessage) -> None:
-        super().__init__(incoming(raw), attempt(raw))
-        self._subscription = subscription
-        self.raw = raw
-
-    async def ack(self) -> None:
-        self._subscription.acknowledge(self)
-
-    async def nack(self, delay: float = 0.0, headers: Mapping[str, str] = NO_HEADERS) -> None:
-        await self._subscription.give_back(self, delay, headers)
-
-    async def reject(self, headers: Mapping[str, str]) -> None:
-        await self._subscription.reject(self, headers)
-
-    async def extend(self) -> None:
-        """See `orthanc_events_bridge.transports.base.Delivery.extend`. RabbitMQ takes nothing back from who lives."""
-        self._subscription.check()
-
-
 class RabbitSubscription(Subscription):
     """Made by `open`."""
 
@@ -78,8 +53,9 @@ class RabbitSubscription(Subscription):
         self._options = options
         self._queues = queues
         self._in_flight = in_flight
-        self._copies = Copies(connection, options.ack_timeout)
-        self._dead = DeadPlace(connection, options, queues)
+        self._sending = Sending(connection)
+        self._copies = Copies(self._sending, options.ack_timeout)
+        self._dead = DeadPlace(connection, self._sending, options, queues)
         self._channel: Channel | None = None
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
@@ -113,7 +89,6 @@ class RabbitSubscription(Subscription):
 
     async def _open(self, oldest: bool) -> None:
         connection = self._connection
-        await self._copies.open()
         beginning = Beginning(connection, self._options, self._queues, self._copies)
         if await open_queues(connection, self._options, self._queues, beginning.announce, oldest=oldest):
             self._beginning = beginning
@@ -217,7 +192,7 @@ class RabbitSubscription(Subscription):
             return
         left = seconds_left(raw)
         if left > _SOON:
-            self._send(raw, headers_of(raw), left)
+            self._send(raw, headers_of(raw), left, functools.partial(self._settle, tag))
         elif left > 0:
             self._later(left, raw)
         else:
@@ -240,6 +215,9 @@ class RabbitSubscription(Subscription):
     def acknowledge(self, delivery: RabbitDelivery) -> None:
         """Once; see `orthanc_events_bridge.transports.base.Delivery.ack`."""
         self.check()
+        self._let_go(delivery)
+
+    def _let_go(self, delivery: RabbitDelivery) -> None:
         if delivery in self._held:
             del self._held[delivery]
             self._news.set()  # there is room
@@ -257,14 +235,16 @@ class RabbitSubscription(Subscription):
         self.check()
         if delivery not in self._held:
             return
-        del self._held[delivery]
-        self._news.set()
-        headers = retry_headers(delivery.raw, self._queues.name, delay, more)
         try:
-            await self._copies.sent(self._send(delivery.raw, headers, delay))
-        except TransportError as error:
+            await self._copies.open()
+            if delivery.retry is None:
+                headers = retry_headers(delivery.raw, self._queues.name, delay, more)
+                settle = functools.partial(self._let_go, delivery)
+                delivery.retry = self._send(delivery.raw, headers, delay, settle)
+            await self._copies.sent(delivery.retry)
+        except NotConnectedError as error:
             # With the channel it comes again.
-            self._fail(NotConnectedError(error.message, error.remedy))
+            self._fail(error)
             self.check()
 
     async def reject(self, delivery: RabbitDelivery, headers: Mapping[str, str]) -> None:
@@ -273,14 +253,16 @@ class RabbitSubscription(Subscription):
         if delivery not in self._held:
             return
         try:
-            await self._dead.put(delivery.raw, headers)
+            await self._dead.put(delivery, headers)
         except NotConnectedError as error:
             # With the channel it comes again.
             self._fail(error)
             raise
         self.acknowledge(delivery)
 
-    def _send(self, raw: DeliveredMessage, headers: dict[str, Any], delay: float) -> asyncio.Future[str]:
+    def _send(
+        self, raw: DeliveredMessage, headers: dict[str, Any], delay: float, settle: Callable[[], None]
+    ) -> asyncio.Future[str]:
         """Put a copy where it waits; the original is settled as soon as that is confirmed, whoever waits for it."""
         queue = self._queues.inbox
         if delay > _SOON:  # else it waits with whom it is given to
@@ -290,7 +272,7 @@ class RabbitSubscription(Subscription):
             if future.result():
                 self._fail(self._copies.refusal(future))
             else:
-                self._settle(raw.delivery_tag or 0)
+                settle()
 
         future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
         future.add_done_callback(confirmed)
@@ -330,32 +312,41 @@ class RabbitSubscription(Subscription):
         self._closed = True
         end = asyncio.get_running_loop().time() + _CLOSING
         work = [self._task] if self._task is not None else []
-        if self._watching is not None:
-            self._watching.cancel()
+        leaving = [asyncio.ensure_future(one) for one in self._leave()]
+        waiting: list[asyncio.Future[Any]] = []
         if self._fault is None:  # what is done by half would be done twice
             if self._beginning is not None:
                 self._beginning.stop()
-            await _wait([*self._copies.waiting, *self._dead.waiting, *work], end - _LEFT[0])
+            waiting = [*self._copies.waiting, *self._dead.waiting, *work]
+        await _wait([*waiting, *leaving], end - _LEFT[0])
         self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
-        self._copies.abandon("the subscription is closed")
         for timer in self._timers:
             timer.cancel()
-        for task in work:
+        stopped = [*work, *leaving, *(task for task in self._background if task is not None)]
+        for task in stopped:
             task.cancel()
         if self._acks is not None:
             self._acks.close()
+        ends = [asyncio.ensure_future(one) for one in (self._copies.end(), self._dead.close(), self._sending.close())]
         settling = asyncio.ensure_future(self._settle_all())
         await _wait([settling], end - _LEFT[1])
-        channels = (self._channel, self._copies.channel)
-        ends = [asyncio.ensure_future(self._connection.end(channel)) for channel in channels if channel is not None]
-        ends.append(asyncio.ensure_future(self._dead.close()))
-        await _wait(ends, end - _LEFT[2])
+        if self._channel is not None:
+            ends.append(asyncio.ensure_future(self._connection.end(self._channel)))
+        await _wait([*ends, *stopped], end - _LEFT[2])
         for one in (settling, *ends):
             one.cancel()
-        watching = [self._watching] if self._watching is not None else []
-        await _wait([settling, *ends, *work, *watching], end)
+        await _wait([settling, *ends, *stopped], end)
         self._held.clear()
         self._came.clear()
+
+    def _leave(self) -> Iterable[Coroutine[Any, Any, None]]:
+        """What else is to be done as soon as it ends."""
+        return ()
+
+    @property
+    def _background(self) -> tuple[asyncio.Task[None] | None, ...]:
+        """What goes on beside it."""
+        return (self._watching,)
 
     async def _settle_all(self) -> None:
         """Wait until RabbitMQ has done what it was told: what it keeps back it forgets when the channel is closed."""

@@ -14,7 +14,7 @@ import pytest
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError
 from orthanc_events_bridge.transports import rabbitmq_asking
-from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Transport
+from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Delivery, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from tests.contract.harness import SECRET, event, events, failing, run
 from tests.contract.rabbitmq_harness import RabbitHarness, there
@@ -290,10 +290,48 @@ def test_while_an_alarm_is_on_it_is_held(rabbit: RabbitHarness, queues: Queues) 
                     assert time.monotonic() < end
                     await asyncio.sleep(0.1)
         async with connected(rabbit.transport()) as transport:
-            # Twice, where the first was only late.
-            assert {*numbers(await read(transport, queues))} == {0, 1}
+            assert numbers(await read(transport, queues)) == [0, 1]
 
     run(main(), seconds=3 * PATIENCE)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["rejected", "given back"])
+def test_one_that_is_confirmed_late_is_stored_once(rabbit: RabbitHarness, queues: Queues, again: bool) -> None:
+    """However often it is tried meanwhile."""
+
+    async def settle(delivery: Delivery) -> None:
+        await (delivery.nack() if again else delivery.reject(WHY))
+
+    async def main() -> None:
+        async with (
+            connected(rabbit.transport()) as publisher,
+            connected(options(rabbit, ack_timeout=0.5)) as transport,
+            subscribed(transport, queues, oldest=False) as subscription,
+        ):
+            await publisher.publish(events(2))
+            first, second = await collect(subscription, 2, ack=False)
+            await settle(first)
+            await asyncio.to_thread(rabbit.freeze)
+            try:
+                for _ in range(3):
+                    with failing(rabbit, RefusedError) as caught:
+                        await settle(second)
+                    assert "not confirmed" in str(caught[0])
+            finally:
+                await asyncio.to_thread(rabbit.thaw)
+            end = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    await settle(second)
+                    break
+                except RefusedError:
+                    assert time.monotonic() < end
+            if again:
+                assert sorted(ids(await collect(subscription, 2))) == [one.id for one in events(2)]
+            await nothing_left(transport, subscription)
+            assert numbers(await read(transport, queues)) == ([] if again else [0, 1])
+
+    run(main(), seconds=2 * PATIENCE)
 
 
 def test_what_others_put_there_is_read_as_it_is(rabbit: RabbitHarness, queues: Queues) -> None:

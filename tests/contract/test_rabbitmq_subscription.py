@@ -468,34 +468,6 @@ def test_what_can_not_wait_comes_again_at_once(rabbit: RabbitHarness, queues: Qu
     run(main(), seconds=2 * PATIENCE)
 
 
-def test_an_alarm_is_named_and_nothing_is_lost(rabbit: RabbitHarness, queues: Queues) -> None:
-    sent = events(2)
-
-    async def main() -> None:
-        async with connected(rabbit.transport()) as transport, subscribed(transport, queues, oldest=False):
-            await transport.publish(sent)
-        async with (
-            connected(rabbit.transport(impatient=True)) as transport,
-            subscribed(transport, queues) as subscription,
-        ):
-            held = await collect(subscription, 2, ack=False)
-            await asyncio.to_thread(server(rabbit).ctl, "set_vm_memory_high_watermark", "0.0000001")
-            try:
-                with failing(rabbit, NotConnectedError) as caught:
-                    await held[0].nack()
-                assert "alarm" in str(caught[0])
-                async with asyncio.timeout(PATIENCE):
-                    await subscription.close()
-            finally:
-                await asyncio.to_thread(server(rabbit).ctl, "set_vm_memory_high_watermark", "absolute", "2GB")
-        async with connected(rabbit.transport()) as transport, subscribed(transport, queues) as subscription:
-            found: list[str] = []
-            while {*found} != {one.id for one in sent}:
-                found += ids(await collect(subscription, 1))
-
-    run(main(), seconds=3 * PATIENCE)
-
-
 def test_what_takes_longer_than_the_server_allows_is_refused_before_it_begins(
     rabbit: RabbitHarness, queues: Queues
 ) -> None:
