@@ -223,6 +223,30 @@ def test_what_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues:
     run(main(), seconds=3 * PATIENCE)
 
 
+def test_an_exchange_of_workers_that_is_made_again_at_once_is_noticed(rabbit: RabbitHarness, queues: Queues) -> None:
+    """With it the binding is gone, by which they hear of each other."""
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            subscription = await in_order(transport, queues)
+            await do(
+                rabbit,
+                lambda channel: channel.exchange_delete(queues.workers),
+                lambda channel: channel.exchange_declare(queues.workers, exchange_type="fanout", durable=True),
+            )
+            with failing(rabbit, NotConnectedError) as caught:
+                async with asyncio.timeout(PATIENCE):
+                    await subscription.receive(1, 2 * PATIENCE)
+            assert queues.workers in str(caught[0])
+            await subscription.close()
+            subscription = await in_order(transport, queues)
+            await transport.publish([event(0)])
+            assert ids(await collect(subscription, 1)) == [event(0).id]
+            await subscription.close()
+
+    run(main(), seconds=3 * PATIENCE)
+
+
 def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarness, queues: Queues) -> None:
     async def main() -> None:
         rabbit.make_place()
