@@ -24,7 +24,7 @@ from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, Re
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
 from orthanc_events_bridge.consumers.threads import DaemonThreads
 from orthanc_events_bridge.consumers.tracing import Spans
-from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.errors import BridgeError, NotConnectedError, TransportError
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
 
@@ -171,15 +171,17 @@ class Handling:
         kind = "" if isinstance(problem, Retry | Reject) else kind_of(problem)
         headers = {FIRST_FAILURE: time_text(first), LAST_FAILURE: time_text(now)} | ({EXCEPTION: kind} if kind else {})
         why = f"{kind} in {place(problem, held.at)}" if kind else f"{type(problem).__name__} of {name}"
-        if kind:
+        # Our own errors hold no patient data, and say what to do; what others say nobody knows.
+        said = f": {problem}" if isinstance(problem, BridgeError) else ""
+        if kind and not said:
             log.debug("what was raised may hold patient data", exc_info=problem)
         if isinstance(outcome, Dead):
-            await self.bury(held, outcome.reason, why, headers)
+            await self.bury(held, outcome.reason + said, why, headers)
             return
         delay = outcome.delay
         if self._terms.ordered:
             delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
-        log.warning("%s: %s; attempt %d, again in %.3g s", spell(held), why, event.attempt, delay)
+        log.warning("%s: %s%s; attempt %d, again in %.3g s", spell(held), why, said, event.attempt, delay)
         await self._store(held, lambda: held.delivery.nack(delay, headers), "retried")
 
     async def bury(self, held: Held, reason: str, why: str = "", headers: dict[str, str] | None = None) -> None:

@@ -16,7 +16,7 @@ from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, Retr
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.health import Health
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.errors import BridgeError, RefusedError
+from orthanc_events_bridge.errors import BridgeError, OrthancError, RefusedError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.memory_subscription import MemoryDelivery
@@ -113,6 +113,19 @@ def test_what_fails_is_given_again_and_then_a_dead_letter_with_the_reason() -> N
     assert headers["content-type"] == "application/cloudevents+json"
     assert "Doe" not in repr(headers)
     assert consumer.meter.total("dead") == 1 and consumer.meter.total("retried") == 2
+
+
+def test_what_our_own_errors_say_is_in_the_reason() -> None:
+    broker, consumer = Broker(), app()
+
+    @consumer.on("study.stable")
+    async def fails(event: Event) -> None:
+        raise OrthancError("Orthanc knows no modality pacs", "add it")
+
+    broker.store(outgoing(0))
+    run(consumer, broker, lambda: bool(broker.dead))
+    (letter,) = broker.dead["one"]
+    assert letter.headers["orthanc-reason"] == "failed 3 times of 3: Orthanc knows no modality pacs (add it)"
 
 
 def test_a_handler_says_again_or_never() -> None:
