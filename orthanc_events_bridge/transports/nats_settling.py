@@ -34,8 +34,6 @@ from orthanc_events_bridge.transports.subscriptions import boot_time
 _LATE: Final = 0.8
 #: Seconds by which a copy comes later than it is due, so that it need not be put off twice where clocks differ.
 _CLOCKS: Final = 0.25
-#: A copy that is due in so many seconds is not made anew.
-_SOON: Final = 2.0
 #: Seconds that each of the two steps of closing may take.
 _CLOSING: Final = 0.4
 
@@ -166,7 +164,7 @@ class Settling(Subscription):
         with contextlib.suppress(NotConnectedError):  # receiving says it
             await self._check_origin(origin, age=True)
             longest = origin.longest_wait(delivery.stored)
-            if delivery.attempt > 1 and left > _SOON:
+            if delivery.attempt > 1:  # each is put off once, so that it is known how often it was given in earnest
                 try:
                     await self._copies.anew(delivery.message, delivery.key)
                 except NotConnectedError:
