@@ -236,8 +236,11 @@ class Group:
             time.sleep(every)
 
 
-def trouble(group: Group, chance: random.Random, seconds: float, workers: int, ack_wait: float) -> None:
-    """Kill, freeze, stop and start workers at random."""
+def trouble(group: Group, chance: random.Random, seconds: float, workers: int, frozen: float) -> None:
+    """Kill, freeze, stop and start workers at random.
+
+    :param frozen: seconds for which one is at most.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(chance.uniform(0.3, 1.0))
@@ -252,5 +255,5 @@ def trouble(group: Group, chance: random.Random, seconds: float, workers: int, a
             group.send(victim, signal.SIGTERM)
         else:
             group.send(victim, signal.SIGSTOP)
-            time.sleep(chance.uniform(0.1, 1.5 * ack_wait))
+            time.sleep(chance.uniform(0.1, frozen))
             group.send(victim, signal.SIGCONT)

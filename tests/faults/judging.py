@@ -97,7 +97,8 @@ class Effects:
     :ivar overlapping: begun while another was at it, who was alive, and had not stood still for longer than its lease.
     :ivar repeated: begun again behind the note that it is done, or while who had done it lived on to note it.
     :ivar twice: done by a worker that was killed before it could note that. No store can prevent it.
-    :ivar late: begun while another was at it, who had stood still for longer than its lease, and said so.
+    :ivar late: begun while another was at it, who had stood still for longer than its lease, and said so, or never came
+        to its end.
     """
 
     lost: int
@@ -132,7 +133,7 @@ def judge_effects(
         if one.what == "begin":
             dead = {worker for worker in at_it if killed.get(worker, one.at) < one.at}
             for worker in at_it - dead:
-                gone = worker in killed and one.id not in _ends(notes, worker)
+                gone = one.id not in _ends(notes, worker)  # killed later, or failed: it has nothing to say
                 found["late" if gone or (worker, one.id) in said else "overlapping"] += 1
             for worker, is_noted in done.items():
                 if is_noted or killed.get(worker, one.at) >= one.at:

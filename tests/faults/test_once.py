@@ -85,9 +85,9 @@ def test_effects_are_done_once_when_workers_come_and_go(
         group.start(3)
         twice = [one._replace(dedupe=f"{one.id}:again") for one in sent[::3]]
         publish(broker, sorted([*sent, *twice], key=lambda one: one.id))
-        trouble(group, chance, seconds / 2, 3, freeze / 1.5)
+        trouble(group, chance, seconds / 2, 3, freeze)
         restart()
-        trouble(group, chance, seconds / 2, 3, freeze / 1.5)
+        trouble(group, chance, seconds / 2, 3, freeze)
         if not group.alive:
             group.start()
         group.wait(lambda: group.ended() >= {one.id for one in sent}, 240)
