@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from orthanc_events_bridge import (
     __version__,
+    cli_anonymize,
     cli_backfill,
     cli_backup,
     cli_consume,
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         cli_transports,
         cli_tail,
         cli_replay,
+        cli_anonymize,
         cli_backfill,
         cli_verify,
         cli_backup,

@@ -33,11 +33,11 @@ from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partitio
 from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
-from orthanc_events_bridge.values import FileName, Options, Place, mistake
+from orthanc_events_bridge.values import FileName, Place, mistake
 from orthanc_events_bridge.workflows.audit import Audit
-from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
 from orthanc_events_bridge.workflows.destinations import Destination, Sender
 from orthanc_events_bridge.workflows.facts import Resource, Wanted, look
+from orthanc_events_bridge.workflows.rules import Decision, Rule, mistakes, wanted_by
 
 if TYPE_CHECKING:
     import httpx
@@ -48,20 +48,6 @@ log = logging.getLogger(__name__)
 
 #: The type of an order: to send one resource to one destination.
 ORDER: Final = "io.orthanc-events.transfer.ordered.v1"
-
-
-class Rule(Options):
-    """One rule: what it is for, and where that is sent."""
-
-    name: str = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
-    when: When | None = Field(
-        default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
-    )
-    to: tuple[str, ...] = Field(min_length=1, description="Names of destinations.", examples=[["pacs"]])
-
-    def judge(self, resource: Resource) -> Verdict:
-        """Is it for that?"""
-        return judge(self.when or (), resource)
 
 
 class RouterSettings(ConsumerSettings):
@@ -96,35 +82,7 @@ class RouterSettings(ConsumerSettings):
             if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
                 wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
                 yield ("destinations", destination), mistake(wrong, right, shown=destination)
-        names = [rule.name for rule in self.rules]
-        for number, rule in enumerate(self.rules):
-            if rule.name in names[:number]:
-                yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
-            for position, destination in enumerate(rule.to):
-                if destination not in self.destinations:
-                    known = ", ".join(self.destinations)
-                    right = f"the destinations are: {known}"
-                    yield ("rules", number, "to", position), mistake("is no destination", right, shown=destination)
-
-
-class Decision:
-    """What the rules say of a resource.
-
-    :ivar rules: of each destination that something goes to, the rule that says so: the first, where several do.
-    :ivar verdicts: of each rule that was asked.
-    """
-
-    def __init__(self, settings: RouterSettings, resource: Resource) -> None:
-        self.rules: dict[str, str] = {}
-        self.verdicts: list[tuple[Rule, Verdict]] = []
-        for rule in settings.rules:
-            verdict = rule.judge(resource)
-            self.verdicts.append((rule, verdict))
-            if verdict.true:
-                for destination in rule.to:
-                    self.rules.setdefault(destination, rule.name)
-                if settings.match == "first":
-                    break
+        yield from mistakes(self.rules, self.destinations, "destination")
 
 
 class Router:
@@ -143,7 +101,7 @@ class Router:
         self.settings = settings
         self._dry = dry
         self._audit = Audit(settings.audit)
-        self._wanted = Wanted.by(condition for rule in settings.rules for condition in rule.when or ())
+        self._wanted = wanted_by(settings.rules)
         self._senders = {name: Sender(name, one) for name, one in settings.destinations.items()}
         self._inboxes: dict[str, BrokerPlace] = {}
         self._asking = {name: asyncio.Lock() for name in self._senders}
@@ -175,7 +133,7 @@ class Router:
         except GoneError as error:
             log.info("%r: %s: nothing is sent", event, error.message)
             return
-        decision = Decision(self.settings, resource)
+        decision = Decision(self.settings.rules, self.settings.match, resource)
         log.info("%r: %s", event, ", ".join(f"{to} by {rule}" for to, rule in decision.rules.items()) or "to nobody")
         if not self._dry:
             for name, rule in decision.rules.items():
@@ -285,7 +243,7 @@ class Router:
         :raises GoneError: there is none.
         """
         resource = await look(orthanc, self.level, identifier, self._wanted)
-        return resource, Decision(self.settings, resource)
+        return resource, Decision(self.settings.rules, self.settings.match, resource)
 
 
 def order_of(event: Event, resource: Resource, destination: str, rule: str) -> Outgoing:

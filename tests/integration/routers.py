@@ -35,15 +35,20 @@ class Receiver(OrthancServer):
         return set(self.get("/instances"))
 
     def stored(self) -> Counter[str]:
-        """How often each instance was taken as new."""
-        found: Counter[str] = Counter()
-        since = 0
-        while True:
-            page = self.get(f"/changes?since={since}&limit=1000")
-            found.update(one["ID"] for one in page["Changes"] if one["ChangeType"] == "NewInstance")
-            since = page["Last"]
-            if page["Done"]:
-                return found
+        """See `stored`."""
+        return stored(self)
+
+
+def stored(orthanc: OrthancServer) -> Counter[str]:
+    """How often an Orthanc has taken each instance as new."""
+    found: Counter[str] = Counter()
+    since = 0
+    while True:
+        page = orthanc.get(f"/changes?since={since}&limit=1000")
+        found.update(one["ID"] for one in page["Changes"] if one["ChangeType"] == "NewInstance")
+        since = page["Last"]
+        if page["Done"]:
+            return found
 
 
 @contextlib.contextmanager
@@ -84,13 +89,16 @@ class Routers:
     :param rules: the rest of the file.
     """
 
+    #: What runs them, and the name of their file.
+    COMMAND, NAME = "route", "router"
+
     def __init__(self, folder: Path, line: Line, rules: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.audit_file = folder / "audit.jsonl"
-        self.path = folder / "router.yaml"
-        self._log = folder / "router.log"
+        self.path = folder / f"{self.NAME}.yaml"
+        self._log = folder / f"{self.NAME}.log"
         self._running: list[subprocess.Popen[bytes]] = []
-        store = "" if line.broker.kind == "nats" else f"store: sqlite:///{folder}/router.db\n"
+        store = "" if line.broker.kind == "nats" or "store:" in rules else f"store: sqlite:///{folder}/{self.NAME}.db\n"
         self.path.write_text(
             f"broker: {consumer_url(line.broker)}\northanc: {line.orthanc.url}\nstart: oldest\nack_wait: 5s\n"
             f"audit: {self.audit_file}\n{store}{rules}",
@@ -98,7 +106,7 @@ class Routers:
         )
 
     def command(self, *more: str) -> list[str]:
-        return [sys.executable, "-m", "orthanc_events_bridge", "route", "--config", str(self.path), *more]
+        return [sys.executable, "-m", "orthanc_events_bridge", self.COMMAND, "--config", str(self.path), *more]
 
     def run(self, *more: str) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""

@@ -14,7 +14,8 @@ from orthanc_events_bridge.consumers.configuration import CommandLine, configure
 from orthanc_events_bridge.loading import ConfigError
 from orthanc_events_bridge.workflows.conditions import Condition, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
-from orthanc_events_bridge.workflows.router import Decision, RouterSettings
+from orthanc_events_bridge.workflows.router import RouterSettings
+from orthanc_events_bridge.workflows.rules import Decision
 
 
 @dataclass
@@ -159,7 +160,7 @@ def settings(folder: Path, text: str) -> RouterSettings:
 
 
 def decided(found: RouterSettings, main: Mapping[str, str], *labels: str) -> dict[str, str]:
-    return Decision(found, Resource("study", "s", "s", (), labels, [main], [], [])).rules
+    return Decision(found.rules, found.match, Resource("study", "s", "s", (), labels, [main], [], [])).rules
 
 
 def test_all_rules_that_fit_or_the_first(tmp_path: Path) -> None:

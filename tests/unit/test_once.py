@@ -13,7 +13,7 @@ import pytest
 from orthanc_events_bridge.consumers import Consumer, Event, Retry
 from orthanc_events_bridge.consumers.once import Once, Turns
 from orthanc_events_bridge.consumers.stores import Begun, Store, StoreError, check, make
-from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
+from orthanc_events_bridge.consumers.stores.sql import SqlStore
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.testing.events import event
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
@@ -278,7 +278,7 @@ def test_a_store_is_found_by_its_url(tmp_path: Path) -> None:
     nats = check("tls://a:1,b:2", KafkaOptions(servers=("h:1",)))
     assert isinstance(nats, NatsOptions) and nats.servers == ("tls://a:1", "tls://b:2")
     store = make(check(f"sqlite:///{tmp_path}/once.db", broker))
-    assert isinstance(store, SqliteStore)
+    assert isinstance(store, SqlStore)
     asyncio.run(store.open())
     assert (tmp_path / "once.db").stat().st_mode & 0o777 == 0o600
     asyncio.run(store.close())

@@ -11,11 +11,13 @@ from urllib.parse import unquote, urlsplit
 
 from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
+from orthanc_events_bridge.consumers.stores.database import Database
+from orthanc_events_bridge.consumers.stores.sql import SqlStore
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import TransportOptions
 
-__all__ = ["Begun", "Store", "StoreError", "check", "make"]
+__all__ = ["Begun", "Database", "Store", "StoreError", "check", "database", "make"]
 
 _RIGHT = 'write "sqlite:////FOLDER/FILE", "postgresql://USER@HOST/DATABASE", "nats://HOST:4222", or "broker" with NATS'
 
@@ -63,15 +65,24 @@ def make(store: str | NatsOptions) -> Store:
                 f"the client library for NATS can't be loaded: {error}", 'pip install "orthanc-events-bridge[nats]"'
             ) from error
         return NatsStore(store)
-    if urlsplit(store).scheme == "sqlite":
-        from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
+    return SqlStore(database(store))
 
-        return SqliteStore(unquote(urlsplit(store).path)[1:])
+
+def database(url: str) -> Database:
+    """The database that such a URL is of, not opened yet.
+
+    :param url: ``sqlite:`` or ``postgresql:``, as `check` gives it.
+    :raises StoreError: its client is not installed.
+    """
+    if urlsplit(url).scheme == "sqlite":
+        from orthanc_events_bridge.consumers.stores.sqlite import SqliteDatabase
+
+        return SqliteDatabase(unquote(urlsplit(url).path)[1:])
     try:
-        from orthanc_events_bridge.consumers.stores.postgresql import PostgresStore
+        from orthanc_events_bridge.consumers.stores.postgresql import PostgresDatabase
     except ImportError as error:
         raise StoreError(
             f"the client library for PostgreSQL can't be loaded: {error}",
             'pip install "orthanc-events-bridge[postgresql]"',
         ) from error
-    return PostgresStore(store)
+    return PostgresDatabase(url)

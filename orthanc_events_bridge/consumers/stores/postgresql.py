@@ -1,16 +1,17 @@
-"""A table of a PostgreSQL (9.5 or newer). Leases are measured by the server's clock."""
+"""Tables of a PostgreSQL (9.5 or newer). Leases are measured by the server's clock."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any, Final
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from orthanc_events_bridge.consumers.stores import sql
 from orthanc_events_bridge.consumers.stores.base import StoreError
+from orthanc_events_bridge.consumers.stores.database import Database, Step
 
 _CONNECT: Final = 5
 #: Seconds for an answer.
@@ -19,7 +20,7 @@ _ANSWER: Final = 10.0
 _LOCK: Final = 8797526
 
 
-class PostgresStore(sql.SqlStore):
+class PostgresDatabase(Database):
     """See the module's text.
 
     :param url: as libpq takes it; what it leaves out (password, certificates …) libpq finds in its environment
@@ -27,18 +28,18 @@ class PostgresStore(sql.SqlStore):
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__()
         self._url = url
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
 
-    async def open(self) -> None:
+    async def open(self, *create: str) -> None:
         async with self._lock:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(_ANSWER), connection.transaction():
                     await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-                    await connection.execute(sql.CREATE)
+                    for statement in create:
+                        await connection.execute(statement)
             except (psycopg.Error, TimeoutError) as error:
                 await self._give_up()
                 raise self._problem(error) from error
@@ -46,22 +47,17 @@ class PostgresStore(sql.SqlStore):
     async def close(self) -> None:
         await self._give_up()
 
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
-        text = statement.format(
-            now="extract(epoch FROM clock_timestamp())::double precision",
-            key="%(key)s",
-            owner="%(owner)s",
-            seconds="%(seconds)s::double precision",
-        )
-        given = {"key": key, "owner": owner, "seconds": seconds}
+    async def run(self, *steps: Step) -> list[tuple[Any, ...]]:
         async with self._lock:
             again = self._connection is not None and not self._connection.closed
             while True:
                 connection = await self._connected()
                 try:
                     async with asyncio.timeout(_ANSWER):
-                        cursor = await connection.execute(text, given)
-                        return await cursor.fetchall() if cursor.description is not None else []
+                        if len(steps) == 1:
+                            return await _execute(connection, *steps[0])
+                        async with connection.transaction():
+                            return [await _execute(connection, *step) for step in steps][-1]
                 except (psycopg.Error, TimeoutError) as error:
                     broken = connection.broken or isinstance(error, TimeoutError)
                     if broken:
@@ -103,3 +99,13 @@ class PostgresStore(sql.SqlStore):
             f"the store in PostgreSQL ({place}) can't be used: {text}",
             "check that the server runs, the login, and that the user may create and write a table",
         )
+
+
+async def _execute(
+    connection: psycopg.AsyncConnection[Any], statement: str, given: Mapping[str, Any]
+) -> list[tuple[Any, ...]]:
+    # What may be any number has to be told apart from whole ones.
+    names = {name: f"%({name})s" + "::double precision" * isinstance(value, float) for name, value in given.items()}
+    text = statement.format(now="extract(epoch FROM clock_timestamp())::double precision", **names)
+    cursor = await connection.execute(text, given)
+    return await cursor.fetchall() if cursor.description is not None else []

@@ -1,15 +1,14 @@
 """What stores in a database have in common: one table, and every step of an entry one statement.
 
-Each may be said twice, where an answer was lost: it does the same. ``{now}`` is what the database calls the seconds of
-the epoch; parameters are named in the driver's own way.
+How they are written: `orthanc_events_bridge.consumers.stores.database`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, Final
 
 from orthanc_events_bridge.consumers.stores.base import Begun, Store
+from orthanc_events_bridge.consumers.stores.database import Database
 
 #: ``until``: when the lease, or the memory of what is done, ends.
 CREATE: Final = (
@@ -39,18 +38,23 @@ SWEEP_EVERY: Final = 1000
 
 
 class SqlStore(Store):
-    """The steps of an entry; how a statement is run is the database's."""
+    """The steps of an entry.
 
-    def __init__(self) -> None:
+    :param database: where they are.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._begun = 0
 
-    @abstractmethod
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
-        """Run one of the statements above.
+    async def open(self) -> None:
+        await self._database.open(CREATE)
 
-        :return: the rows that it gives.
-        :raises StoreError: the database doesn't answer.
-        """
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
+        return await self._database.run((statement, {"key": key, "owner": owner, "seconds": float(seconds)}))
 
     async def begin(self, key: str, owner: str, lease: float) -> Begun:
         self._begun += 1

@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from orthanc_events_bridge.consumers.stores import sql
 from orthanc_events_bridge.consumers.stores.base import StoreError
+from orthanc_events_bridge.consumers.stores.database import Database, Step
 
 #: Seconds to wait for another process that writes.
 _BUSY: Final = 10.0
 
 
-class SqliteStore(sql.SqlStore):
+class SqliteDatabase(Database):
     """See the module's text.
 
     :param path: of the file; made when it isn't there, readable by its owner only. ``:memory:``: none.
@@ -25,24 +26,24 @@ class SqliteStore(sql.SqlStore):
     """
 
     def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
-        super().__init__()
         self._path = path
         self._now = now
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
 
-    async def open(self) -> None:
-        await asyncio.to_thread(self._open)
+    async def open(self, *create: str) -> None:
+        await asyncio.to_thread(self._open, create)
 
-    def _open(self) -> None:
+    def _open(self, create: tuple[str, ...]) -> None:
         try:
             if self._path != ":memory:":
                 Path(self._path).touch(mode=0o600)
-            # Autocommit: each statement is a transaction. Used by one thread at a time.
+            # Autocommit: a statement is a transaction. Used by one thread at a time.
             found = sqlite3.connect(self._path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
             found.execute("PRAGMA journal_mode = WAL")
             found.execute("PRAGMA synchronous = FULL")  # what is done must be, behind a power cut too
-            found.execute(sql.CREATE)
+            for statement in create:
+                found.execute(statement)
         except (sqlite3.Error, OSError) as error:
             raise self._problem(error) from error
         self._database = found
@@ -53,22 +54,35 @@ class SqliteStore(sql.SqlStore):
                 self._database.close()
                 self._database = None
 
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[float, float]]:
-        return await asyncio.to_thread(self._execute, statement, key, owner, seconds)
+    async def run(self, *steps: Step) -> list[tuple[Any, ...]]:
+        return await asyncio.to_thread(self._run, steps)
 
-    def _execute(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[float, float]]:
-        text = statement.format(now=":now", key=":key", owner=":owner", seconds=":seconds")
-        given = {"now": self._now(), "key": key, "owner": owner, "seconds": seconds}
+    def _run(self, steps: tuple[Step, ...]) -> list[tuple[Any, ...]]:
         with self._lock:
             if self._database is None:
                 raise StoreError(f"the store {self._path} is closed", "")
             try:
-                return self._database.execute(text, given).fetchall()
+                if len(steps) == 1:
+                    return self._execute(self._database, *steps[0])
+                with self._database:  # commits, or rolls back
+                    self._database.execute("BEGIN IMMEDIATE")
+                    return [self._execute(self._database, *step) for step in steps][-1]
             except sqlite3.Error as error:
                 raise self._problem(error) from error
+
+    def _execute(self, database: sqlite3.Connection, statement: str, given: Any) -> list[tuple[Any, ...]]:
+        text = statement.format(now=":now", **{name: f":{name}" for name in given})
+        return database.execute(text, {"now": self._now(), **given}).fetchall()
 
     def _problem(self, error: Exception) -> StoreError:
         return StoreError(
             f"the store {self._path} can't be used: {error}",
             "check that its folder is there and writable for the consumer's user, and has room",
         )
+
+
+class SqliteStore(sql.SqlStore):
+    """What is done once, in such a file. See `SqliteDatabase`."""
+
+    def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
+        super().__init__(SqliteDatabase(path, now))

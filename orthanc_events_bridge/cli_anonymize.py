@@ -1,0 +1,137 @@
+"""``orthanc-events anonymize``: the anonymizer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
+from orthanc_events_bridge.cli_rules import orthanc_id, show
+from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+from orthanc_events_bridge.errors import BridgeError, GoneError
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.workflows.anonymizer import Anonymizer
+
+_EPILOG: Final = f"""\
+examples:
+  orthanc-events anonymize --config anonymizer.yaml --check    look at rules, secrets, broker, Orthanc
+  orthanc-events anonymize --config anonymizer.yaml            work, until Ctrl-C or SIGTERM
+  orthanc-events anonymize --config anonymizer.yaml --workers 4
+  orthanc-events anonymize --config anonymizer.yaml --dry-run  say what would be done, do nothing
+  orthanc-events anonymize --config anonymizer.yaml --explain 1.2.840.113619.2.55.3
+  orthanc-events anonymize --config anonymizer.yaml --who trial-7-MFRGGZDFMZTWQ2LK
+
+A file:
+
+  broker: nats://127.0.0.1:4222
+  orthanc: http://127.0.0.1:8042
+  store: sqlite:////var/lib/orthanc-events/anonymizer.db
+  projects:
+    trial-7: {{secret_file: /etc/orthanc-events/trial-7.secret}}
+  rules:
+    - name: trial 7
+      when: {{tag: StudyDescription, glob: "*TRIAL-7*"}}
+      to: [trial-7]
+
+Results that come back into a pseudonymised study (SR, SEG, secondary captures) are given back
+the patient, and join the original study. docs/consumers/anonymizer.md has all options, what is
+guaranteed, and what no program can see: text in pixels.
+
+{EXIT_CODES}"""
+
+
+def define(commands: Commands) -> None:
+    """Add the command."""
+    text = "Started several times, here or elsewhere, they share the work."
+    parser = add_command(
+        commands, "anonymize", _anonymize, "pseudonymise studies where rules say", text, epilog=_EPILOG
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
+    what.add_argument("--dry-run", action="store_true", help="decide for what comes from now on, and do nothing")
+    what.add_argument(
+        "--explain", metavar="ID", help="say which rules fit a resource that is there, and why: its Orthanc id or UID"
+    )
+    what.add_argument(
+        "--who", metavar="ID", help="say what a PatientID or UID stands for, or what stands for it: PATIENT DATA"
+    )
+    parser.add_argument("--json", action="store_true", help="with --explain or --who: for programs")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
+
+
+def _anonymize(options: argparse.Namespace) -> int:
+    from orthanc_events_bridge.consumers.leaving import logs
+
+    check_count(options.workers)
+    if options.json and options.explain is None and options.who is None:
+        raise UsageError("--json says how to answer", "say --explain ID or --who ID too")
+    alone = options.check or options.dry_run or options.explain or options.who
+    if options.workers > 1 and not alone:
+        logs(options.log_level or "info")
+        return supervise(["anonymize", *again(options, "config", "broker", "log_level")], options.workers)
+    anonymizer = _made(options)
+    if options.explain is not None:
+        return asyncio.run(_explain(anonymizer, options.explain, as_json=options.json))
+    if options.who is not None:
+        return asyncio.run(_who(anonymizer, options.who, as_json=options.json))
+    return work(options, anonymizer)
+
+
+def _made(options: argparse.Namespace) -> Anonymizer:
+    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+
+    try:
+        from orthanc_events_bridge.workflows.anonymizer import Anonymizer, AnonymizerSettings
+    except ModuleNotFoundError as error:
+        if error.name != "pydicom":
+            raise
+        raise BridgeError("pydicom is not installed", 'pip install "orthanc-events-bridge[anonymizer]"') from error
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
+    line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
+    return Anonymizer(configure_as(AnonymizerSettings, {}, given=line), dry=options.dry_run)
+
+
+async def _explain(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:
+    try:
+        async with anonymizer.consumer.asking() as orthanc:
+            found = await orthanc_id(orthanc, identifier, anonymizer.level)
+            resource, decision, state = await anonymizer.explain(orthanc, found)
+    finally:
+        await anonymizer.memory.close()
+    show(resource, decision, as_json=as_json)
+    if state and not as_json:
+        print(f"it {state}" if state.startswith("is") else state)
+    return 0
+
+
+async def _who(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:
+    try:
+        studies = await anonymizer.memory.studies(identifier)
+        uids = await anonymizer.memory.who(identifier)
+    finally:
+        await anonymizer.memory.close()
+    if not studies and not uids:
+        raise GoneError("nothing is remembered of this identifier", "give a PatientID or a UID, letter by letter")
+    found = [(one.project, "PatientID", one.patient_original, one.patient) for one in studies]
+    found += [(one.project, "PatientName", one.identity.get("PatientName", ""), one.patient) for one in studies]
+    found += [(one.project, "StudyInstanceUID", one.original, one.uid) for one in studies]
+    found += [(project, "UID", original, uid) for project, original, uid in uids]
+    rows = list(dict.fromkeys(found))
+    if as_json:
+        names = ("project", "what", "original", "pseudonym")
+        print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
+        return 0
+    rows.insert(0, ("PROJECT", "WHAT", "ORIGINAL", "PSEUDONYM"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row[:3], widths, strict=True)), row[3]]))
+    return 0

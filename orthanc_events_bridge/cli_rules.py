@@ -1,0 +1,62 @@
+"""What the commands say of rules: which of them fit a resource, and why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from orthanc_events_bridge.errors import GoneError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from orthanc_events_bridge.workflows.conditions import Verdict
+    from orthanc_events_bridge.workflows.facts import Resource
+    from orthanc_events_bridge.workflows.rules import Decision
+
+
+def show(resource: Resource, decision: Decision, *, as_json: bool) -> None:
+    """Print what rules say of a resource."""
+    if as_json:
+        rules = [
+            {"rule": rule.name, "fits": verdict.true, "to": list(rule.to), "why": _as_dict(verdict)}
+            for rule, verdict in decision.verdicts
+        ]
+        print(json.dumps({"level": resource.level, "id": resource.id, "to": decision.rules, "rules": rules}, indent=2))
+        return
+    print(f"{resource.level} {resource.id}, {len(resource.instances)} instances")
+    print("\n".join(_lines(decision)))
+
+
+async def orthanc_id(orthanc: httpx.AsyncClient, identifier: str, level: str) -> str:
+    """Orthanc's id of what is named by that, or by its UID."""
+    if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", identifier):
+        return identifier
+    answer = await orthanc.post("/tools/lookup", content=identifier)
+    found = [one["ID"] for one in answer.raise_for_status().json() if one["Type"].lower() == level]
+    if not found:
+        raise GoneError(f"Orthanc has no {level} {identifier}", "give its Orthanc id or its UID")
+    return str(found[0])
+
+
+def _lines(decision: Decision) -> Iterator[str]:
+    for rule, verdict in decision.verdicts:
+        yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}, to {', '.join(rule.to)}"
+        for part in verdict.parts:
+            yield from _tree(part, 1)
+    sent = ", ".join(f"{to} (by {rule})" for to, rule in decision.rules.items())
+    yield f"it goes to {sent or 'nobody'}"
+
+
+def _tree(verdict: Verdict, depth: int) -> Iterator[str]:
+    found = f"; there is {verdict.found}" if verdict.found else ""
+    yield f"{'  ' * depth}{'yes' if verdict.true else 'no '} {verdict.condition}{found}"
+    for part in verdict.parts:
+        yield from _tree(part, depth + 1)
+
+
+def _as_dict(verdict: Verdict) -> dict[str, Any]:
+    parts = {"parts": [_as_dict(one) for one in verdict.parts]} if verdict.parts else {"found": verdict.found}
+    return {"condition": verdict.condition, "true": verdict.true, **parts}

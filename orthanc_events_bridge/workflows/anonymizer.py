@@ -1,0 +1,366 @@
+"""The anonymizer: pseudonymises what rules say, and gives results their patients back (docs/consumers/anonymizer.md).
+
+A study that has become stable is one of three things. One that is *remembered* as pseudonymised: what is in it and was
+not made here is a result, and is given back its patient. One of a *pseudonym*, otherwise: nothing is done. Any other:
+the rules are asked.
+
+All that is made follows from the file, the profile and the secret: made twice, it is the same, and Orthanc has it once.
+It is remembered before it is put into Orthanc: whatever dies in between, nothing that was made here is ever taken for
+somebody else's. So nothing goes round in circles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from orthanc_events_bridge.consumers.app import Consumer
+from orthanc_events_bridge.consumers.configuration import Configuration
+from orthanc_events_bridge.consumers.event import Event
+from orthanc_events_bridge.consumers.leaving import logs, run_until_told
+from orthanc_events_bridge.consumers.retry import Reject
+from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
+from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
+from orthanc_events_bridge.values import FileName, Options, Place, mistake
+from orthanc_events_bridge.workflows.asking import ask
+from orthanc_events_bridge.workflows.audit import Audit
+from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
+from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
+from orthanc_events_bridge.workflows.facts import Resource, look
+from orthanc_events_bridge.workflows.memory import Kind, Memory, Remembered
+from orthanc_events_bridge.workflows.profile import Profile
+from orthanc_events_bridge.workflows.pseudonyms import SHORTEST, Pseudonyms
+from orthanc_events_bridge.workflows.reidentify import Result
+from orthanc_events_bridge.workflows.rules import Decision, Rule, mistakes, wanted_by
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+
+#: The profile that is there without being written: the basic profile of PS3.15.
+BASIC: Final = "basic"
+#: So many instances between two notes that they are in Orthanc.
+_NOTE: Final = 50
+
+
+class Project(Options):
+    """Whose pseudonyms they are: of another project they are others, for the same patient too."""
+
+    profile: str = Field(default=BASIC, description="The name of a profile; `basic` is there by itself.")
+    secret_file: FileName | None = Field(
+        default=None,
+        description="A file with the secret that pseudonyms are made with, at least 16 characters. Left out: the "
+        "environment, `ORTHANC_EVENTS_SECRET_` and the project's name in capitals, `_` for `-`.",
+        examples=["/etc/orthanc-events/trial-7.secret"],
+    )
+
+    def secret(self, project: str, environment: Mapping[str, str] = os.environ) -> bytes:
+        """The secret.
+
+        :raises BridgeError: there is none, or it is too short.
+        """
+        variable = f"ORTHANC_EVENTS_SECRET_{project.upper().replace('-', '_')}"
+        try:
+            found = self.secret_file.read_bytes() if self.secret_file else environment.get(variable, "").encode()
+        except OSError as error:
+            raise BridgeError(
+                f"the secret of the project {project} can't be read: {self.secret_file}: {error.strerror}",
+                "let our user read it",
+            ) from error
+        found = found.strip()
+        if len(found) < SHORTEST:
+            right = f"write at least {SHORTEST} characters into {self.secret_file or variable}: openssl rand -hex 32"
+            raise BridgeError(f"the project {project} has no secret, or too short a one", right)
+        return found
+
+
+class AnonymizerSettings(ConsumerSettings):
+    """An anonymizer's file: the options of every consumer, and these."""
+
+    name: ConsumerName = Field(default="anonymizer", description="Of the consumer.")
+    concurrency: int = Field(default=2, ge=1, le=256, description="How many studies one worker is at, at a time.")
+    event: Literal["study.stable", "series.stable"] = Field(
+        default="study.stable", description="What is looked at: studies or series."
+    )
+    match: Literal["all", "first"] = Field(
+        default="all", description="`all`: every rule that fits counts. `first`: the first one that does, and no other."
+    )
+    rules: tuple[Rule, ...] = Field(min_length=1, description="What is pseudonymised for which projects.")
+    projects: dict[str, Project] = Field(min_length=1, description="Whose pseudonyms, by names of your own.")
+    profiles: dict[str, Profile] = Field(default_factory=dict, description="What is kept and what not, by names.")
+    store: str = Field(
+        description="Where it is remembered what stands for what: a file for the workers of one machine, or a "
+        "PostgreSQL for all. Whoever can read it knows who the patients are.",
+        examples=["sqlite:////var/lib/orthanc-events/anonymizer.db"],
+    )
+    audit: FileName | None = Field(
+        default=None,
+        description="A file to which a line of JSON is appended for all that is done. Orthanc's ids of what it was "
+        "done to, no patient data, and not what stands for what.",
+        examples=["/var/log/anonymizer-audit.jsonl"],
+    )
+
+    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """Names that lead to nothing."""
+        yield from super().contradictions()
+        yield from mistakes(self.rules, self.projects, "project")
+        for name, project in self.projects.items():
+            if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
+                wrong, right = "can't be the name of a project", "use letters, digits and -, at most 32"
+                yield ("projects", name), mistake(wrong, right, shown=name)
+            if project.profile != BASIC and project.profile not in self.profiles:
+                right = f"the profiles are: {', '.join({BASIC: 0} | self.profiles)}"
+                yield ("projects", name, "profile"), mistake("is no profile", right, shown=project.profile)
+
+
+class Anonymizer:
+    """The consumer of one configuration.
+
+    :param configuration: of which the settings are `AnonymizerSettings`.
+    :param dry: it decides, and does nothing.
+    :raises BridgeError: it can't be.
+    """
+
+    def __init__(self, configuration: Configuration[AnonymizerSettings], *, dry: bool = False) -> None:
+        settings = configuration.settings
+        if dry:  # under a name of its own: it must not take events from those that work
+            settings = settings.model_copy(update={"name": f"{settings.name}-dry-run", "start": "new"})
+            configuration = Configuration(settings, configuration.orthanc)
+        self.settings = settings
+        self._dry = dry
+        self._audit = Audit(settings.audit)
+        self._wanted = wanted_by(settings.rules)
+        self.memory = Memory(settings.store)
+        self._pseudonyms = {name: Pseudonyms(name, one.secret(name)) for name, one in settings.projects.items()}
+        profiles = {BASIC: Profile(), **settings.profiles}
+        self._profiles = {name: profiles[one.profile] for name, one in settings.projects.items()}
+        self.consumer = Consumer.configured(configuration)
+        self.consumer.on(settings.event)(self._handle)
+
+    async def _handle(self, event: Event, orthanc: httpx.AsyncClient) -> None:
+        if event.resource_id is None:
+            return
+        try:
+            resource = await look(orthanc, event.level, event.resource_id, self._wanted)
+            study = _one(resource, "StudyInstanceUID")
+            remembered = await self.memory.study(study)
+            if remembered is not None:
+                await self._results(event, orthanc, resource, remembered)
+            elif await self.memory.is_pseudonym(_one(resource, "PatientID")):
+                log.info("%r: it is a pseudonym's: nothing is done", event)
+            else:
+                decision = Decision(self.settings.rules, self.settings.match, resource)
+                chosen = ", ".join(f"{project} by {rule}" for project, rule in decision.rules.items())
+                log.info("%r: %s", event, chosen or "for nobody")
+                for project, rule in decision.rules.items():
+                    if not self._dry:
+                        await self._project(event, orthanc, resource, study, project, rule)
+        except GoneError as error:
+            log.info("%r: %s: nothing is done", event, error.message)
+
+    # There.
+
+    async def _project(
+        self, event: Event, orthanc: httpx.AsyncClient, resource: Resource, study: str, project: str, rule: str
+    ) -> None:
+        pseudonyms, profile = self._pseudonyms[project], self._profiles[project]
+        made = await self.memory.made(pseudonyms.uid(study), "pseudonymised")
+        results = await self._given_back(study)
+        left_out: Counter[str] = Counter()
+        unreadable: list[str] = []
+        batch = _Batch(self.memory, orthanc, "pseudonymised", project)
+        for uid, instance in (await _instances(orthanc, resource)).items():
+            if uid in results or made.get(pseudonyms.uid(uid)):
+                continue
+            content = await _file(orthanc, instance)
+            if content is None:  # deleted meanwhile
+                continue
+            try:
+                done = await asyncio.to_thread(pseudonymise, content, profile, pseudonyms)
+            except LeftOutError as error:
+                left_out[error.why] += 1
+                continue
+            except UnreadableFileError:
+                unreadable.append(instance)
+                continue
+            if not batch.count:
+                who = done.identity.get("PatientID", "")
+                await self.memory.remember(Remembered(done.study, project, study, done.patient, who, done.identity))
+            await batch.put(done.study, done.uid, done.content, done.uids)
+        await batch.end()
+        if batch.count or left_out or unreadable:
+            more: dict[str, object] = {"left_out": dict(left_out)} if left_out else {}
+            more |= {"unreadable": len(unreadable)} if unreadable else {}
+            told = {"project": project, "rule": rule, "level": resource.level, "id": resource.id, "event": event.id}
+            self._audit.note("pseudonymised", **told, instances=batch.count, **more)
+        if unreadable:
+            raise Reject(f"can't be read as DICOM, and was left out: instances {', '.join(unreadable[:10])}")
+
+    async def _given_back(self, study: str) -> set[str]:
+        """The instances in an original study that are results."""
+        found: set[str] = set()
+        for one in await self.memory.studies(study):
+            found.update(await self.memory.made(one.uid, "result"))
+        return found
+
+    # And back.
+
+    async def _results(self, event: Event, orthanc: httpx.AsyncClient, resource: Resource, study: Remembered) -> None:
+        made = await self.memory.made(study.uid, "pseudonymised")
+        results = {uid: one for uid, one in (await _instances(orthanc, resource)).items() if uid not in made}
+        told = {"project": study.project, "level": resource.level, "id": resource.id, "event": event.id}
+        if not results or self._dry:
+            log.info("%r: it was made here; %d results in it", event, len(results))
+            return
+        if _one(resource, "PatientID") != study.patient:
+            self._audit.note("not given back", **told, why="its PatientID is not the one that was given to the study")
+            return
+        pseudonyms = self._pseudonyms.get(study.project)
+        if pseudonyms is None:
+            raise Reject(f"there is no project {study.project} any more: put it back, with its secret")
+        given = await self.memory.made(study.uid, "result")
+        batch = _Batch(self.memory, orthanc, "result", study.project)
+        for uid, instance in results.items():
+            if given.get(pseudonyms.result(uid)):
+                continue
+            content = await _file(orthanc, instance)
+            if content is None:
+                continue
+            try:
+                result = await asyncio.to_thread(Result.read, content)
+                originals = await self.memory.originals(study.project, result.uids)
+                back = await asyncio.to_thread(result.give_back, study.identity, study.patient, originals, pseudonyms)
+            except UnreadableFileError as error:
+                raise Reject(f"instance {instance}: {error.message}") from error
+            await batch.put(study.uid, pseudonyms.result(uid), back, {})
+        await batch.end()
+        if batch.count:
+            self._audit.note("given back", **told, instances=batch.count)
+
+    # Life.
+
+    @property
+    def level(self) -> str:
+        """``study`` or ``series``: of what is looked at."""
+        return self.settings.event.partition(".")[0]
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT. See `Consumer.run`.
+
+        :raises BridgeError: it can't begin.
+        """
+        logs(self.settings.log_level)
+        run_until_told(
+            self.settings.name, self.serve, self.consumer.stop, self.settings.drain, lambda: self.consumer.running
+        )
+
+    async def serve(self) -> None:
+        """Work until the consumer is stopped.
+
+        :raises BridgeError: it can't begin.
+        """
+        try:
+            await self._ready()
+            await self.consumer.serve()
+        finally:
+            await self.memory.close()
+
+    async def _ready(self) -> None:
+        self._audit.check()
+        for name, pseudonyms in self._pseudonyms.items():
+            if not await self.memory.project(name, pseudonyms.fingerprint):
+                raise BridgeError(
+                    f"the secret of the project {name} is another one than that which its pseudonyms were made with",
+                    "give the old one, or the project another name",
+                )
+
+    async def check(self) -> list[str]:
+        """Look at everything, and leave again.
+
+        :return: what was found, in a few lines.
+        :raises BridgeError: something can't be used.
+        """
+        try:
+            await self._ready()
+        finally:
+            await self.memory.close()
+        found = await self.consumer.check()
+        return found + [f"project {name}: profile {one.profile}" for name, one in self.settings.projects.items()]
+
+    async def explain(self, orthanc: httpx.AsyncClient, identifier: str) -> tuple[Resource, Decision, str]:
+        """What the rules say of a resource that is there now, and what is remembered of it.
+
+        :raises GoneError: there is none.
+        """
+        resource = await look(orthanc, self.level, identifier, self._wanted)
+        known = await self.memory.studies(_one(resource, "StudyInstanceUID"))
+        study = _one(resource, "StudyInstanceUID")
+        state = ["is pseudonymised already" for one in known if one.uid == study]
+        for one in known:
+            if one.original == study:
+                made = sum((await self.memory.made(one.uid, "pseudonymised")).values())
+                state.append(f"{made} of its study's instances are pseudonymised for {one.project}")
+        return resource, Decision(self.settings.rules, self.settings.match, resource), "; ".join(state)
+
+
+class _Batch:
+    """Puts what was made into Orthanc, remembered before, and noted as done behind it.
+
+    :ivar count: of what was put there.
+    """
+
+    def __init__(self, memory: Memory, orthanc: httpx.AsyncClient, kind: Kind, project: str) -> None:
+        self._memory = memory
+        self._orthanc = orthanc
+        self._kind: Kind = kind
+        self._project = project
+        self._known: set[str] = set()
+        self._there: list[str] = []
+        self.count = 0
+
+    async def put(self, study: str, uid: str, content: bytes, uids: Mapping[str, str]) -> None:
+        """Put one there; one that is there already changes nothing."""
+        new = {one: original for one, original in uids.items() if one not in self._known}
+        await self._memory.begin(study, uid, self._kind, self._project, new)
+        self._known.update(new)
+        answer = await self._orthanc.post("/instances", content=content, headers={"Content-Type": "application/dicom"})
+        if answer.status_code >= 400 or answer.json().get("Status") not in ("Success", "AlreadyStored"):
+            raise OrthancError(
+                f"Orthanc answers {answer.status_code} to what was made, and has not stored it", "see its log"
+            )
+        self.count += 1
+        self._there.append(uid)
+        if len(self._there) >= _NOTE:
+            await self.end()
+
+    async def end(self) -> None:
+        """Note what is there."""
+        there, self._there = self._there, []
+        await self._memory.finish(there)
+
+
+async def _instances(orthanc: httpx.AsyncClient, resource: Resource) -> dict[str, str]:
+    """Orthanc's ids of the instances, by their UIDs."""
+    places = {"study": "studies", "series": "series"}
+    found = (await ask(orthanc, f"/{places[resource.level]}/{resource.id}/instances")).json()
+    return {str(one["MainDicomTags"]["SOPInstanceUID"]): str(one["ID"]) for one in found}
+
+
+async def _file(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
+    try:
+        return (await ask(orthanc, f"/instances/{instance}/file")).content
+    except GoneError:
+        return None
+
+
+def _one(resource: Resource, keyword: str) -> str:
+    return next(iter(resource.values("tag", keyword)), "")
