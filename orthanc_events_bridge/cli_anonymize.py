@@ -90,7 +90,8 @@ def _made(options: argparse.Namespace) -> Anonymizer:
     from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
 
     try:
-        from orthanc_events_bridge.workflows.anonymizer import Anonymizer, AnonymizerSettings
+        from orthanc_events_bridge.workflows.anonymizer import Anonymizer
+        from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
     except ModuleNotFoundError as error:
         if error.name != "pydicom":
             raise
@@ -124,7 +125,8 @@ async def _who(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int
     found = [(one.project, "PatientID", one.patient_original, one.patient) for one in studies]
     found += [(one.project, "PatientName", one.identity.get("PatientName", ""), one.patient) for one in studies]
     found += [(one.project, "StudyInstanceUID", one.original, one.uid) for one in studies]
-    found += [(project, "UID", original, uid) for project, original, uid in uids]
+    said = {one.uid for one in studies}
+    found += [(project, "UID", original, uid) for project, original, uid in uids if uid not in said]
     rows = list(dict.fromkeys(found))
     if as_json:
         names = ("project", "what", "original", "pseudonym")

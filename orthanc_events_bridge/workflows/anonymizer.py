@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Literal
-
-from pydantic import Field
-from pydantic_core import PydanticCustomError
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.retry import Reject
-from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
-from orthanc_events_bridge.values import FileName, Options, Place, mistake
+from orthanc_events_bridge.workflows.anonymizer_settings import BASIC, AnonymizerSettings
 from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
@@ -37,89 +31,17 @@ from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
 from orthanc_events_bridge.workflows.facts import Resource, look
 from orthanc_events_bridge.workflows.memory import Kind, Memory, Remembered
 from orthanc_events_bridge.workflows.profile import Profile
-from orthanc_events_bridge.workflows.pseudonyms import SHORTEST, Pseudonyms
+from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from orthanc_events_bridge.workflows.reidentify import Result
-from orthanc_events_bridge.workflows.rules import Decision, Rule, mistakes, wanted_by
+from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 
 if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
 
-#: The profile that is there without being written: the basic profile of PS3.15.
-BASIC: Final = "basic"
 #: So many instances between two notes that they are in Orthanc.
 _NOTE: Final = 50
-
-
-class Project(Options):
-    """Whose pseudonyms they are: of another project they are others, for the same patient too."""
-
-    profile: str = Field(default=BASIC, description="The name of a profile; `basic` is there by itself.")
-    secret_file: FileName | None = Field(
-        default=None,
-        description="A file with the secret that pseudonyms are made with, at least 16 characters. Left out: the "
-        "environment, `ORTHANC_EVENTS_SECRET_` and the project's name in capitals, `_` for `-`.",
-        examples=["/etc/orthanc-events/trial-7.secret"],
-    )
-
-    def secret(self, project: str, environment: Mapping[str, str] = os.environ) -> bytes:
-        """The secret.
-
-        :raises BridgeError: there is none, or it is too short.
-        """
-        variable = f"ORTHANC_EVENTS_SECRET_{project.upper().replace('-', '_')}"
-        try:
-            found = self.secret_file.read_bytes() if self.secret_file else environment.get(variable, "").encode()
-        except OSError as error:
-            raise BridgeError(
-                f"the secret of the project {project} can't be read: {self.secret_file}: {error.strerror}",
-                "let our user read it",
-            ) from error
-        found = found.strip()
-        if len(found) < SHORTEST:
-            right = f"write at least {SHORTEST} characters into {self.secret_file or variable}: openssl rand -hex 32"
-            raise BridgeError(f"the project {project} has no secret, or too short a one", right)
-        return found
-
-
-class AnonymizerSettings(ConsumerSettings):
-    """An anonymizer's file: the options of every consumer, and these."""
-
-    name: ConsumerName = Field(default="anonymizer", description="Of the consumer.")
-    concurrency: int = Field(default=2, ge=1, le=256, description="How many studies one worker is at, at a time.")
-    event: Literal["study.stable", "series.stable"] = Field(
-        default="study.stable", description="What is looked at: studies or series."
-    )
-    match: Literal["all", "first"] = Field(
-        default="all", description="`all`: every rule that fits counts. `first`: the first one that does, and no other."
-    )
-    rules: tuple[Rule, ...] = Field(min_length=1, description="What is pseudonymised for which projects.")
-    projects: dict[str, Project] = Field(min_length=1, description="Whose pseudonyms, by names of your own.")
-    profiles: dict[str, Profile] = Field(default_factory=dict, description="What is kept and what not, by names.")
-    store: str = Field(
-        description="Where it is remembered what stands for what: a file for the workers of one machine, or a "
-        "PostgreSQL for all. Whoever can read it knows who the patients are.",
-        examples=["sqlite:////var/lib/orthanc-events/anonymizer.db"],
-    )
-    audit: FileName | None = Field(
-        default=None,
-        description="A file to which a line of JSON is appended for all that is done. Orthanc's ids of what it was "
-        "done to, no patient data, and not what stands for what.",
-        examples=["/var/log/anonymizer-audit.jsonl"],
-    )
-
-    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
-        """Names that lead to nothing."""
-        yield from super().contradictions()
-        yield from mistakes(self.rules, self.projects, "project")
-        for name, project in self.projects.items():
-            if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
-                wrong, right = "can't be the name of a project", "use letters, digits and -, at most 32"
-                yield ("projects", name), mistake(wrong, right, shown=name)
-            if project.profile != BASIC and project.profile not in self.profiles:
-                right = f"the profiles are: {', '.join({BASIC: 0} | self.profiles)}"
-                yield ("projects", name, "profile"), mistake("is no profile", right, shown=project.profile)
 
 
 class Anonymizer:
@@ -158,28 +80,35 @@ class Anonymizer:
             elif await self.memory.is_pseudonym(_one(resource, "PatientID")):
                 log.info("%r: it is a pseudonym's: nothing is done", event)
             else:
+                resource, own = await self._without_results(orthanc, resource, study)
                 decision = Decision(self.settings.rules, self.settings.match, resource)
                 chosen = ", ".join(f"{project} by {rule}" for project, rule in decision.rules.items())
                 log.info("%r: %s", event, chosen or "for nobody")
                 for project, rule in decision.rules.items():
-                    if not self._dry:
-                        await self._project(event, orthanc, resource, study, project, rule)
+                    if own and not self._dry:
+                        await self._project(event, orthanc, resource, own, project, rule)
         except GoneError as error:
             log.info("%r: %s: nothing is done", event, error.message)
 
     # There.
 
     async def _project(
-        self, event: Event, orthanc: httpx.AsyncClient, resource: Resource, study: str, project: str, rule: str
+        self,
+        event: Event,
+        orthanc: httpx.AsyncClient,
+        resource: Resource,
+        instances: Mapping[str, str],
+        project: str,
+        rule: str,
     ) -> None:
         pseudonyms, profile = self._pseudonyms[project], self._profiles[project]
+        study = _one(resource, "StudyInstanceUID")
         made = await self.memory.made(pseudonyms.uid(study), "pseudonymised")
-        results = await self._given_back(study)
         left_out: Counter[str] = Counter()
         unreadable: list[str] = []
         batch = _Batch(self.memory, orthanc, "pseudonymised", project)
-        for uid, instance in (await _instances(orthanc, resource)).items():
-            if uid in results or made.get(pseudonyms.uid(uid)):
+        for uid, instance in instances.items():
+            if made.get(pseudonyms.uid(uid)):
                 continue
             content = await _file(orthanc, instance)
             if content is None:  # deleted meanwhile
@@ -205,12 +134,21 @@ class Anonymizer:
         if unreadable:
             raise Reject(f"can't be read as DICOM, and was left out: instances {', '.join(unreadable[:10])}")
 
-    async def _given_back(self, study: str) -> set[str]:
-        """The instances in an original study that are results."""
-        found: set[str] = set()
+    async def _without_results(
+        self, orthanc: httpx.AsyncClient, resource: Resource, study: str
+    ) -> tuple[Resource, Mapping[str, str]]:
+        """What there is beside results that were given back: they are nobody's to pseudonymise, nor do rules ask them.
+
+        :return: also Orthanc's ids of the instances, by their UIDs.
+        """
+        results: set[str] = set()
         for one in await self.memory.studies(study):
-            found.update(await self.memory.made(one.uid, "result"))
-        return found
+            results.update(await self.memory.made(one.uid, "result"))
+        instances = await _instances(orthanc, resource)
+        without = {instance for uid, instance in instances.items() if uid in results}
+        if without:
+            resource = await look(orthanc, resource.level, resource.id, self._wanted, without)
+        return resource, {uid: one for uid, one in instances.items() if one not in without}
 
     # And back.
 
@@ -302,8 +240,9 @@ class Anonymizer:
         :raises GoneError: there is none.
         """
         resource = await look(orthanc, self.level, identifier, self._wanted)
-        known = await self.memory.studies(_one(resource, "StudyInstanceUID"))
         study = _one(resource, "StudyInstanceUID")
+        resource, _ = await self._without_results(orthanc, resource, study)
+        known = await self.memory.studies(study)
         state = ["is pseudonymised already" for one in known if one.uid == study]
         for one in known:
             if one.original == study:

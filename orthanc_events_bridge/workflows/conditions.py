@@ -53,7 +53,7 @@ class Verdict:
     parts: tuple[Verdict, ...] = ()
 
 
-def _texts(value: object) -> object:
+def one_or_more(value: object) -> object:
     """One value counts as a list of one."""
     return value if isinstance(value, list | tuple) or value is None else [value]
 
@@ -77,7 +77,7 @@ def _keyword(value: str) -> str:
     return value
 
 
-_Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), Field(min_length=1)]
+_Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Field(min_length=1)]
 _Parts = Annotated["tuple[Condition, ...]", BeforeValidator(_conditions), Field(min_length=1)]
 
 

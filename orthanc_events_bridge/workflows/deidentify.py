@@ -186,7 +186,7 @@ class _Work:
             return False
         creator = join(dataset.get(BaseTag(tag.group << 16 | tag.element >> 8), DataElement(tag, "LO", "")).value)
         elements = self._profile.private.get(creator.strip(), ())
-        return elements == "all" or f"{tag.element & 0xFF:02x}" in elements
+        return "all" in elements or f"{tag.element & 0xFF:02x}" in elements
 
     def _do(self, dataset: Dataset, element: DataElement, action: Action, path: tuple[str, ...]) -> None:
         keyword = path[-1]

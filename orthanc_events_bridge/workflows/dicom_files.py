@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 #: UIDs that the standard itself has given out.
 STANDARD: Final = "1.2.840.10008."
+_NEEDED: Final = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
 #: Keywords of UIDs that say of what kind something is, and not which one it is.
 _KINDS: Final = re.compile("Class|TransferSyntax|CodingScheme|ContextUID|ContextGroup|Mapping")
 
@@ -37,15 +38,18 @@ class UnreadableFileError(BridgeError):
 
 
 def read(content: bytes) -> Dataset:
-    """A file's data set, all texts in it decoded; without elements that can't be read, such as numbers that are none.
+    """A file's data set, all texts in it decoded; without elements that can't be read.
 
-    :raises UnreadableFileError: it has none.
+    :raises UnreadableFileError: it has none, or lacks a UID that an instance has.
     """
     try:
         dataset = pydicom.dcmread(io.BytesIO(content))
         _decode(dataset)
+        whole = all(dataset.get(keyword) for keyword in _NEEDED)
     except Exception:  # whatever is in it; what is said of it can quote it
         raise UnreadableFileError("pydicom can't read it as DICOM") from None
+    if not whole:
+        raise UnreadableFileError("it lacks a UID that every instance has")
     return dataset
 
 

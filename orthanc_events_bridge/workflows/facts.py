@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +76,13 @@ class Resource:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-async def look(orthanc: httpx.AsyncClient, level: str, identifier: str, wanted: Wanted) -> Resource:
+async def look(
+    orthanc: httpx.AsyncClient, level: str, identifier: str, wanted: Wanted, without: Collection[str] = ()
+) -> Resource:
     """Ask Orthanc about a resource.
 
     :param level: ``study``, ``series`` or ``instance``.
+    :param without: instances that don't count, nor does a series of which none other is there.
     :raises GoneError: there is no such resource.
     :raises httpx.HTTPError: Orthanc doesn't answer.
     """
@@ -89,6 +92,9 @@ async def look(orthanc: httpx.AsyncClient, level: str, identifier: str, wanted: 
     if level == "study":
         series = await _get(orthanc, level, identifier, "/series")
         series.sort(key=lambda one: str(one["ID"]))
+    if without:
+        series = [{**one, "Instances": [each for each in one["Instances"] if each not in without]} for one in series]
+        series = [one for one in series if one["Instances"]]
     above = [itself]
     if level == "instance":
         above.append(await _get(orthanc, "series", itself["ParentSeries"], ""))

@@ -13,10 +13,11 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.values import Options, Place, mistake
+from orthanc_events_bridge.workflows.conditions import one_or_more
 
 #: What can become of an element. ``map``: a UID, by its pseudonym. ``clean``: of a sequence, the elements in it.
 Action = Literal["remove", "empty", "dummy", "map", "clean", "keep", "replace", "shift"]
@@ -59,8 +60,8 @@ def _path(value: str) -> str:
 
 
 def _element(value: str) -> str:
-    if re.fullmatch(r"[0-9a-fA-F]{2}", value) is None:
-        raise mistake("is no element of a private block", "write the last two digits of its tag", shown=value)
+    if re.fullmatch(r"[0-9a-fA-F]{2}|all", value) is None:
+        raise mistake("is no element of a private block", "write the last two digits of its tag, or all", shown=value)
     return value.lower()
 
 
@@ -76,7 +77,7 @@ def _text(value: str) -> str:
 
 _Path = Annotated[str, AfterValidator(_path)]
 _TextPath = Annotated[str, AfterValidator(_path), AfterValidator(_text)]
-_Elements = tuple[Annotated[str, AfterValidator(_element)], ...]
+_Elements = Annotated[tuple[Annotated[str, AfterValidator(_element)], ...], BeforeValidator(one_or_more)]
 
 
 class Profile(Options):
@@ -108,7 +109,7 @@ class Profile(Options):
         description="Elements that get another value where they are there, by keyword.",
         examples=[{"InstitutionName": "Trial 7"}],
     )
-    private: dict[str, _Elements | Literal["all"]] = Field(
+    private: dict[str, _Elements] = Field(
         default_factory=dict,
         description="Private elements that stay: of each creator, the last two digits of their tags, or `all`. Others "
         "go.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ from pydicom.data import get_testdata_file
 from orthanc_events_bridge.testing.dicom import make_study, orthanc_id
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.postgresql import PostgresServer
+from orthanc_events_bridge.workflows.deidentify import pseudonymise
+from orthanc_events_bridge.workflows.profile import Profile
+from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from tests.integration.anonymized import (
     NAME,
     PATIENT_ID,
     ROOT,
     Anonymizers,
     as_dataset,
-    elements,
     files,
     full_of_canaries,
     results_of,
@@ -52,6 +55,20 @@ SAMPLES = (
 )
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [
+        Profile(),
+        Profile(dates="shift", private={"ACME KUNIGUNDE": ("all",)}, keep=("PatientComments", "OtherPatientIDs")),
+    ],
+    ids=["basic", "own"],
+)
+def test_no_identifier_is_left_wherever_it_was(profile: Profile) -> None:
+    content = full_of_canaries(make_study(study_uid=f"{ROOT}.1", patient_id=PATIENT_ID).instances[0].data)
+    assert len(tells(content)) > 5
+    assert tells(pseudonymise(content, profile, Pseudonyms("trial", b"0123456789abcdef")).content) == []
+
+
 @contextlib.contextmanager
 def memory(folder: Path, kind: str) -> Iterator[str | None]:
     """Where an anonymizer remembers: a PostgreSQL with RabbitMQ, else a file."""
@@ -60,11 +77,6 @@ def memory(folder: Path, kind: str) -> Iterator[str | None]:
         return
     with PostgresServer(folder / "postgres") as server:
         yield f"postgresql://postgres@127.0.0.1:{server.port}/postgres"
-
-
-def uids(data: bytes) -> list[str]:
-    """All UIDs in a file, in its order."""
-    return [str(one.value) for one in elements(as_dataset(data)) if one.VR == "UI"]
 
 
 class Watched:
@@ -189,3 +201,93 @@ def check_results(found: list[bytes], original: list[bytes]) -> None:
     assert str(report.ContentSequence[1].UID) in own
     assert capture.SeriesInstanceUID not in {as_dataset(file).SeriesInstanceUID for file in original}
     assert capture.PixelData == b"AI!!"
+
+
+def test_only_its_own_studies_results_are_given_back_and_nothing_twice(tmp_path: Path) -> None:
+    """Instances of a stranger under the same StudyInstanceUID; a pseudonym's other study; a late image."""
+    broker_or_skip("nats")
+    with gateway(tmp_path / "line", "nats") as line, Anonymizers(tmp_path / "a", line, RULES) as workers:
+        workers.start()
+        watched = Watched(line)
+        study = make_study(instances=2)
+        original = watched.upload(*(one.data for one in study))
+        wait_for(lambda: len(line.orthanc.get("/instances")) == 4 and workers.audit("pseudonymised"), "pseudonymised")
+        ((pseudonym, made),) = watched.pseudonymised().items()
+        source = as_dataset(made[0])
+        stranger = make_study(patient_id="STRANGER", study_uid=str(source.StudyInstanceUID), modality="SR")
+        other = make_study(patient_id=str(source.PatientID), modality="CT")
+        # De-identified elsewhere: nobody's to be pseudonymised once more.
+        foreign = make_study(canary={"PatientIdentityRemoved": "YES"})
+        for one in (*stranger, *other, *foreign):
+            line.orthanc.upload(one.data)
+        wait_for(lambda: workers.audit("not given back", id=stranger.id), "the stranger's")
+        wait_for(lambda: f"subject='studies/{other.id}'): it is a pseudonym's" in workers.log(), "the pseudonym's")
+        wait_for(lambda: workers.audit("pseudonymised", id=foreign.id), "what was de-identified")
+        (told,) = workers.audit("pseudonymised", id=foreign.id)
+        assert (told["instances"], told["left_out"]) == (0, {"it is de-identified already": 1})
+        result = results_of(made)[1]
+        line.orthanc.upload(result)
+        wait_for(lambda: len(files(line.orthanc, original)) == 3, "the result")
+        wait_for(lambda: len(workers.audit("given back")) == 1, "that it is said")
+        everything = set(line.orthanc.get("/instances"))
+        assert len(everything) == 4 + 3 + 2
+        before = len(workers.log())
+        # A late image of the original: it alone is pseudonymised.
+        late = make_study(patient_id=study.patient_id, study_uid=study.study_uid)
+        line.orthanc.upload(late.instances[0].data)
+        wait_for(lambda: len(files(line.orthanc, pseudonym)) == 4, "the late one")
+        wait_for(lambda: len(workers.audit("pseudonymised", id=original)) == 2, "that it is said")
+        assert [one["instances"] for one in workers.audit("pseudonymised", id=original)] == [2, 1]
+        assert workers.stop() == [0]
+        assert len(line.orthanc.get("/instances")) == len(everything) + 2
+        assert set(stored(line.orthanc).values()) == {1}
+        assert "Traceback" not in workers.log()[before:]
+
+
+def test_it_explains_checks_says_who_it_is_and_what_is_missing(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    with gateway(tmp_path / "line", "nats") as line, Anonymizers(tmp_path / "a", line, RULES) as workers:
+        done = workers.run("--check")
+        assert done.returncode == 0, done.stderr
+        assert "consumer anonymizer: " in done.stdout and done.stdout.endswith("project trial: profile trial\n")
+        database = tmp_path / "a" / "anonymizer.db"
+        assert database.stat().st_mode & 0o777 == 0o600
+        study = make_study(patient_id="P-4711", canary={"PatientName": "Doe^John"})
+        workers.start(1, "--dry-run")
+        wait_for(lambda: "the consumer anonymizer-dry-run receives events" in workers.log(), "the dry run")
+        line.orthanc.upload(study.instances[0].data)
+        wait_for(lambda: "trial by pictures" in workers.log(), "a decision")
+        assert workers.stop() == [0]
+        assert not workers.audit("pseudonymised") and len(line.orthanc.get("/instances")) == 1
+        done = workers.run("--explain", study.study_uid)
+        assert done.stdout.endswith(
+            "yes rule pictures, to trial\n  yes not\n    no  tag Modality is 'SR' or 'DOC'; there is"
+            " 'CT'\nit goes to trial (by pictures)\n"
+        ), done.stdout + done.stderr
+        workers.start()
+        wait_for(lambda: workers.audit("pseudonymised"), "pseudonymised")
+        assert workers.stop() == [0]
+        done = workers.run("--explain", study.id)
+        assert done.stdout.endswith("1 of its study's instances are pseudonymised for trial\n"), done.stdout
+        (pseudonym,) = set(line.orthanc.get("/studies")) - {study.id}
+        patient = line.orthanc.get(f"/studies/{pseudonym}")["PatientMainDicomTags"]["PatientID"]
+        for known in ("P-4711", patient, study.study_uid):
+            found = json.loads(workers.run("--who", known, "--json").stdout)
+            values = {(one["what"], one["original"], one["pseudonym"]) for one in found}
+            assert {("PatientID", "P-4711", patient), ("PatientName", "Doe^John", patient)} <= values
+        done = workers.run("--who", study.instances[0].sop_uid)
+        assert done.stdout.startswith("PROJECT  WHAT  ORIGINAL") and study.instances[0].sop_uid in done.stdout
+        assert workers.run("--who", "P-4712").returncode == 1
+        assert "Doe" not in workers.log() and "P-4711" not in workers.log()
+
+        database.chmod(0o644)
+        done = workers.run()
+        assert done.returncode == 1 and f"(chmod 600 {database})" in done.stderr
+        database.chmod(0o600)
+        (tmp_path / "a" / "secret").write_text("another-secret-of-a-project")
+        done = workers.run()
+        assert done.returncode == 1 and "the secret of the project trial is another one" in done.stderr
+        workers.path.write_text(workers.path.read_text().replace("to: [trial]", "to: [trail]"))
+        done = workers.run()
+        assert done.returncode == 2 and "'trail' is no project; the projects are: trial" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,68 @@
+"""Protections of the anonymizer, switched off on purpose, to show that the tests would notice.
+
+Test-only: ``python -m orthanc_events_bridge.testing.anonymizer_mutants MUTANT anonymize --config …``.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from orthanc_events_bridge.workflows import deidentify, dicom_files
+from orthanc_events_bridge.workflows.memory import Memory
+from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
+
+
+def _not_knowing_its_own() -> None:
+    """What it has made it takes for any other study, and doesn't see its own marks."""
+
+    async def nothing(*_: object) -> None:
+        return None
+
+    Memory.study = nothing  # type: ignore[method-assign, assignment]
+    Memory.is_pseudonym = nothing  # type: ignore[method-assign, assignment]
+    read = dicom_files.read
+
+    def unmarked(content: bytes) -> Any:
+        dataset = read(content)
+        dataset.PatientIdentityRemoved = "NO"
+        return dataset
+
+    deidentify.read = unmarked  # type: ignore[attr-defined]
+
+
+def _by_chance() -> None:
+    """UIDs are new ones each time, as those of Orthanc's own anonymization are."""
+    Pseudonyms.uid = lambda self, uid: f"2.25.{uuid.uuid4().int}"  # type: ignore[method-assign]
+
+
+def _forgetting_results() -> None:
+    """It is not remembered which instances are results that were given back."""
+    made = Memory.made
+
+    async def without(self: Memory, study: str, kind: Any) -> dict[str, bool]:
+        return {} if kind == "result" else await made(self, study, kind)
+
+    Memory.made = without  # type: ignore[method-assign]
+
+
+def _without_a_search() -> None:
+    """What is left is not searched for the patient's identifiers."""
+    deidentify._Search.blank = lambda self, dataset, element: None  # type: ignore[method-assign]
+
+
+#: How each is switched off.
+MUTANTS: Final[Mapping[str, Callable[[], None]]] = {
+    "not knowing its own": _not_knowing_its_own,
+    "by chance": _by_chance,
+    "forgetting results": _forgetting_results,
+    "without a search": _without_a_search,
+}
+
+if __name__ == "__main__":
+    from orthanc_events_bridge.cli import main
+
+    MUTANTS[sys.argv[1]]()
+    raise SystemExit(main(sys.argv[2:]))

@@ -1,0 +1,80 @@
+"""Each protection of the anonymizer switched off: what is in Orthanc must then show the harm that it prevents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orthanc_events_bridge.testing.dicom import Study, make_study
+from orthanc_events_bridge.testing.line import Line
+from tests.integration.anonymized import PATIENT_ID, ROOT, Anonymizers, files, full_of_canaries, results_of, tells
+from tests.integration.routers import gateway, wait_for
+from tests.integration.whole import broker_or_skip
+
+pytestmark = pytest.mark.mutant
+
+RULES = "projects:\n  trial: {secret_file: secret}\nrules:\n  - {name: all, to: [trial]}\n"
+
+
+class Mutants(Anonymizers):
+    """Anonymizers with a protection switched off."""
+
+    mutant = ""
+
+    def command(self, *more: str) -> list[str]:
+        module = "orthanc_events_bridge.testing.anonymizer_mutants"
+        return [sys.executable, "-m", module, self.mutant, *super().command(*more)[3:]]
+
+
+def others(line: Line, study: Study) -> list[str]:
+    """The studies that were made of this one."""
+    return sorted(set(line.orthanc.get("/studies")) - {study.id})
+
+
+def what_it_made_is_stable(line: Line, study: Study) -> None:
+    wait_for(lambda: len(others(line, study)) >= 3, "it goes round")
+
+
+def a_late_image_comes(line: Line, study: Study) -> None:
+    late = make_study(patient_id=study.patient_id, study_uid=study.study_uid)
+    line.orthanc.upload(late.instances[0].data)
+    wait_for(lambda: len(others(line, study)) == 2, "two of one study")
+
+
+def a_result_comes_back(line: Line, study: Study) -> None:
+    (pseudonym,) = others(line, study)
+    line.orthanc.upload(results_of(files(line.orthanc, pseudonym))[0])
+    wait_for(lambda: len(files(line.orthanc, study.id)) == 2, "the result")
+    wait_for(lambda: len(files(line.orthanc, pseudonym)) == 3, "the result is pseudonymised, and is there twice")
+
+
+def a_name_is_where_none_belongs(line: Line, study: Study) -> None:
+    (pseudonym,) = others(line, study)
+    assert tells(files(line.orthanc, pseudonym)[0])
+
+
+@pytest.mark.parametrize(
+    ("mutant", "scenario"),
+    [
+        ("not knowing its own", what_it_made_is_stable),
+        ("by chance", a_late_image_comes),
+        ("forgetting results", a_result_comes_back),
+        ("without a search", a_name_is_where_none_belongs),
+    ],
+    ids=["not-knowing-its-own", "by-chance", "forgetting-results", "without-a-search"],
+)
+def test_the_anonymizer_shows_what_a_protection_prevents(
+    tmp_path: Path, mutant: str, scenario: Callable[[Line, Study], None]
+) -> None:
+    broker_or_skip("nats")
+    with gateway(tmp_path / "line", "nats") as line, Mutants(tmp_path / "a", line, RULES) as workers:
+        workers.mutant = mutant
+        workers.start()
+        study = make_study(study_uid=f"{ROOT}.1", patient_id=PATIENT_ID)
+        content = study.instances[0].data
+        line.orthanc.upload(full_of_canaries(content) if mutant == "without a search" else content)
+        wait_for(lambda: workers.audit("pseudonymised"), "pseudonymised")
+        scenario(line, study)
