@@ -48,17 +48,11 @@ def _forgetting_results() -> None:
     Memory.made = without  # type: ignore[method-assign]
 
 
-def _without_a_search() -> None:
-    """What is left is not searched for the patient's identifiers."""
-    deidentify._Search.blank = lambda self, dataset, element: None  # type: ignore[method-assign]
-
-
 #: How each is switched off.
 MUTANTS: Final[Mapping[str, Callable[[], None]]] = {
     "not knowing its own": _not_knowing_its_own,
     "by chance": _by_chance,
     "forgetting results": _forgetting_results,
-    "without a search": _without_a_search,
 }
 
 if __name__ == "__main__":

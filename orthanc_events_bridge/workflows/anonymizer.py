@@ -1,8 +1,8 @@
 """The anonymizer: pseudonymises what rules say, and gives results their patients back (docs/consumers/anonymizer.md).
 
 A study that has become stable is one of three things. One that is *remembered* as pseudonymised: what is in it and was
-not made here is a result, and is given back its patient. One of a *pseudonym*, otherwise: nothing is done. Any other:
-the rules are asked.
+not made here is a result, and is given back its patient. Another one of a *pseudonym*: so is that, if it refers to one
+that is remembered. Any other: the rules are asked.
 
 All that is made follows from the file, the profile and the secret: made twice, it is the same, and Orthanc has it once.
 It is remembered before it is put into Orthanc: whatever dies in between, nothing that was made here is ever taken for
@@ -12,6 +12,7 @@ somebody else's. So nothing goes round in circles.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.retry import Reject
 from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
 from orthanc_events_bridge.workflows.anonymizer_settings import BASIC, AnonymizerSettings
-from orthanc_events_bridge.workflows.asking import ask
+from orthanc_events_bridge.workflows.asking import ask, file_of
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
 from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
@@ -78,7 +79,7 @@ class Anonymizer:
             if remembered is not None:
                 await self._results(event, orthanc, resource, remembered)
             elif await self.memory.is_pseudonym(_one(resource, "PatientID")):
-                log.info("%r: it is a pseudonym's: nothing is done", event)
+                await self._other_study(event, orthanc, resource)
             else:
                 resource, own = await self._without_results(orthanc, resource, study)
                 decision = Decision(self.settings.rules, self.settings.match, resource)
@@ -110,7 +111,7 @@ class Anonymizer:
         for uid, instance in instances.items():
             if made.get(pseudonyms.uid(uid)):
                 continue
-            content = await _file(orthanc, instance)
+            content = await file_of(orthanc, instance)
             if content is None:  # deleted meanwhile
                 continue
             try:
@@ -152,6 +153,21 @@ class Anonymizer:
 
     # And back.
 
+    async def _other_study(self, event: Event, orthanc: httpx.AsyncClient, resource: Resource) -> None:
+        """A pseudonym's study that was not made here: of results, if it refers to one that was."""
+        uids: set[str] = set()
+        for instance in resource.instances:
+            content = await file_of(orthanc, instance)
+            if content is not None:
+                with contextlib.suppress(UnreadableFileError):
+                    uids |= (await asyncio.to_thread(Result.read, content)).uids
+        studies = await self.memory.studies_of(uids)
+        remembered = await self.memory.study(studies.pop()) if len(studies) == 1 else None
+        if remembered is None:
+            log.info("%r: it is a pseudonym's, and refers to no study, or to several: nothing is done", event)
+            return
+        await self._results(event, orthanc, resource, remembered)
+
     async def _results(self, event: Event, orthanc: httpx.AsyncClient, resource: Resource, study: Remembered) -> None:
         made = await self.memory.made(study.uid, "pseudonymised")
         results = {uid: one for uid, one in (await _instances(orthanc, resource)).items() if uid not in made}
@@ -170,7 +186,7 @@ class Anonymizer:
         for uid, instance in results.items():
             if given.get(pseudonyms.result(uid)):
                 continue
-            content = await _file(orthanc, instance)
+            content = await file_of(orthanc, instance)
             if content is None:
                 continue
             try:
@@ -292,13 +308,6 @@ async def _instances(orthanc: httpx.AsyncClient, resource: Resource) -> dict[str
     places = {"study": "studies", "series": "series"}
     found = (await ask(orthanc, f"/{places[resource.level]}/{resource.id}/instances")).json()
     return {str(one["MainDicomTags"]["SOPInstanceUID"]): str(one["ID"]) for one in found}
-
-
-async def _file(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
-    try:
-        return (await ask(orthanc, f"/instances/{instance}/file")).content
-    except GoneError:
-        return None
 
 
 def _one(resource: Resource, keyword: str) -> str:

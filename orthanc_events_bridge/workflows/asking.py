@@ -23,3 +23,11 @@ async def ask(orthanc: httpx.AsyncClient, path: str) -> httpx.Response:
     if answer.status_code >= 400:
         raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
     return answer
+
+
+async def file_of(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
+    """An instance's file; none where it was deleted meanwhile."""
+    try:
+        return (await ask(orthanc, f"/instances/{instance}/file")).content
+    except GoneError:
+        return None

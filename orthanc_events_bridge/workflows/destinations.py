@@ -22,7 +22,7 @@ from orthanc_events_bridge.consumers.settings import OrthancBlock, RetrySettings
 from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, mistake
-from orthanc_events_bridge.workflows.asking import ask
+from orthanc_events_bridge.workflows.asking import ask, file_of
 from orthanc_events_bridge.workflows.facts import Resource
 from orthanc_events_bridge.workflows.jobs import Submission, run_job
 
@@ -201,7 +201,7 @@ class Sender:
         assert self._other is not None
         other = self._other.for_async()
         for instance in resource.instances:
-            content = await _file(orthanc, instance)
+            content = await file_of(orthanc, instance)
             if content is None:  # deleted meanwhile
                 continue
             answer = await other.post("/instances", content=content, headers={"Content-Type": "application/dicom"})
@@ -217,7 +217,7 @@ class Sender:
             uids = await self._uids(orthanc, instance)
             if uids is None:
                 continue
-            content = await _file(orthanc, instance)
+            content = await file_of(orthanc, instance)
             if content is None:
                 continue
             study, series, itself = uids
@@ -251,13 +251,6 @@ def _write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         part.unlink()
         raise
-
-
-async def _file(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
-    try:
-        return (await ask(orthanc, f"/instances/{instance}/file")).content
-    except GoneError:
-        return None
 
 
 async def _answer(orthanc: httpx.AsyncClient, path: str, remedy: str) -> Any:

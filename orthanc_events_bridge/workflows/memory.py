@@ -161,7 +161,7 @@ class Memory:
         """These are in Orthanc."""
         for part in _parts(instances):
             text = f"UPDATE orthanc_events_made SET done = {{done}} WHERE uid IN ({', '.join(part)})"
-            await self._run((text, {"done": True, **{name[1:-1]: value for name, value in part.items()}}))
+            await self._run((text, {"done": True, **_given(part)}))
 
     async def made(self, study: str, kind: Kind) -> dict[str, bool]:
         """The instances that were made of a study, and whether they are in Orthanc.
@@ -171,13 +171,22 @@ class Memory:
         text = "SELECT uid, done FROM orthanc_events_made WHERE study = {study} AND kind = {kind}"
         return {uid: bool(done) for uid, done in await self._run((text, {"study": study, "kind": kind}))}
 
+    async def studies_of(self, uids: Iterable[str]) -> set[str]:
+        """The pseudonymised studies, by their UIDs, that any of these instances are of."""
+        found: set[str] = set()
+        for part in _parts(sorted(uids)):
+            where = f"kind = 'pseudonymised' AND uid IN ({', '.join(part)})"
+            text = f"SELECT DISTINCT study FROM orthanc_events_made WHERE {where}"
+            found.update(row[0] for row in await self._run((text, _given(part))))
+        return found
+
     async def originals(self, project: str, uids: Iterable[str]) -> dict[str, str]:
         """What UIDs stand for, of those that stand for anything."""
         found: dict[str, str] = {}
         for part in _parts(sorted(uids)):
             where = f"project = {{project}} AND uid IN ({', '.join(part)})"
             text = f"SELECT uid, original FROM orthanc_events_uids WHERE {where}"
-            given = {"project": project, **{name[1:-1]: value for name, value in part.items()}}
+            given = {"project": project, **_given(part)}
             found.update((uid, original) for uid, original in await self._run((text, given)))
         return found
 
@@ -202,6 +211,10 @@ def _parts(values: Sequence[str]) -> Iterator[dict[str, str]]:
     """A few at a time, by the names that they have in a statement."""
     for start in range(0, len(values), _CHUNK):
         yield {f"{{v{number}}}": value for number, value in enumerate(values[start : start + _CHUNK])}
+
+
+def _given(part: Mapping[str, str]) -> dict[str, str]:
+    return {name[1:-1]: value for name, value in part.items()}
 
 
 def _values(study: Remembered) -> dict[str, Any]:

@@ -164,8 +164,11 @@ def files(orthanc: OrthancServer, study: str) -> list[bytes]:
     return [orthanc.client.get(f"/instances/{one['ID']}/file").content for one in found]
 
 
-def results_of(pseudonymised: Sequence_[bytes]) -> list[bytes]:
-    """What an AI makes of a study: a secondary capture, and a report that names it and all the images."""
+def results_of(pseudonymised: Sequence_[bytes], *, apart: bool = False) -> list[bytes]:
+    """What an AI makes of a study: a secondary capture, and a report that names it and all the images.
+
+    :param apart: in a study of their own.
+    """
     first = as_dataset(pseudonymised[0])
     capture = _result(first, SecondaryCaptureImageStorage, "OT")
     capture.SourceImageSequence = [_reference(as_dataset(one)) for one in pseudonymised]
@@ -190,6 +193,8 @@ def results_of(pseudonymised: Sequence_[bytes]) -> list[bytes]:
     report.ValueType = "CONTAINER"
     report.ContentSequence = [image, frame]
     made = []
+    if apart:
+        capture.StudyInstanceUID = report.StudyInstanceUID = generate_uid()
     for dataset in (capture, report):
         file = io.BytesIO()
         pydicom.dcmwrite(file, dataset, enforce_file_format=True)

@@ -244,6 +244,27 @@ def test_only_its_own_studies_results_are_given_back_and_nothing_twice(tmp_path:
         assert "Traceback" not in workers.log()[before:]
 
 
+def test_series_by_series_and_results_in_a_study_of_their_own(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    rules = f"event: series.stable\n{RULES}"
+    with gateway(tmp_path / "line", "nats") as line, Anonymizers(tmp_path / "a", line, rules) as workers:
+        workers.start()
+        watched = Watched(line)
+        study = make_study(series=2, instances=2, canary={"FrameOfReferenceUID": f"{ROOT}.7"})
+        original = watched.upload(*(one.data for one in study))
+        wait_for(lambda: len(workers.audit("pseudonymised")) == 2, "both series")
+        assert {one["id"] for one in workers.audit("pseudonymised")} == set(study.series)
+        (made,) = watched.pseudonymised().values()
+        assert shape(list(map(as_dataset, made))) == shape([as_dataset(one.data) for one in study])
+        for result in results_of(made, apart=True):
+            line.orthanc.upload(result)
+        wait_for(lambda: len(files(line.orthanc, original)) == 6, "the results")
+        wait_for(lambda: len(workers.audit("given back")) == 2, "that it is said")
+        check_results(files(line.orthanc, original), watched.originals[original])
+        assert workers.stop() == [0]
+        assert len(line.orthanc.get("/instances")) == 4 + 4 + 2 + 2
+
+
 def test_it_explains_checks_says_who_it_is_and_what_is_missing(tmp_path: Path) -> None:
     broker_or_skip("nats")
     with gateway(tmp_path / "line", "nats") as line, Anonymizers(tmp_path / "a", line, RULES) as workers:

@@ -1,0 +1,141 @@
+"""What the anonymizer does where something fails, by the kit: no broker, and an Orthanc that is recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.testing import event
+from orthanc_events_bridge.testing.dicom import Study, make_study
+from orthanc_events_bridge.workflows.anonymizer import Anonymizer
+from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
+
+STUDY = make_study(patient_id="P-4711", instances=2)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "secret").write_text("0123456789abcdef", "utf-8")
+    return {
+        "broker": {"type": "memory"},
+        "store": f"sqlite:///{tmp_path}/memory.db",
+        "audit": str(tmp_path / "audit.jsonl"),
+        "projects": {"trial": {"secret_file": str(tmp_path / "secret")}},
+        "rules": [{"name": "all", "to": ["trial"]}],
+    }
+
+
+def made(settings: dict[str, Any]) -> Anonymizer:
+    return Anonymizer(configure_as(AnonymizerSettings, settings, None, {}, CommandLine()))
+
+
+def audit(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text("utf-8").splitlines()]
+
+
+class Recorded:
+    """An Orthanc with a study, as respx records it.
+
+    :ivar stored: what was put there.
+    """
+
+    def __init__(self, orthanc: Any, study: Study, refuse: int = 0) -> None:
+        self.stored: list[bytes] = []
+        self._refuse = refuse
+        ids = [one.id for one in study]
+        series = {"ID": study.series[0], "MainDicomTags": {"Modality": "CT"}, "Instances": ids}
+        itself = {
+            "ID": study.id,
+            "MainDicomTags": {"StudyInstanceUID": study.study_uid},
+            "PatientMainDicomTags": {"PatientID": study.patient_id},
+        }
+        instances = [{"ID": one.id, "MainDicomTags": {"SOPInstanceUID": one.sop_uid}} for one in study]
+        orthanc.get(f"/studies/{study.id}").respond(json=itself)
+        orthanc.get(f"/studies/{study.id}/series").respond(json=[series])
+        orthanc.get(f"/studies/{study.id}/instances").respond(json=instances)
+        for one in study:
+            orthanc.get(f"/instances/{one.id}/file").respond(content=one.data)
+        orthanc.post("/instances").mock(side_effect=self._store)
+
+    def _store(self, request: httpx.Request) -> httpx.Response:
+        if self._refuse and len(self.stored) >= self._refuse:
+            self._refuse = 0
+            return httpx.Response(507)
+        status = "AlreadyStored" if request.content in self.stored else "Success"
+        self.stored.append(request.content)
+        return httpx.Response(200, json={"Status": status, "ID": "x"})
+
+
+def test_what_orthanc_refuses_is_put_there_again_and_is_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with made(settings).consumer.test() as kit:
+        orthanc = Recorded(kit.orthanc, STUDY, refuse=1)
+        kit.send(event("study.stable", study=STUDY.id))
+        kit.finish()
+        assert len(kit.retried) == 1 and len(kit.handled) == 1
+        # The first one is known as begun, not as done: it came again, and was there.
+        assert len(orthanc.stored) == 3 and len(set(orthanc.stored)) == 2
+        kit.send(event("study.stable", study=STUDY.id))
+        kit.finish()
+        assert len(orthanc.stored) == 3
+    assert [one["instances"] for one in audit(tmp_path)] == [2]
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_pseudonymised(
+    tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with made(settings).consumer.test() as kit:
+        orthanc = Recorded(kit.orthanc, STUDY)
+        broken = STUDY.instances[0].id
+        kit.orthanc.get(f"/instances/{broken}/file").respond(content=b"P-4711, and no DICOM")
+        kit.send(event("study.stable", study=STUDY.id))
+        kit.finish()
+        (dead,) = kit.dead
+        assert broken in str(dead.reason) and "P-4711" not in str(dead.reason)
+        assert len(orthanc.stored) == 1
+    assert [(one["instances"], one["unreadable"]) for one in audit(tmp_path)] == [(1, 1)]
+    assert "P-4711" not in caplog.text
+
+
+def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: dict[str, Any]) -> None:
+    first = made(settings)
+    with first.consumer.test() as kit:
+        Recorded(kit.orthanc, STUDY)
+        kit.send(event("study.stable", study=STUDY.id))
+        kit.finish()
+        kit.assert_handled()
+    pseudonyms = first._pseudonyms["trial"]
+    result = make_study(
+        patient_id=pseudonyms.patient("P-4711"), study_uid=pseudonyms.uid(STUDY.study_uid), modality="SR"
+    )
+    more = {"projects": {"other": settings["projects"]["trial"]}, "rules": [{"name": "all", "to": ["other"]}]}
+    with made({**settings, **more}).consumer.test() as kit:
+        orthanc = Recorded(kit.orthanc, result)
+        kit.send(event("study.stable", study=result.id))
+        kit.finish()
+        assert "there is no project trial any more" in str(kit.dead[0].reason)
+        assert not orthanc.stored
+    with made(settings).consumer.test() as kit:
+        orthanc = Recorded(kit.orthanc, result)
+        kit.send(event("study.stable", study=result.id), event("study.stable", study=result.id))
+        kit.finish()
+        kit.assert_handled()
+        assert len(orthanc.stored) == 1 and b"P-4711" in orthanc.stored[0]
+
+
+def test_a_memory_that_others_may_read_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "memory.db").touch(mode=0o644)
+    with pytest.raises(BridgeError, match="can be read by others") as caught:
+        made(settings).memory.check()
+    assert caught.value.remedy == f"chmod 600 {tmp_path}/memory.db"
+
+
+@pytest.mark.parametrize("store", ["broker", "nats://127.0.0.1:4222", "memory.db"])
+def test_a_memory_is_a_database(settings: dict[str, Any], store: str) -> None:
+    with pytest.raises(BridgeError):
+        made({**settings, "store": store})
