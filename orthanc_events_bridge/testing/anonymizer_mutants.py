@@ -5,14 +5,20 @@ Test-only: ``python -m orthanc_events_bridge.testing.anonymizer_mutants MUTANT a
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from orthanc_events_bridge.workflows import deidentify, dicom_files
+from orthanc_events_bridge.workflows.anonymizer import _Batch
 from orthanc_events_bridge.workflows.memory import Memory
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
+
+#: The variable that names the file by which workers know that one has died.
+DIED: Final = "ANONYMIZER_DIED"
 
 
 def _not_knowing_its_own() -> None:
@@ -48,11 +54,43 @@ def _forgetting_results() -> None:
     Memory.made = without  # type: ignore[method-assign]
 
 
+def _die_once() -> None:
+    mark = Path(os.environ[DIED])
+    if not mark.exists():
+        mark.touch()
+        os._exit(9)
+
+
+def _dying(*, remembered: bool) -> None:
+    """The first of all workers dies as soon as Orthanc has an instance; see `DIED`.
+
+    :param remembered: as it has to be; else it is remembered behind it, and not before.
+    """
+    put, begin = _Batch.put, Memory.begin
+    waiting: list[tuple[Any, ...]] = []
+
+    async def later(self: Memory, *given: Any) -> None:
+        waiting.append(given)
+
+    async def dying(self: _Batch, *given: Any) -> None:
+        await put(self, *given)
+        _die_once()
+        for one in waiting:
+            await begin(self._memory, *one)
+        waiting.clear()
+
+    _Batch.put = dying  # type: ignore[method-assign, assignment]
+    if not remembered:
+        Memory.begin = later  # type: ignore[method-assign, assignment]
+
+
 #: How each is switched off.
 MUTANTS: Final[Mapping[str, Callable[[], None]]] = {
     "not knowing its own": _not_knowing_its_own,
     "by chance": _by_chance,
     "forgetting results": _forgetting_results,
+    "remembering behind it": lambda: _dying(remembered=False),
+    "none, but dying": lambda: _dying(remembered=True),
 }
 
 if __name__ == "__main__":

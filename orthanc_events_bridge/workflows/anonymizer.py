@@ -295,6 +295,7 @@ class _Batch:
         self.count += 1
         self._there.append(uid)
         if len(self._there) >= _NOTE:
+            log.info("%d instances %s so far", self.count, self._kind)
             await self.end()
 
     async def end(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orthanc_events_bridge.testing.anonymizer_mutants import DIED
 from orthanc_events_bridge.testing.dicom import Study, make_study
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.workflows.deidentify import _Search, pseudonymise
@@ -74,6 +75,31 @@ def test_the_anonymizer_shows_what_a_protection_prevents(
         line.orthanc.upload(study.instances[0].data)
         wait_for(lambda: workers.audit("pseudonymised"), "pseudonymised")
         scenario(line, study)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "harm"), [("none, but dying", False), ("remembering behind it", True)], ids=["remembered", "not-yet"]
+)
+def test_what_a_dead_worker_has_left_is_taken_for_a_result_only_where_it_was_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str, harm: bool
+) -> None:
+    broker_or_skip("nats")
+    monkeypatch.setenv(DIED, str(tmp_path / "died"))
+    with gateway(tmp_path / "line", "nats") as line, Mutants(tmp_path / "a", line, RULES) as workers:
+        workers.mutant = mutant
+        workers.start()
+        study = make_study()
+        line.orthanc.upload(study.instances[0].data)
+        wait_for((tmp_path / "died").exists, "its death")
+        (pseudonym,) = others(line, study)
+        # What it has left is stable before its own event comes again.
+        workers.start()
+        if harm:
+            wait_for(lambda: len(files(line.orthanc, study.id)) == 2, "it is given back")
+            return
+        wait_for(lambda: workers.audit("pseudonymised"), "pseudonymised")
+        wait_for(lambda: f"subject='studies/{pseudonym}'): it was made here; 0 results" in workers.log(), "known")
+        assert len(line.orthanc.get("/instances")) == 2
 
 
 def test_without_a_search_names_are_left_where_none_belong(monkeypatch: pytest.MonkeyPatch) -> None:
