@@ -93,7 +93,7 @@ def _made(options: argparse.Namespace) -> Anonymizer:
         from orthanc_events_bridge.workflows.anonymizer import Anonymizer
         from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
     except ModuleNotFoundError as error:
-        if error.name != "pydicom":
+        if (error.name or "").partition(".")[0] != "pydicom":
             raise
         raise BridgeError("pydicom is not installed", 'pip install "orthanc-events-bridge[anonymizer]"') from error
     given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}

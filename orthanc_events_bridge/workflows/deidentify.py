@@ -132,9 +132,10 @@ def pseudonymise(content: bytes, profile: Profile, pseudonyms: Pseudonyms) -> Ps
         raise LeftOutError("it is de-identified already")
     if profile.burned_in == "leave-out" and dataset.get("BurnedInAnnotation") == "YES":
         raise LeftOutError("there is text in its pixels")
-    work = _Work(dataset, profile, pseudonyms)
+    telling: list[str] = []
+    each(dataset, lambda _, one: telling.append(join(one.value)) if one.keyword in _TELLING else None)
     identity = {name: text for name in IDENTITY if (text := join(dataset.get(name)))}
-    telling = [join(dataset.get(name)) for name in _TELLING]
+    work = _Work(dataset, profile, pseudonyms)
     work.clean(dataset, ())
     search = _Search(words(iter(telling)), frozenset(work.uids.values()))
     each(dataset, search.blank)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,13 @@ def test_a_memory_that_others_may_read_is_refused(tmp_path: Path, settings: dict
 def test_a_memory_is_a_database(settings: dict[str, Any], store: str) -> None:
     with pytest.raises(BridgeError):
         made({**settings, "store": store})
+
+
+def test_a_missing_pydicom_is_named() -> None:
+    code = "import sys; sys.modules['pydicom'] = None; from orthanc_events_bridge.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code.replace("main()", "main(['anonymize', '--check'])")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        'orthanc-events: pydicom is not installed (pip install "orthanc-events-bridge[anonymizer]")\n'
+    )

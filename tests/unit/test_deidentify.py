@@ -168,6 +168,12 @@ def test_a_name_that_was_typed_where_none_belongs_is_found() -> None:
     assert found.ScanOptions == ["FS", ""] and found.BodyPartExamined == ""
 
 
+def test_an_id_that_is_said_in_a_sequence_only_is_found_elsewhere() -> None:
+    content = changed(OtherPatientIDsSequence=[item(PatientID="ELSEWHERE-77")], ScanOptions="ELSEWHERE-77")
+    found = made(content)
+    assert found.ScanOptions == "" and "OtherPatientIDsSequence" not in found
+
+
 def test_texts_in_any_character_set_stay_what_they_are() -> None:
     content = changed(
         SpecificCharacterSet=["ISO 2022 IR 13", "ISO 2022 IR 87"],
