@@ -126,12 +126,12 @@ class Anonymizer:
                 who = done.identity.get("PatientID", "")
                 await self.memory.remember(Remembered(done.study, project, study, done.patient, who, done.identity))
             await batch.put(done.study, done.uid, done.content, done.uids)
-        await batch.end()
         if batch.count or left_out or unreadable:
             more: dict[str, object] = {"left_out": dict(left_out)} if left_out else {}
             more |= {"unreadable": len(unreadable)} if unreadable else {}
             told = {"project": project, "rule": rule, "level": resource.level, "id": resource.id, "event": event.id}
             self._audit.note("pseudonymised", **told, instances=batch.count, **more)
+        await batch.end()
         if unreadable:
             raise Reject(f"can't be read as DICOM, and was left out: instances {', '.join(unreadable[:10])}")
 
@@ -196,9 +196,9 @@ class Anonymizer:
             except UnreadableFileError as error:
                 raise Reject(f"instance {instance}: {error.message}") from error
             await batch.put(study.uid, pseudonyms.result(uid), back, {})
-        await batch.end()
         if batch.count:
             self._audit.note("given back", **told, instances=batch.count)
+        await batch.end()
 
     # Life.
 
@@ -268,7 +268,8 @@ class Anonymizer:
 
 
 class _Batch:
-    """Puts what was made into Orthanc, remembered before, and noted as done behind it.
+    """Puts what was made into Orthanc, remembered before, and noted as done behind it: the last only by `end`, when the
+    audit has it.
 
     :ivar count: of what was put there.
     """
@@ -284,6 +285,9 @@ class _Batch:
 
     async def put(self, study: str, uid: str, content: bytes, uids: Mapping[str, str]) -> None:
         """Put one there; one that is there already changes nothing."""
+        if len(self._there) >= _NOTE:
+            log.info("%d instances %s so far", self.count, self._kind)
+            await self.end()
         new = {one: original for one, original in uids.items() if one not in self._known}
         await self._memory.begin(study, uid, self._kind, self._project, new)
         self._known.update(new)
@@ -294,9 +298,6 @@ class _Batch:
             )
         self.count += 1
         self._there.append(uid)
-        if len(self._there) >= _NOTE:
-            log.info("%d instances %s so far", self.count, self._kind)
-            await self.end()
 
     async def end(self) -> None:
         """Note what is there."""
