@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from orthanc_events_bridge.cli_explaining import as_dict, orthanc_id, tree
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
 from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
-from orthanc_events_bridge.errors import GoneError
 
 if TYPE_CHECKING:
-    import httpx
-
-    from orthanc_events_bridge.workflows.conditions import Verdict
     from orthanc_events_bridge.workflows.router import Decision, Router
 
 _EPILOG: Final = f"""\
@@ -96,10 +92,10 @@ def _router(options: argparse.Namespace) -> Router:
 
 async def _explain(router: Router, identifier: str, *, as_json: bool) -> int:
     async with router.deciding.asking() as orthanc:
-        resource, decision = await router.explain(orthanc, await _orthanc_id(orthanc, identifier, router.level))
+        resource, decision = await router.explain(orthanc, await orthanc_id(orthanc, identifier, router.level))
     if as_json:
         rules = [
-            {"rule": rule.name, "fits": verdict.true, "to": list(rule.to), "why": _as_dict(verdict)}
+            {"rule": rule.name, "fits": verdict.true, "to": list(rule.to), "why": as_dict(verdict)}
             for rule, verdict in decision.verdicts
         ]
         print(json.dumps({"level": resource.level, "id": resource.id, "to": decision.rules, "rules": rules}, indent=2))
@@ -109,33 +105,10 @@ async def _explain(router: Router, identifier: str, *, as_json: bool) -> int:
     return 0
 
 
-async def _orthanc_id(orthanc: httpx.AsyncClient, identifier: str, level: str) -> str:
-    """Orthanc's id of what is named by that, or by its UID."""
-    if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", identifier):
-        return identifier
-    answer = await orthanc.post("/tools/lookup", content=identifier)
-    found = [one["ID"] for one in answer.raise_for_status().json() if one["Type"].lower() == level]
-    if not found:
-        raise GoneError(f"Orthanc has no {level} {identifier}", "give its Orthanc id or its UID")
-    return str(found[0])
-
-
 def _lines(decision: Decision) -> Iterator[str]:
     for rule, verdict in decision.verdicts:
         yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}, to {', '.join(rule.to)}"
         for part in verdict.parts:
-            yield from _tree(part, 1)
+            yield from tree(part, 1)
     sent = ", ".join(f"{to} (by {rule})" for to, rule in decision.rules.items())
     yield f"it goes to {sent or 'nobody'}"
-
-
-def _tree(verdict: Verdict, depth: int) -> Iterator[str]:
-    found = f"; there is {verdict.found}" if verdict.found else ""
-    yield f"{'  ' * depth}{'yes' if verdict.true else 'no '} {verdict.condition}{found}"
-    for part in verdict.parts:
-        yield from _tree(part, depth + 1)
-
-
-def _as_dict(verdict: Verdict) -> dict[str, Any]:
-    parts = {"parts": [_as_dict(one) for one in verdict.parts]} if verdict.parts else {"found": verdict.found}
-    return {"condition": verdict.condition, "true": verdict.true, **parts}

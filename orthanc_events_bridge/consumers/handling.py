@@ -181,7 +181,9 @@ class Handling:
         delay = outcome.delay
         if self._terms.ordered:
             delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
-        log.warning("%s: %s%s; attempt %d, again in %.3g s", spell(held), why, said, event.attempt, delay)
+        wished = isinstance(problem, Retry) and problem.after is not None  # it waits for something: nothing is wrong
+        level = logging.INFO if wished else logging.WARNING
+        log.log(level, "%s: %s%s; attempt %d, again in %.3g s", spell(held), why, said, event.attempt, delay)
         await self._store(held, lambda: held.delivery.nack(delay, headers), "retried")
 
     async def bury(self, held: Held, reason: str, why: str = "", headers: dict[str, str] | None = None) -> None:

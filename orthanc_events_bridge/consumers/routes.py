@@ -12,12 +12,11 @@ from typing import Any, Final
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import BridgeError
-from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import NAMES
 
 #: ``handler(event)`` or ``handler(event, orthanc)``, sync or async. What it returns is ignored.
 Handler = Callable[..., Any] | Callable[..., Awaitable[Any]]
 
-_NAMES: Final = tuple(one.name for one in TYPES)
 _WILD: Final = re.compile(r"[*?\[]")
 
 
@@ -66,7 +65,7 @@ def route(
         if not isinstance(pattern, str):
             raise BridgeError("@app.on is given something that is no text", 'write @app.on("study.stable")')
         foreign = pattern.count(".") > 1 and not _WILD.search(pattern)  # a whole type: of others too
-        if not foreign and not fnmatch.filter(_NAMES, pattern):
+        if not foreign and not fnmatch.filter(NAMES, pattern):
             raise BridgeError(
                 f"no event is called {pattern!r}",
                 "see docs/events.md; study.stable, *.stable and job.* are such names, without prefix and version",

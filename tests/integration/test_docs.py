@@ -25,6 +25,7 @@ from orthanc_events_bridge.bridge.config import parse
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.cli import _parser
 from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import DERIVED
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.values import Options
@@ -249,11 +250,11 @@ def test_asyncapi_has_every_type_once() -> None:
     messages = document["components"]["messages"]
     for channel in ("changes", "inbox"):
         assert document["channels"][channel]["messages"].keys() == messages.keys()
-    names = {f"io.orthanc-events.{event_type.name}.v1" for event_type in TYPES}
+    names = {f"io.orthanc-events.{event_type.name}.v1" for event_type in (*TYPES, *DERIVED)}
     assert {message["name"] for message in messages.values()} == names
     assert len(messages) == len(names)
     for message in messages.values():
-        own = message["payload"]["allOf"][1]["properties"]
+        own = message["payload"]["allOf"][-1]["properties"]
         assert own["type"]["const"] == message["name"]
         assert json.loads(text_of(SCHEMAS / own["data"]["$ref"]))["$id"] == own["dataschema"]["const"]
 

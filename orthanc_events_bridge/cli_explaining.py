@@ -1,0 +1,42 @@
+"""What the commands share that explain what rules say of a resource."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from orthanc_events_bridge.errors import GoneError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from orthanc_events_bridge.workflows.conditions import Verdict
+
+
+async def orthanc_id(orthanc: httpx.AsyncClient, identifier: str, level: str) -> str:
+    """Orthanc's id of what is named by that, or by its UID.
+
+    :raises GoneError: there is none.
+    """
+    if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", identifier):
+        return identifier
+    answer = await orthanc.post("/tools/lookup", content=identifier)
+    found = [one["ID"] for one in answer.raise_for_status().json() if one["Type"].lower() == level]
+    if not found:
+        raise GoneError(f"Orthanc has no {level} {identifier}", "give its Orthanc id or its UID")
+    return str(found[0])
+
+
+def tree(verdict: Verdict, depth: int) -> Iterator[str]:
+    """What became of a condition and its parts, a line each."""
+    found = f"; there is {verdict.found}" if verdict.found else ""
+    yield f"{'  ' * depth}{'yes' if verdict.true else 'no '} {verdict.condition}{found}"
+    for part in verdict.parts:
+        yield from tree(part, depth + 1)
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The same for programs."""
+    parts = {"parts": [as_dict(one) for one in verdict.parts]} if verdict.parts else {"found": verdict.found}
+    return {"condition": verdict.condition, "true": verdict.true, **parts}
