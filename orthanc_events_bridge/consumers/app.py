@@ -22,7 +22,7 @@ from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
 from orthanc_events_bridge.consumers.retry import RetryPolicy
-from orthanc_events_bridge.consumers.routes import Route, route
+from orthanc_events_bridge.consumers.routes import Dead, Route, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
@@ -153,6 +153,7 @@ class Consumer:
         where: Callable[[Event], bool] | None = None,
         retry: RetryPolicy | None = None,
         once: str | None = None,
+        on_dead: Dead | None = None,
     ) -> Callable[[_H], _H]:
         """Have a function called for every event of these types.
 
@@ -165,6 +166,9 @@ class Consumer:
         :param where: says whether it wants an event of these types.
         :param retry: its own policy.
         :param once: a name for what it does: it is then done once for each event, as by `once` with its defaults.
+        :param on_dead: a coroutine function that is called with the event and the reason before an event of these types
+            goes among the dead letters, so that it can be told (`publish`). Where the broker does not take what it
+            publishes, the event is held until it does; anything else that it raises is logged, and holds up nothing.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
         if retry is not None:
@@ -174,7 +178,7 @@ class Consumer:
             self._turns.check(once, LEASE, KEEP)
 
         def register(handler: _H) -> _H:
-            found = route(patterns, handler, where, retry)
+            found = route(patterns, handler, where, retry, on_dead)
             if once is not None:
                 found = replace(found, handler=only_once(handler, lambda event: self.once(event, once)))
             self._routes.append(found)

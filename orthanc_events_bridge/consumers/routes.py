@@ -17,6 +17,9 @@ from orthanc_events_bridge.events.derived import NAMES
 #: ``handler(event)`` or ``handler(event, orthanc)``, sync or async. What it returns is ignored.
 Handler = Callable[..., Any] | Callable[..., Awaitable[Any]]
 
+#: Is told of an event that goes among the dead letters, and why.
+Dead = Callable[[Event, str], Awaitable[None]]
+
 _WILD: Final = re.compile(r"[*?\[]")
 
 
@@ -30,6 +33,7 @@ class Route:
     :ivar retry: its own policy; none: the consumer's.
     :ivar wants_orthanc: whether it takes a second argument.
     :ivar is_async: whether it is a coroutine function; others run in threads.
+    :ivar on_dead: is told when an event of its goes among the dead letters; none: nobody is.
     """
 
     patterns: tuple[str, ...]
@@ -38,6 +42,7 @@ class Route:
     retry: RetryPolicy | None
     wants_orthanc: bool
     is_async: bool
+    on_dead: Dead | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +59,7 @@ def route(
     handler: Handler,
     where: Callable[[Event], bool] | None = None,
     retry: RetryPolicy | None = None,
+    on_dead: Dead | None = None,
 ) -> Route:
     """Check a handler and its patterns.
 
@@ -70,8 +76,12 @@ def route(
                 f"no event is called {pattern!r}",
                 "see docs/events.md; study.stable, *.stable and job.* are such names, without prefix and version",
             )
+    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
+        raise BridgeError(f"on_dead={on_dead!r} can't be awaited", "give a coroutine function of (event, reason)")
     called = handler if inspect.isroutine(handler) else getattr(handler, "__call__", handler)  # noqa: B004
-    return Route(patterns, handler, where, retry, _arguments(handler) == 2, inspect.iscoroutinefunction(called))
+    return Route(
+        patterns, handler, where, retry, _arguments(handler) == 2, inspect.iscoroutinefunction(called), on_dead
+    )
 
 
 def _arguments(handler: Handler) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +20,8 @@ from orthanc_events_bridge.testing.brokers.events import Event
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.reacting import consumer_url
-from tests.integration.routers import PATIENCE, wait_for
+from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, running, wait_for
+from tests.integration.test_verify import Verified
 from tests.integration.whole import broker_or_skip, started
 
 pytestmark = pytest.mark.integration
@@ -129,7 +133,9 @@ def told(line: Line, kind: str) -> Callable[[], list[Event]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_study_in_two_halves_is_ready_once_and_late_images_update_it(tmp_path: Path, kind: str) -> None:
+def test_a_study_in_two_halves_is_ready_once_and_late_images_update_it(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     broker_or_skip(kind)
     rules = """
 rules:
@@ -180,7 +186,118 @@ rules:
             line.settle()
             line.ledger.allow("*.stable", "server.*", "*.completed")
             line.report().assert_clean()
+            if kind == "nats":
+                verified = Verified(line, capsys)
+                assert (verified.code, verified.differences) == (0, {})
+                assert verified.document["notes"]["events that consumers have published"] == len(derived(line))
             assert derivers.stop() == [0, 0]
         finally:
             reading.kill()
             reading.wait()
+
+
+def test_workers_that_are_killed_tell_everything_once(tmp_path: Path) -> None:
+    """Killed again and again, also in the midst of telling: nothing is missing, and what comes twice has one id."""
+    broker_or_skip("nats")
+    chance = random.Random(7)
+    rules = "rules:\n  - {name: all, quiet: 1s}\n"
+    with started(tmp_path / "line") as line, Derivers(tmp_path / "derive", line, rules) as derivers:
+        derivers.start(2)
+        studies = [make_study(modality="CT", instances=2) for _ in range(24)]
+        for study in studies[:12]:
+            upload(line, study)
+        wait_for(told(line, "study.ready"), "the first is ready")
+        for study in studies[12:]:
+            upload(line, study)
+            time.sleep(chance.uniform(0.1, 0.5))
+            derivers.kill(chance.randrange(len(derivers)))
+            derivers.start()
+        ids = {study.id for study in studies}
+        wait_for(lambda: {event.resource for event in told(line, "study.ready")()} == ids, "all are ready")
+        late = studies[::4]
+        for study in late:
+            upload(line, more_of(study, modality="CT"))
+            derivers.kill(chance.randrange(len(derivers)))
+            derivers.start()
+        wait_for(
+            lambda: {event.resource for event in told(line, "study.updated")()} == {one.id for one in late}, "late"
+        )
+        assert derivers.stop() == [0, 0]
+        assert Counter(event.resource for event in told(line, "study.ready")()) == dict.fromkeys(ids, 1)
+        assert Counter(event.resource for event in told(line, "study.updated")()) == {one.id: 1 for one in late}
+        assert {event.data["instances"] for event in told(line, "study.updated")()} == {3}
+
+
+def test_the_pacs_says_how_many_instances_there_are(tmp_path: Path) -> None:
+    """A study that is moved in two parts from a PACS, which knows all of it."""
+    broker_or_skip("nats")
+    pacs = Receiver(tmp_path / "pacs", DicomAlwaysAllowFind=True)
+    rules = "rules:\n  - {name: all, quiet: 1s, instances: {modality: pacs}}\n"
+    study = make_study(modality="MR", series=2, instances=2)
+    with (
+        running(pacs),
+        gateway(tmp_path / "line", "nats", modalities=[pacs]) as line,
+        Derivers(tmp_path / "derive", line, rules) as derivers,
+    ):
+        for instance in study:
+            pacs.upload(instance.data)
+        done = derivers.run("--check")
+        assert done.returncode == 0 and "modality pacs: known to Orthanc" in done.stdout, done.stderr
+        derivers.start()
+        pacs.client.put("/modalities/line", json=["GATEWAY", "127.0.0.1", line.orthanc.dicom_port]).raise_for_status()
+        first, second = pacs.get(f"/studies/{study.id}")["Series"]
+        pacs.post("/modalities/line/store", {"Resources": [first]})
+        wait_for(lambda: derivers.log().count("again in") > 2, "it is looked at, and waited for")
+        done = derivers.run("--explain", study.study_uid)
+        assert done.returncode == 0, done.stderr
+        assert "yes rule all" in done.stdout and "instances: 2 of 4" in done.stdout
+        data = json.loads(derivers.run("--explain", study.id, "--json").stdout)["data"]
+        assert (data["complete"], data["missing"]["instances"], data["expected"]) == (False, 2, 4)
+        assert not derived(line)
+        pacs.post("/modalities/line/store", {"Resources": [second]})
+        wait_for(told(line, "study.ready"), "ready")
+        (ready,) = told(line, "study.ready")()
+        assert (ready.data["complete"], ready.data["instances"], ready.data["expected"]) == (True, 4, 4)
+        assert derivers.stop() == [0]
+        text = derivers.path.read_text("utf-8")
+        derivers.path.write_text(text.replace("modality: pacs", "modality: nobody"))
+        done = derivers.run("--check")
+        assert done.returncode == 1 and "add the modality nobody to Orthanc's DicomModalities" in done.stderr
+        derivers.path.write_text(text.replace("quiet: 1s", "quiet: soon"))
+        done = derivers.run()
+        assert done.returncode == 2 and "is no duration" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_tells_what_it_has_sent_and_what_it_gives_up(tmp_path: Path, kind: str) -> None:
+    broker_or_skip(kind)
+    up, down = Receiver(tmp_path / "up"), Receiver(tmp_path / "down")
+    rules = """
+destinations:
+  up: {modality: up}
+  down: {modality: down, retry: {max_attempts: 2, initial: 100ms}}
+rules:
+  - {name: all, to: [up, down]}
+"""
+    with (
+        running(up),
+        gateway(tmp_path / "line", kind, modalities=[up, down]) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        study = make_study(modality="CT", instances=2)
+        upload(line, study)
+        routers.start()
+        wait_for(told(line, "study.routed"), "routed")
+        wait_for(told(line, "transfer.failed"), "failed")
+        (routed,), (failed,) = told(line, "study.routed")(), told(line, "transfer.failed")()
+        (sent,) = routers.audit(destination="up")
+        said = {"rule": "all", "destination": "up", "instances": 2, "job": sent["job"]}
+        assert {name: routed.data[name] for name in said} == said
+        assert (failed.data["destination"], failed.data["attempts"]) == ("down", 2)
+        assert "failed 2 times of 2" in failed.data["reason"]
+        (stable,) = [event for event in line.events() if event.kind == "study.stable"]
+        for event in (routed, failed):
+            assert (event.resource, event.chain) == (study.id, stable.id)
+            assert event.source == stable.source and event.key == stable.key
+        assert (routed.producer, failed.producer) == ("router-up", "router-down")
+        assert routers.stop() == [0]

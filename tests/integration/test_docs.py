@@ -238,6 +238,11 @@ def test_the_page_of_events_names_the_attributes_of_the_contract() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ATTRIBUTES - {"data"}
     table = text[text.index("## Data") : text.index("## Types")]
     told = {name for cell in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE) for name in codes(cell)}
+    derived = text[text.index("## Derived events") : text.index("## On NATS")]
+    properties, attributes = derived.split("| property |")[1].split("| attribute |")
+    told |= set(re.findall(r"^\| `(\w+)` \|", properties, re.MULTILINE))
+    different = {name for cell in re.findall(r"^\| (`.+?`) \|", attributes, re.MULTILINE) for name in codes(cell)}
+    assert {"producer", "causationid", "correlationid"} == different - ATTRIBUTES
     schemas = [json.loads(text_of(path)) for path in SCHEMAS.glob("*.json")]
     assert told == {name for schema in schemas for name in schema["properties"]}
     fields = json.loads(text_of(SCHEMAS / "job.failed.v1.json"))["properties"]["job"]["properties"]

@@ -19,6 +19,7 @@ from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.kit import Kit
 from orthanc_events_bridge.workflows.derive import Deriver, DeriveSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 CREATED = event("study.created", study="s")
 STABLE = event("study.stable", study="s")
 #: The quiet of the rules, and the second behind it from which it is certain.
@@ -288,6 +289,12 @@ def test_a_dry_run_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         kit.assert_handled(CREATED)
         assert not kit.published
     assert "it would be told, by rule all: complete" in caplog.text
+
+
+def test_the_file_that_comes_with_it_is_right() -> None:
+    found = configure_as(DeriveSettings, {}, ROOT / "config" / "derive.yaml", {}, CommandLine()).settings
+    assert [rule.name for rule in found.rules] == ["mr-brain", "moved from the PACS", "everything else"]
+    assert set(found.rules[0].series) == {"t1", "t2"}
 
 
 @pytest.mark.parametrize(

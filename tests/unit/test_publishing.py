@@ -12,7 +12,7 @@ import pytest
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
-from orthanc_events_bridge.consumers import Consumer, Event
+from orthanc_events_bridge.consumers import Consumer, Event, Reject, RetryPolicy
 from orthanc_events_bridge.consumers.event import read
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
 from orthanc_events_bridge.errors import BridgeError, RefusedError, TransportError
@@ -22,6 +22,7 @@ from orthanc_events_bridge.testing import derived, event, orthanc_id
 from orthanc_events_bridge.transports.base import Incoming, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
+from orthanc_events_bridge.workflows.telling import tell_anonymized, tell_received
 
 STABLE = event("study.stable", study="study-1", patient="patient-1")
 READY = {"rule": "all", "complete": True, "series": 2, "instances": 40}
@@ -119,9 +120,9 @@ def test_nothing_leads_back_where_that_is_asked_for() -> None:
         assert secret not in text
     assert made.key == "result" and json.loads(text)["correlationid"] == made.id
     assert made.id == sent("study.anonymized", result, STABLE, of="result 1", linked=False).id
-    for more in ({"of": None}, {"data": {"change": "AnonymizedStudy"}}):
+    for data, of in ((result, None), ({"change": "AnonymizedStudy"}, "x")):
         with pytest.raises(BridgeError, match="nothing may lead back"):
-            sent("study.anonymized", more.get("data", result), original, of=more.get("of", "x"), linked=False)
+            sent("study.anonymized", data, original, of=of, linked=False)
 
 
 def test_prefix_and_schemas_are_those_of_the_cause() -> None:
@@ -259,6 +260,67 @@ def test_an_own_type_that_nobody_asks_for_is_no_dead_letter_and_a_stranger_s_is(
         kit.send(own, stranger)
         assert [one.event.id for one in kit.ignored if one.event] == [own.id]
         assert [one.event.id for one in kit.dead if one.event] == ["1"]
+
+
+def test_what_an_anonymizer_tells_leads_nowhere() -> None:
+    consumer = app()
+
+    @consumer.on("study.stable")
+    async def tell(given: Event) -> None:
+        await tell_anonymized(consumer, given, study="result", patient="nobody", instances=["b", "a"], rule="trial")
+        parents = {"study": "original", "patient": "somebody"}
+        await tell_received(
+            consumer, given, level="series", identifier="report", parents=parents, instances=["c"], rule="trial"
+        )
+
+    with consumer.test() as kit:
+        kit.send(STABLE, event("study.stable", study="study-1", number=2))
+        assert not kit.retried
+        anonymized, received = kit.published[:2]
+        assert (anonymized.name, anonymized.study_id, anonymized.data["instances"]) == ("study.anonymized", "result", 2)
+        assert (received.name, received.series_id, received.key) == ("result.received", "report", "original")
+        for one in (anonymized, received):
+            assert one.causation_id is None and one.correlation_id == one.id
+            assert "study-1" not in str(one.attributes) + str(one.data) and STABLE.id not in str(one.attributes)
+        assert {one.id for one in kit.published} == {anonymized.id, received.id}
+
+
+def test_a_dead_letter_is_told_before_it_is_one() -> None:
+    consumer = app(retry=RetryPolicy(max_attempts=2))
+
+    async def told(given: Event, reason: str) -> None:
+        data = {"rule": "all", "destination": "pacs", "reason": reason, "attempts": given.attempt}
+        await consumer.publish("transfer.failed", data, cause=given)
+
+    @consumer.on("study.stable", on_dead=told)
+    async def fail(given: Event) -> None:
+        raise BridgeError("it is down", "wait")
+
+    with consumer.test() as kit:
+        kit.send(STABLE)
+        kit.finish()
+        kit.assert_dead(STABLE, "failed 2 times of 2: it is down")
+        (failed,) = kit.published
+        assert (failed.data["reason"], failed.data["attempts"]) == (kit.dead[0].reason, 2)
+        assert failed.causation_id == STABLE.id
+
+
+def test_what_on_dead_raises_itself_keeps_nothing_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    async def told(given: Event, reason: str) -> None:
+        raise ValueError("Jane Doe")
+
+    consumer = app()
+
+    @consumer.on("study.stable", on_dead=told)
+    async def fail(given: Event) -> None:
+        raise Reject("no pixel data")
+
+    with consumer.test() as kit:
+        kit.send(STABLE)
+        kit.assert_dead(STABLE)
+    assert "that it is dead can't be told: ValueError" in caplog.text and "Jane" not in caplog.text
+    with pytest.raises(BridgeError, match="can't be awaited"):
+        consumer.on("study.stable", on_dead=lambda given, reason: None)(fail)  # type: ignore[arg-type, return-value]
 
 
 def test_what_the_broker_refuses_fails_the_handler_which_tries_again() -> None:
