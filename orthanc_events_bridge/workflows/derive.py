@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two questions to a modality that does not say how many instances a study has.
 _ASK_AGAIN: Final = 60.0
+#: Seconds behind which another worker tells what one that died was telling: that takes moments.
+_LEASE: Final = 10.0
 
 
 class Count(Options):
@@ -194,7 +197,7 @@ class Deriver:
         if event.study_id is None:
             return
         try:
-            finding = await self.find(orthanc, event.study_id)
+            finding = await self.find(orthanc, event.study_id, event.time)
         except GoneError as error:
             log.info("%r: %s: nothing is told", event, error.message)
             return
@@ -210,25 +213,27 @@ class Deriver:
 
     async def _tell(self, event: Event, finding: Finding) -> None:
         life, content = finding.content.life, finding.content.fingerprint
-        async with self.app.once(event, "ready", of=life) as first:
+        async with self.app.once(event, "ready", of=life, lease=_LEASE) as first:
             if first:
                 if finding.due:
                     raise Retry(after=finding.due)
                 identifier = await self.app.publish("study.ready", finding.data(), cause=event, of=content)
                 # Noted before `ready` is: who dies in between tells the same once more, and not that it was updated.
-                async with self.app.once(event, "told", of=content):
+                async with self.app.once(event, "told", of=content, lease=_LEASE):
                     log.info("%r: told ready by rule %s, event %s", event, _name(finding), identifier)
                 return
         if finding.wait:
             raise Retry(after=finding.wait)
-        async with self.app.once(event, "told", of=content) as new:
+        async with self.app.once(event, "told", of=content, lease=_LEASE) as new:
             if new:
                 identifier = await self.app.publish("study.updated", finding.data(), cause=event, of=content)
                 log.info("%r: told updated by rule %s, event %s", event, _name(finding), identifier)
 
-    async def find(self, orthanc: httpx.AsyncClient, study: str) -> Finding:
+    async def find(self, orthanc: httpx.AsyncClient, study: str, since: datetime | None = None) -> Finding:
         """Look at a study as it is now.
 
+        :param since: when what happened makes us look: to what comes late to an old study, its deadline is no reason
+            not to wait until it is quiet.
         :raises GoneError: there is none.
         :raises httpx.HTTPError: Orthanc doesn't answer.
         """
@@ -243,7 +248,10 @@ class Deriver:
         if (rule_found := finding.rule) is None:
             return finding
         finding.wait = max(0.0, rule_found.quiet - quiet_for(finding.content.last, finding.content.now))
-        finding.left = max(0.0, rule_found.deadline - quiet_for(finding.content.first, finding.content.now))
+        begun = finding.content.first
+        if finding.wait and since is not None:
+            begun = max(begun, since)
+        finding.left = max(0.0, rule_found.deadline - quiet_for(begun, finding.content.now))
         finding.missing |= {"quiet": True} if finding.wait else {}
         await self._series(orthanc, rule_found, finding)
         await self._count(orthanc, rule_found, finding)

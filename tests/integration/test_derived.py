@@ -42,6 +42,25 @@ def read(event):
 app.run()
 """
 
+#: One that dies behind the first event that it has published, before anything is noted; without a protection.
+DYING = """\
+import os, sys, uuid
+from orthanc_events_bridge.cli import main
+from orthanc_events_bridge.consumers import publishing
+
+if sys.argv[1] == "id":
+    publishing.uuid.uuid5 = lambda namespace, name: uuid.uuid4()
+if sys.argv[2] == "dies":
+    send = publishing.Publisher.send
+
+    async def dying(self, event):
+        await send(self, event)
+        os._exit(9)
+
+    publishing.Publisher.send = dying
+sys.exit(main(["derive", "--config", sys.argv[3]]))
+"""
+
 
 class Derivers:
     """Processes of one configuration. Used as a context manager, which ends them.
@@ -152,7 +171,7 @@ rules:
         Derivers(tmp_path / "derive", line, rules) as derivers,
         (tmp_path / "read").open("w+") as read,
     ):
-        derivers.start(2)
+        derivers.start(1, "--workers", "2")
         reading = subprocess.Popen([sys.executable, str(reader), consumer_url(line.broker)], stdout=read)
         try:
             study = make_study(modality="CT", instances=2)
@@ -182,6 +201,8 @@ rules:
                 ("study.ready", study.id, ready.id),
                 ("study.updated", study.id, updated.id),
             ]
+            for secret in (study.patient_id, study.study_uid, "Test^Patient"):
+                assert secret not in str(derived(line))
             # Nobody takes them for Orthanc's.
             line.settle()
             line.ledger.allow("*.stable", "server.*", "*.completed")
@@ -190,18 +211,21 @@ rules:
                 verified = Verified(line, capsys)
                 assert (verified.code, verified.differences) == (0, {})
                 assert verified.document["notes"]["events that consumers have published"] == len(derived(line))
-            assert derivers.stop() == [0, 0]
+            assert derivers.stop() == [0]
         finally:
             reading.kill()
             reading.wait()
 
 
-def test_workers_that_are_killed_tell_everything_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["nats", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rabbitmq", "kafka"))]
+)
+def test_workers_that_are_killed_tell_everything_once(tmp_path: Path, kind: str) -> None:
     """Killed again and again, also in the midst of telling: nothing is missing, and what comes twice has one id."""
-    broker_or_skip("nats")
+    broker_or_skip(kind)
     chance = random.Random(7)
     rules = "rules:\n  - {name: all, quiet: 1s}\n"
-    with started(tmp_path / "line") as line, Derivers(tmp_path / "derive", line, rules) as derivers:
+    with started(tmp_path / "line", broker=kind) as line, Derivers(tmp_path / "derive", line, rules) as derivers:
         derivers.start(2)
         studies = [make_study(modality="CT", instances=2) for _ in range(24)]
         for study in studies[:12]:
@@ -266,6 +290,36 @@ def test_the_pacs_says_how_many_instances_there_are(tmp_path: Path) -> None:
         derivers.path.write_text(text.replace("quiet: 1s", "quiet: soon"))
         done = derivers.run()
         assert done.returncode == 2 and "is no duration" in done.stderr and "Traceback" not in done.stderr
+
+
+def ids_of_one_whose_worker_dies(folder: Path, without: str) -> set[str]:
+    """The ids under which a study is told ready, whose first worker dies behind telling it."""
+    dying = folder / "dying.py"
+    dying.write_text(DYING)
+    rules = "rules:\n  - {name: all, quiet: 1s}\n"
+    with started(folder / "line") as line, Derivers(folder / "derive", line, rules) as derivers:
+        command = [sys.executable, str(dying), without]
+        upload(line, make_study(modality="CT"))
+        assert subprocess.run([*command, "dies", str(derivers.path)], timeout=PATIENCE, check=False).returncode == 9
+        with subprocess.Popen([*command, "lives", str(derivers.path)], stderr=subprocess.PIPE, text=True) as living:
+            assert living.stderr is not None
+            assert any("told ready by rule all" in text for text in living.stderr), "the other tells it again"
+            living.kill()
+        found = derived(line)
+        assert {event.kind for event in found} == {"study.ready"}
+        return {event.id for event in found}
+
+
+def test_one_that_dies_behind_telling_is_followed_by_one_that_tells_the_same(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    assert len(ids_of_one_whose_worker_dies(tmp_path, "nothing")) == 1
+
+
+@pytest.mark.mutant
+@pytest.mark.slow
+def test_without_its_derived_id_it_would_be_told_as_two(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    assert len(ids_of_one_whose_worker_dies(tmp_path, "id")) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

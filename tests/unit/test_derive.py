@@ -204,6 +204,17 @@ def test_what_goes_on_coming_is_told_at_the_deadline_too(tmp_path: Path) -> None
         assert told(kit) == [("ready", {"quiet": True})]
 
 
+def test_what_comes_to_an_old_study_is_waited_for_though_its_deadline_is_long_over(tmp_path: Path) -> None:
+    with at_work(tmp_path) as (kit, archive):
+        archive.add("a", "1")
+        kit.advance(days=2)
+        archive.add("a", "2", at=kit._now)
+        kit.send(event("study.stable", study="s", at=kit.now))
+        assert not kit.published
+        kit.finish()
+        assert told(kit) == [("ready", "complete")]
+
+
 @pytest.mark.parametrize(
     ("tags", "missing"),
     [
