@@ -194,6 +194,19 @@ def test_at_its_deadline_it_is_told_with_what_is_missing(tmp_path: Path) -> None
         assert told(kit)[1:] == [("updated", "complete")]
 
 
+def test_waiting_is_no_failure_however_often(tmp_path: Path) -> None:
+    with at_work(tmp_path) as (kit, archive):
+        archive.add("a", "0")
+        kit.send(CREATED)
+        for number in range(70):
+            archive.add("a", f"{number}", at=kit._now)
+            kit.advance(seconds=50)
+        assert len(kit.retried) > 40 and not kit.dead and not kit.published
+        kit.finish()
+        assert told(kit) == [("ready", "complete")]
+        assert kit.published[0].data["instances"] == 70
+
+
 def test_what_goes_on_coming_is_told_at_the_deadline_too(tmp_path: Path) -> None:
     with at_work(tmp_path, "  - {name: all, deadline: 5m}\n") as (kit, archive):
         archive.add("a", "0")

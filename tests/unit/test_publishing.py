@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -15,7 +16,7 @@ from cloudevents.core.v1.event import CloudEvent
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, RetryPolicy
 from orthanc_events_bridge.consumers.event import read
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
-from orthanc_events_bridge.errors import BridgeError, RefusedError, TransportError
+from orthanc_events_bridge.errors import BridgeError, NotConnectedError, RefusedError, TransportError
 from orthanc_events_bridge.events.derived import DERIVED, NAMES, schema
 from orthanc_events_bridge.events.mapping import partition
 from orthanc_events_bridge.testing import derived, event, orthanc_id
@@ -78,6 +79,7 @@ def test_it_goes_where_its_study_s_events_go() -> None:
     made = sent("study.ready", READY)
     assert made.address == f"main.study.ready.{partition('study-1')}"
     assert made.key == "study-1"
+    assert sent("study.ready", READY, replace(STABLE, site="north")).address.startswith("north.study.ready.")
     received = derived("study.ready", READY, cause=STABLE)
     assert (received.name, received.ours, received.producer) == ("study.ready", True, "derive")
     assert (received.study_id, received.patient_id, received.site) == ("study-1", "patient-1", "main")
@@ -346,8 +348,10 @@ def test_a_connection_that_is_dead_is_made_again_at_once() -> None:
         broker = Broker()
         publisher = Publisher(lambda: MemoryTransport(MemoryOptions(), broker))
         await publisher.send(sent("study.ready", READY))
-        broker.cut()
+        losses = [NotConnectedError("the connection was lost", "connect again")]
+        broker.refuse = lambda event: losses.pop() if losses else None
         await publisher.send(sent("study.updated", READY))
+        assert not losses
         assert [message.address.split(".")[2] for message in broker.messages] == ["ready", "updated"]
         broker.up = False
         with pytest.raises(TransportError, match="down"):
