@@ -237,17 +237,7 @@ class Kit(_Kit):
     which nothing is recorded.
     """
 
-    def __init__(
-        self,
-        terms: Terms,
-        routes: Sequence[Route],
-        options: OrthancOptions | None,
-        turns: Turns,
-        publisher: Publisher,
-    ) -> None:
-        super().__init__(terms, routes, options, turns, publisher)
-        self._runner = asyncio.Runner()
-        self._over = False
+    _over = False
 
     def send(self, *events: Event | Outgoing | bytes) -> None:
         """Send something, and have handled what is due.
@@ -282,6 +272,7 @@ class Kit(_Kit):
 
     def start(self) -> None:
         """Begin; `Trial` does it."""
+        self._runner = asyncio.Runner()
         self._run(self._begin)
 
     def end(self) -> None:

@@ -185,8 +185,7 @@ ATTRIBUTES = {
 
 
 def sample(path: Path) -> dict[str, Any]:
-    (found,) = (json.loads(block) for block in blocks(path, "json") if "specversion" in block)
-    assert isinstance(found, dict)
+    found: dict[str, Any] = next(json.loads(block) for block in blocks(path, "json") if "specversion" in block)
     return found
 
 
@@ -220,6 +219,19 @@ def test_the_sample_event_is_as_the_contract_says(name: str) -> None:
     assert f"`{subject}`" in text_of(ROOT / name)
     if name == "docs/events.md":
         assert "\n".join(spelt) + "\n" in blocks(ROOT / name, "text")
+
+
+def test_the_sample_of_a_derived_event_follows_from_the_other() -> None:
+    cause, event = (json.loads(block) for block in blocks(ROOT / "docs" / "events.md", "json"))
+    asyncapi = yaml.safe_load(text_of(SCHEMAS / "asyncapi.yaml"))
+    rules = asyncapi["components"]["schemas"]["DerivedCloudEvent"]
+    jsonschema.Draft202012Validator(rules).validate(event)
+    assert event.keys() == rules["properties"].keys()
+    jsonschema.Draft202012Validator(schema_of(event)).validate(event["data"])
+    assert (event["causationid"], event["correlationid"]) == (cause["id"], cause["id"])
+    assert event["traceparent"].split("-")[1] == cause["traceparent"].split("-")[1]
+    for name in ("source", "subject", "partitionkey"):
+        assert event[name] == cause[name]
 
 
 def test_the_worked_example_of_the_partition_is_right() -> None:
