@@ -292,6 +292,31 @@ def test_the_pacs_says_how_many_instances_there_are(tmp_path: Path) -> None:
         assert done.returncode == 2 and "is no duration" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_broker_and_an_orthanc_that_are_killed_meanwhile_delay_it_only(tmp_path: Path, kind: str) -> None:
+    broker_or_skip(kind)
+    rules = "rules:\n  - {name: all, quiet: 2s}\n"
+    with started(tmp_path / "line", broker=kind) as line, Derivers(tmp_path / "derive", line, rules) as derivers:
+        derivers.start()
+        wait_for(lambda: "receives events" in derivers.log(), "it works")
+        studies = [make_study(modality="CT", instances=2) for _ in range(6)]
+        for study in studies[:3]:
+            upload(line, study)
+        line.broker.kill()
+        for study in studies[3:]:
+            upload(line, study)
+        wait_for(lambda: "gets no events" in derivers.log(), "it is noticed")
+        line.broker.start()
+        line.orthanc.kill()
+        line.orthanc.start()
+        ids = {study.id for study in studies}
+        wait_for(
+            lambda: {event.resource for event in told(line, "study.ready")()} == ids, "all are ready", 2 * PATIENCE
+        )
+        assert derivers.stop() == [0]
+        assert Counter(event.resource for event in told(line, "study.ready")()) == dict.fromkeys(ids, 1)
+
+
 def ids_of_one_whose_worker_dies(folder: Path, without: str) -> set[str]:
     """The ids under which a study is told ready, whose first worker dies behind telling it."""
     dying = folder / "dying.py"
