@@ -21,6 +21,7 @@ from orthanc_events_bridge import (
     cli_backfill,
     cli_backup,
     cli_consume,
+    cli_derive,
     cli_dlq,
     cli_orthanc,
     cli_replay,
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         cli_verify,
         cli_backup,
         cli_consume,
+        cli_derive,
         cli_dlq,
         cli_route,
     ):

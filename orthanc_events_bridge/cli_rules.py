@@ -21,7 +21,7 @@ def show(resource: Resource, decision: Decision, *, as_json: bool) -> None:
     """Print what rules say of a resource."""
     if as_json:
         rules = [
-            {"rule": rule.name, "fits": verdict.true, "to": list(rule.to), "why": _as_dict(verdict)}
+            {"rule": rule.name, "fits": verdict.true, "to": list(rule.to), "why": as_dict(verdict)}
             for rule, verdict in decision.verdicts
         ]
         print(json.dumps({"level": resource.level, "id": resource.id, "to": decision.rules, "rules": rules}, indent=2))
@@ -31,7 +31,10 @@ def show(resource: Resource, decision: Decision, *, as_json: bool) -> None:
 
 
 async def orthanc_id(orthanc: httpx.AsyncClient, identifier: str, level: str) -> str:
-    """Orthanc's id of what is named by that, or by its UID."""
+    """Orthanc's id of what is named by that, or by its UID.
+
+    :raises GoneError: there is none.
+    """
     if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", identifier):
         return identifier
     answer = await orthanc.post("/tools/lookup", content=identifier)
@@ -45,18 +48,20 @@ def _lines(decision: Decision) -> Iterator[str]:
     for rule, verdict in decision.verdicts:
         yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}, to {', '.join(rule.to)}"
         for part in verdict.parts:
-            yield from _tree(part, 1)
+            yield from tree(part, 1)
     sent = ", ".join(f"{to} (by {rule})" for to, rule in decision.rules.items())
     yield f"it goes to {sent or 'nobody'}"
 
 
-def _tree(verdict: Verdict, depth: int) -> Iterator[str]:
+def tree(verdict: Verdict, depth: int) -> Iterator[str]:
+    """What became of a condition and its parts, a line each."""
     found = f"; there is {verdict.found}" if verdict.found else ""
     yield f"{'  ' * depth}{'yes' if verdict.true else 'no '} {verdict.condition}{found}"
     for part in verdict.parts:
-        yield from _tree(part, depth + 1)
+        yield from tree(part, depth + 1)
 
 
-def _as_dict(verdict: Verdict) -> dict[str, Any]:
-    parts = {"parts": [_as_dict(one) for one in verdict.parts]} if verdict.parts else {"found": verdict.found}
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The same for programs."""
+    parts = {"parts": [as_dict(one) for one in verdict.parts]} if verdict.parts else {"found": verdict.found}
     return {"condition": verdict.condition, "true": verdict.true, **parts}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from orthanc_events_bridge.consumers import stores
@@ -18,8 +20,9 @@ from orthanc_events_bridge.consumers.health import health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
+from orthanc_events_bridge.consumers.publishing import Publisher, derive
 from orthanc_events_bridge.consumers.retry import RetryPolicy
-from orthanc_events_bridge.consumers.routes import Route, route
+from orthanc_events_bridge.consumers.routes import Dead, Route, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
@@ -118,6 +121,7 @@ class Consumer:
         self.meter = Meter()
         chosen = None if store is None else stores.check(store, self.broker)
         self._turns = Turns(self.name, None if chosen is None else lambda: stores.make(chosen))
+        self._publisher = Publisher(self._connection)
         self._orthanc = found.orthanc
         self._routes: list[Route] = []
         self._worker: Worker | None = None
@@ -149,6 +153,7 @@ class Consumer:
         where: Callable[[Event], bool] | None = None,
         retry: RetryPolicy | None = None,
         once: str | None = None,
+        on_dead: Dead | None = None,
     ) -> Callable[[_H], _H]:
         """Have a function called for every event of these types.
 
@@ -161,6 +166,9 @@ class Consumer:
         :param where: says whether it wants an event of these types.
         :param retry: its own policy.
         :param once: a name for what it does: it is then done once for each event, as by `once` with its defaults.
+        :param on_dead: a coroutine function that is called with the event and the reason before an event of these types
+            goes among the dead letters, so that it can be told (`publish`). Where the broker does not take what it
+            publishes, the event is held until it does; anything else that it raises is logged, and holds up nothing.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
         if retry is not None:
@@ -170,7 +178,7 @@ class Consumer:
             self._turns.check(once, LEASE, KEEP)
 
         def register(handler: _H) -> _H:
-            found = route(patterns, handler, where, retry)
+            found = route(patterns, handler, where, retry, on_dead)
             if once is not None:
                 found = replace(found, handler=only_once(handler, lambda event: self.once(event, once)))
             self._routes.append(found)
@@ -204,6 +212,51 @@ class Consumer:
         """
         return Once(self._turns, event, effect, lease, keep, of)
 
+    async def publish(
+        self,
+        name: str,
+        data: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        cause: Event,
+        of: str | None = None,
+        linked: bool = True,
+    ) -> str:
+        """Publish an event that follows from another one, for everybody, beside those of the bridge.
+
+        ::
+
+            await app.publish("org.example.report.signed.v1", {"report": 7}, cause=event)
+
+        Its id follows from its type, this consumer's name, and its cause: published again, as when a handler is called
+        again, it is the same, and a duplicate as any other. It is of the cause's source and site, and about the same
+        resource unless its data says otherwise by ``level``, ``id`` and ``parents``; it carries ``causationid`` and
+        ``correlationid`` (docs/events.md). Its data must hold no patient data: everybody can read it.
+
+        In handlers that are no coroutine functions it is `publish_and_wait`.
+
+        :param name: one of the types that consumers publish, such as ``study.ready``; or a whole type of your own that
+            begins with your domain.
+        :param data: any JSON object; of a type of ours what its schema says.
+        :param cause: the event that is being handled.
+        :param of: what it is told once of, where that is not the cause: its id then follows from this text in place of
+            it. Where one handler publishes several of a type, ``f"{event.id} {number}"``.
+        :param linked: False: nothing in it leads back to its cause, so that nobody learns from it what belongs
+            together. `of` must not lead there either.
+        :return: its id, once the broker has confirmed it.
+        :raises BridgeError: there can be no such event.
+        :raises TransportError: it is not confirmed. When the handler lets that through, it is called again.
+        """
+        event = derive(name, data, cause, producer=self.name, now=time.time(), of=of, linked=linked)
+        await self._publisher.send(event)
+        return event.id
+
+    def publish_and_wait(self, name: str, data: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> str:
+        """`publish`, for handlers that run in threads.
+
+        :raises BridgeError: as `publish`; or it is called elsewhere.
+        """
+        return self._turns.wait(self.publish(name, data, **more), "publish_and_wait", "await app.publish(…)")
+
     def test(self) -> Trial:
         """Run the handlers against a broker in memory, on a clock that only tests move (docs/testing.md).
 
@@ -217,7 +270,7 @@ class Consumer:
         """
         from orthanc_events_bridge.testing.kit import Trial
 
-        return Trial(self._terms, self._routes, self._orthanc, self._turns)
+        return Trial(self._terms, self._routes, self._orthanc, self._turns, self._publisher)
 
     def _held_for(self, longest: float) -> float:
         """Seconds that one delivery may be held; 0: what the broker allows. In order, all its waits are among them."""
@@ -273,6 +326,7 @@ class Consumer:
             self._worker = None
             await clients.close()
             await self._turns.close()
+            await self._publisher.close()
 
     @contextlib.asynccontextmanager
     async def asking(self) -> AsyncGenerator[httpx.AsyncClient]:
@@ -312,13 +366,20 @@ class Consumer:
         """
         if not self._routes:
             raise BridgeError(f"consumer {self.name}: there is no handler", 'write @app.on("study.stable") above one')
+        if any(one.wants_orthanc for one in self._routes):
+            clients.check()
+        return self._connection()
+
+    def _connection(self) -> Transport:
+        """To the broker, not connected yet.
+
+        :raises BridgeError: which one is not said, or its client is not installed.
+        """
         if self.broker is None:
             raise BridgeError(
                 f"consumer {self.name}: which broker its events come from is not said",
                 f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}",
             )
-        if any(one.wants_orthanc for one in self._routes):
-            clients.check()
         return create(self.broker)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from orthanc_events_bridge.consumers.event import UnreadableError, read
+from orthanc_events_bridge.consumers.event import UnreadableError, address_parts, read
 from orthanc_events_bridge.events.mapping import partition
 from orthanc_events_bridge.events.reading import event_of
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming, Outgoing, Place, PublishError
@@ -187,7 +187,9 @@ def again(letter: Letter) -> Outgoing:
     message = letter.letter.message
     headers = message.headers
     address = headers.get(ADDRESS, message.address)
-    site, level, verb, part = _parts(address)
+    # What has no such address gets plain words in place of it.
+    *names, part = address_parts(address)
+    site, level, verb = (name or "unknown" for name in names)
     attributes = [
         (name[3:], value)
         for name, value in headers.items()
@@ -229,14 +231,6 @@ async def redrive(letters: DeadLetters, inbox: Place, chosen: Sequence[Letter]) 
         await letters.remove([one.letter for number, one in enumerate(chosen) if number in confirmed])
         raise
     await letters.remove([one.letter for one in chosen])
-
-
-def _parts(address: str) -> tuple[str, str, str, str]:
-    """``{…}.{site}.{level}.{verb}.{partition}``; what has no such address gets plain words in place of it."""
-    parts = address.split(".")
-    if len(parts) >= 4 and re.fullmatch(r"[0-9]{2}", parts[-1]):
-        return parts[-4], parts[-3], parts[-2], parts[-1]
-    return "unknown", "unknown", "unknown", ""
 
 
 def _key(letter: Letter) -> str:

@@ -9,15 +9,17 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.events.catalog import TYPES, VERSION
+from orthanc_events_bridge.events.catalog import VERSION
+from orthanc_events_bridge.events.derived import NAMES
 from orthanc_events_bridge.events.reading import event_of
+from orthanc_events_bridge.transports.headers import ADDRESS, SITE
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming
 
 #: ``{prefix}.{level}.{verb}.{version}``, whatever the prefix is.
 _OURS: Final = re.compile(r"^(?P<prefix>.+)\.(?P<level>[a-z]+)\.(?P<verb>[a-z-]+)\.(?P<version>v[0-9]+)$")
-_NAMES: Final = frozenset(one.name for one in TYPES)
+_NAMES: Final = frozenset(NAMES)
 _REQUIRED: Final = ("id", "source", "type")
 
 
@@ -45,6 +47,7 @@ class Event:
     :ivar attributes: all attributes of the CloudEvent but its data, as text.
     :ivar attempt: how often this consumer was given it, this time included; at least 1.
     :ivar operation: why it came again: ``retry``, ``redrive`` or ``replay``; empty for a first delivery.
+    :ivar site: the short name of the Orthanc, which is a part of the event's address; empty where that is not known.
     """
 
     id: str
@@ -56,11 +59,32 @@ class Event:
     attributes: Mapping[str, str] = field(default_factory=dict)
     attempt: int = 1
     operation: str = ""
+    site: str = ""
 
     @property
     def ours(self) -> bool:
         """Whether its type is one of `docs/events.md`, and not of another producer."""
         return self.name in _NAMES
+
+    @property
+    def prefix(self) -> str:
+        """What the names of types begin with where it comes from; empty where it is not ours."""
+        return self.type[: -len(f".{self.name}.{VERSION}")] if self.ours else ""
+
+    @property
+    def producer(self) -> str:
+        """The consumer that has published it; empty of what the bridge has sent (docs/events.md)."""
+        return self.attributes.get("producer", "")
+
+    @property
+    def causation_id(self) -> str | None:
+        """The id of the event that this one was derived from; none where it was from none, or that is not told."""
+        return self.attributes.get("causationid")
+
+    @property
+    def correlation_id(self) -> str:
+        """The id of the first event of its chain, which all that were derived from it share; its own where it is."""
+        return self.attributes.get("correlationid") or self.id
 
     @property
     def level(self) -> str:
@@ -183,7 +207,16 @@ def read(message: Incoming, attempt: int = 1) -> Event:
         attributes=found,
         attempt=attempt,
         operation=message.headers.get("orthanc-operation", ""),
+        site=message.headers.get(SITE) or address_parts(message.headers.get(ADDRESS, message.address))[0],
     )
+
+
+def address_parts(address: str) -> tuple[str, str, str, str]:
+    """``{…}.{site}.{level}.{verb}.{partition}``; empty ones of what has no such address."""
+    parts = address.split(".")
+    if len(parts) >= 4 and re.fullmatch(r"[0-9]{2}", parts[-1]):
+        return parts[-4], parts[-3], parts[-2], parts[-1]
+    return "", "", "", ""
 
 
 @lru_cache(maxsize=1024)

@@ -24,7 +24,7 @@ from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, Re
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
 from orthanc_events_bridge.consumers.threads import DaemonThreads
 from orthanc_events_bridge.consumers.tracing import Spans
-from orthanc_events_bridge.errors import BridgeError, NotConnectedError, TransportError
+from orthanc_events_bridge.errors import BridgeError, NotConnectedError, RefusedError, TransportError
 from orthanc_events_bridge.logs import Repeats
 from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
 
@@ -181,7 +181,9 @@ class Handling:
         delay = outcome.delay
         if self._terms.ordered:
             delay = min(delay, LONGEST_ORDERED_RETRY)  # 1/64 of all events waits with it
-        log.warning("%s: %s%s; attempt %d, again in %.3g s", spell(held), why, said, event.attempt, delay)
+        wished = isinstance(problem, Retry) and problem.after is not None  # it waits for something: nothing is wrong
+        level = logging.INFO if wished else logging.WARNING
+        log.log(level, "%s: %s%s; attempt %d, again in %.3g s", spell(held), why, said, event.attempt, delay)
         await self._store(held, lambda: held.delivery.nack(delay, headers), "retried")
 
     async def bury(self, held: Held, reason: str, why: str = "", headers: dict[str, str] | None = None) -> None:
@@ -192,7 +194,21 @@ class Handling:
         log.error("%s goes among the dead letters: %s%s", spell(held), reason, f"; {why}" if why else "")
         said = {REASON: ascii_text(reason), LAST_FAILURE: time_text(self._now())} | (headers or {})
         said.setdefault(FIRST_FAILURE, said[LAST_FAILURE])
-        await self._store(held, lambda: held.delivery.reject(said), "dead")
+        await self._store(held, lambda: self._reject(held, said), "dead")
+
+    async def _reject(self, held: Held, said: dict[str, str]) -> None:
+        for route in held.routes:
+            if route.on_dead is None:
+                continue
+            try:
+                await route.on_dead(held.event, said[REASON])
+            except NotConnectedError as error:  # another connection than the one that holds it
+                raise RefusedError(error.message, error.remedy) from error
+            except TransportError:
+                raise
+            except Exception as error:  # the dead letter is what counts
+                log.error("%s: that it is dead can't be told: %s", spell(held), kind_of(error))
+        await held.delivery.reject(said)
 
     async def _store(self, held: Held, store: _Settle, outcome: str) -> None:
         """Settle it by what the broker has to store; where that takes nothing, later, beside what is handled."""

@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from datetime import datetime
 from typing import Final
 
-from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import NAMES
 
 #: Upper bounds of the classes of durations, in seconds.
 BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0, 1800.0)
 #: What events of others, and messages that are none, are counted under.
 OTHER: Final = "other"
-_NAMES: Final = frozenset(one.name for one in TYPES)
+_NAMES: Final = frozenset(NAMES)
 #: How an event can end, and what that means.
 OUTCOMES: Final = {
     "handled": "Events whose handlers have returned.",

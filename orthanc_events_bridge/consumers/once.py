@@ -112,6 +112,24 @@ class Turns:
                 self._store = store
             return self._store
 
+    def wait(self, work: Coroutine[Any, Any, _T], what: str, instead: str) -> _T:
+        """The result of something that runs in the worker's event loop, for a handler that runs in a thread.
+
+        :param what: is asked for, in a handler's words.
+        :param instead: what a coroutine function writes in place of it.
+        :raises BridgeError: the consumer doesn't run, or this is its event loop.
+        """
+        loop = self.loop
+        try:
+            if loop is None or not loop.is_running():
+                raise BridgeError(f"{what}: the consumer doesn't run", "call the handler by it, or by app.test()")
+            if _running_loop() is loop:
+                raise BridgeError(f"{what} would hold up everything", f"write `{instead}` in `async def`")
+        except BridgeError:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
     async def close(self) -> None:
         """End what is open; it is opened again when it is needed."""
         store, self._store, self.loop = self._store, None, None
@@ -224,21 +242,7 @@ class Once:
         self._wait(self.__aexit__(kind, error, trace))
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of something that runs in the worker's event loop."""
-        loop = self._turns.loop
-        try:
-            if loop is None or not loop.is_running():
-                raise BridgeError(
-                    f"{self._effect}: the consumer doesn't run", "call the handler by the consumer, or by app.test()"
-                )
-            if _running_loop() is loop:
-                raise BridgeError(
-                    f"{self._effect}: `with` would hold up everything", "write `async with` in `async def`"
-                )
-        except BridgeError:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
+        return self._turns.wait(work, f"{self._effect}: `with`", "async with")
 
 
 def only_once(handler: Callable[..., Any], make: Callable[[Event], Once]) -> Callable[..., Any]:

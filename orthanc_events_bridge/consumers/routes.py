@@ -12,12 +12,14 @@ from typing import Any, Final
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import BridgeError
-from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import NAMES
 
 #: ``handler(event)`` or ``handler(event, orthanc)``, sync or async. What it returns is ignored.
 Handler = Callable[..., Any] | Callable[..., Awaitable[Any]]
 
-_NAMES: Final = tuple(one.name for one in TYPES)
+#: Is told of an event that goes among the dead letters, and why.
+Dead = Callable[[Event, str], Awaitable[None]]
+
 _WILD: Final = re.compile(r"[*?\[]")
 
 
@@ -31,6 +33,7 @@ class Route:
     :ivar retry: its own policy; none: the consumer's.
     :ivar wants_orthanc: whether it takes a second argument.
     :ivar is_async: whether it is a coroutine function; others run in threads.
+    :ivar on_dead: is told when an event of its goes among the dead letters; none: nobody is.
     """
 
     patterns: tuple[str, ...]
@@ -39,6 +42,7 @@ class Route:
     retry: RetryPolicy | None
     wants_orthanc: bool
     is_async: bool
+    on_dead: Dead | None = None
 
     @property
     def name(self) -> str:
@@ -55,6 +59,7 @@ def route(
     handler: Handler,
     where: Callable[[Event], bool] | None = None,
     retry: RetryPolicy | None = None,
+    on_dead: Dead | None = None,
 ) -> Route:
     """Check a handler and its patterns.
 
@@ -66,13 +71,17 @@ def route(
         if not isinstance(pattern, str):
             raise BridgeError("@app.on is given something that is no text", 'write @app.on("study.stable")')
         foreign = pattern.count(".") > 1 and not _WILD.search(pattern)  # a whole type: of others too
-        if not foreign and not fnmatch.filter(_NAMES, pattern):
+        if not foreign and not fnmatch.filter(NAMES, pattern):
             raise BridgeError(
                 f"no event is called {pattern!r}",
                 "see docs/events.md; study.stable, *.stable and job.* are such names, without prefix and version",
             )
+    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
+        raise BridgeError(f"on_dead={on_dead!r} can't be awaited", "give a coroutine function of (event, reason)")
     called = handler if inspect.isroutine(handler) else getattr(handler, "__call__", handler)  # noqa: B004
-    return Route(patterns, handler, where, retry, _arguments(handler) == 2, inspect.iscoroutinefunction(called))
+    return Route(
+        patterns, handler, where, retry, _arguments(handler) == 2, inspect.iscoroutinefunction(called), on_dead
+    )
 
 
 def _arguments(handler: Handler) -> int:

@@ -276,7 +276,7 @@ class Worker:
         held = self._holding.add(delivery, event, routes)
         if routes:
             self._keys.add(held)
-        elif not event.ours:
+        elif not event.ours and not event.producer:
             reason = "it is an event of another kind, and no handler asks for its type"
             self._start(self._handling.bury(held, reason))
         else:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from orthanc_events_bridge.changes.model import KNOWN_NAMES, LOGGED, NAMES
 from orthanc_events_bridge.consumers.event import Event, read
+from orthanc_events_bridge.consumers.publishing import derive
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES, UNKNOWN, verb
 from orthanc_events_bridge.events.mapping import NAMESPACE, to_outgoing
@@ -103,6 +104,31 @@ def event(
     extra |= {option: dict(one) for option, one in (("tags", tags), ("metadata", metadata), ("job", job)) if one}
     extra |= {"inferred": True} if inferred else {}
     return _told(kind.level, _change(kind.level, kind.verb), resource, extra, number, at, source)
+
+
+def derived(
+    name: str,
+    data: Mapping[str, Any],
+    *,
+    cause: Event,
+    producer: str = "derive",
+    of: str | None = None,
+    linked: bool = True,
+    at: datetime = AT,
+) -> Event:
+    """An event as `Consumer.publish` makes it, as a handler of another consumer gets it.
+
+    ::
+
+        ready = {"rule": "mr", "complete": True, "series": 2, "instances": 40}
+        derived("study.ready", ready, cause=event("study.stable", study="study-1"))
+
+    :param producer: the name of the consumer that publishes it.
+    :param at: when it is published, with a time zone.
+    :raises BridgeError: there can be no such event. The others: as `Consumer.publish`.
+    """
+    sent = derive(name, data, cause, producer=producer, now=at.timestamp(), of=of, linked=linked)
+    return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))
 
 
 def _told(

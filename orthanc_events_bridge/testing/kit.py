@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.once import Turns
+from orthanc_events_bridge.consumers.publishing import Publisher
 from orthanc_events_bridge.consumers.routes import Handler, Route
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.consumers.terms import Terms
@@ -28,7 +29,7 @@ from orthanc_events_bridge.orthanc_api import OrthancOptions
 from orthanc_events_bridge.testing.events import AT
 from orthanc_events_bridge.testing.orthanc_api import RecordedClients
 from orthanc_events_bridge.testing.outcomes import Call, Outcome, Outcomes, Told, watch
-from orthanc_events_bridge.transports.base import Delivery, Outgoing, Subscription
+from orthanc_events_bridge.transports.base import Delivery, Incoming, Outgoing, Subscription
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
 
@@ -43,20 +44,44 @@ _ENDLESS: Final = 10_000
 _ORTHANC: Final = "http://orthanc.test"
 
 
+class _Published(MemoryTransport):
+    """Notes what is published."""
+
+    def __init__(self, broker: Broker, published: list[Event]) -> None:
+        super().__init__(MemoryOptions(), broker)
+        self._published = published
+
+    async def publish(self, events: Sequence[Outgoing]) -> None:
+        await super().publish(events)
+        for one in events:
+            self._published.append(read(Incoming(one.address, one.body, {"content-type": one.content_type})))
+
+
 class _Kit(Outcomes):
     """What both kinds of kit have.
 
     :ivar broker: the broker in memory, with what it holds (`orthanc_events_bridge.transports.memory.Broker`).
+    :ivar published: what handlers published, each as the broker confirmed it: what was published again is there again.
+        The consumer is given it too, as everybody is.
     """
 
-    def __init__(self, terms: Terms, routes: Sequence[Route], options: OrthancOptions | None, turns: Turns) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        routes: Sequence[Route],
+        options: OrthancOptions | None,
+        turns: Turns,
+        publisher: Publisher,
+    ) -> None:
         super().__init__()
         self._now = 0.0
         self.broker = Broker(lambda: self._now)
+        self.published: list[Event] = []
         self._terms = replace(terms, oldest=True)
         self._routes = [replace(one, handler=self._watched(one)) for one in routes]
         self._clients = RecordedClients(_ORTHANC if options is None else options.url)
         self._turns = turns
+        self._publisher = publisher
         self._calls: dict[tuple[str, int], list[Call]] = {}
         self._lock = threading.Lock()
         self._sent = 0
@@ -118,6 +143,7 @@ class _Kit(Outcomes):
 
     async def _begin(self) -> None:
         self._lent.enter_context(self._turns.lent(lambda: SqliteStore(":memory:", lambda: self._now)))
+        self._lent.enter_context(self._publisher.lent(lambda: _Published(self.broker, self.published)))
         self._turns.loop = asyncio.get_running_loop()
         transport = MemoryTransport(MemoryOptions(), self.broker)
         self._worker = Worker(
@@ -177,6 +203,7 @@ class _Kit(Outcomes):
         self._worker = self._subscription = None
         await self._clients.close()
         await self._turns.close()
+        await self._publisher.close()
         self._lent.close()
 
 
@@ -210,10 +237,7 @@ class Kit(_Kit):
     which nothing is recorded.
     """
 
-    def __init__(self, terms: Terms, routes: Sequence[Route], options: OrthancOptions | None, turns: Turns) -> None:
-        super().__init__(terms, routes, options, turns)
-        self._runner = asyncio.Runner()
-        self._over = False
+    _over = False
 
     def send(self, *events: Event | Outgoing | bytes) -> None:
         """Send something, and have handled what is due.
@@ -248,6 +272,7 @@ class Kit(_Kit):
 
     def start(self) -> None:
         """Begin; `Trial` does it."""
+        self._runner = asyncio.Runner()
         self._run(self._begin)
 
     def end(self) -> None:
@@ -272,10 +297,17 @@ class Kit(_Kit):
 class Trial:
     """What `Consumer.test` returns: ``with`` gives a `Kit`, ``async with`` an `AsyncKit`."""
 
-    def __init__(self, terms: Terms, routes: Sequence[Route], options: OrthancOptions | None, turns: Turns) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        routes: Sequence[Route],
+        options: OrthancOptions | None,
+        turns: Turns,
+        publisher: Publisher,
+    ) -> None:
         if not routes:
             raise BridgeError(f"consumer {terms.name}: there is no handler", 'write @app.on("study.stable") above one')
-        self._make = terms, routes, options, turns
+        self._make = terms, routes, options, turns, publisher
         self._kit: Kit | None = None
         self._async: AsyncKit | None = None
 
@@ -311,4 +343,4 @@ def outgoing(one: Event | Outgoing | bytes) -> Outgoing:
     attributes = dict(one.attributes)
     body = json.dumps({**attributes, "data": dict(one.data)}).encode()
     level, _, verb = one.name.partition(".") if one.ours else ("server", "", "unknown")
-    return Outgoing(one.id, "main", level, verb, one.key, partition(one.key), STRUCTURED, body)
+    return Outgoing(one.id, one.site or "main", level, verb, one.key, partition(one.key), STRUCTURED, body)

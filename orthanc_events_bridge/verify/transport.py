@@ -179,6 +179,9 @@ class TransportCheck:
         if message.headers.get("orthanc-operation"):
             notes["events that were sent again on purpose"] += 1
             return 0, False
+        if "producer" in event:
+            notes["events that consumers have published"] += 1
+            return 0, False
         identifier, ours = str(event["id"]), event.get("recorder") == self._recorder
         position = int(event.get("sequence", 0))
         if ours and position > self._last:

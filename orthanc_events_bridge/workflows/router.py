@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -27,8 +27,11 @@ from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
+from orthanc_events_bridge.consumers.publishing import PREFIX
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
+from orthanc_events_bridge.events.catalog import VERSION
+from orthanc_events_bridge.events.derived import ORDERED
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
 from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
@@ -45,9 +48,6 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Place as BrokerPlace
 
 log = logging.getLogger(__name__)
-
-#: The type of an order: to send one resource to one destination.
-ORDER: Final = "io.orthanc-events.transfer.ordered.v1"
 
 
 class RouterSettings(ConsumerSettings):
@@ -119,7 +119,11 @@ class Router:
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)
 
-        app.on(ORDER)(send)
+        async def failed(event: Event, reason: str) -> None:
+            told = {"rule": str(event.data.get("rule", "")), "destination": name}
+            await app.publish("transfer.failed", {**told, "reason": reason, "attempts": event.attempt}, cause=event)
+
+        app.on(ORDERED, on_dead=failed)(send)
         return app
 
     # Deciding.
@@ -165,13 +169,19 @@ class Router:
         if await sender.is_source(orthanc, resource):
             self._audit.note("not sent", **told, why="it has come from there")
             return
+        data: dict[str, Any] = {"rule": rule, "destination": sender.name, "instances": len(resource.instances)}
         # By its content, and not by the event: what comes round, or is said twice, is sent once.
         async with app.once(event, "send", of=resource.fingerprint) as first:
-            if not first:
+            if first:
+                job = await sender.send(orthanc, resource, event.time)
+                self._audit.note("sent", **told, instances=len(resource.instances), job=job or None)
+                data |= {"job": job} if job else {}
+            else:
                 self._audit.note("not sent", **told, why="it was sent already")
-                return
-            job = await sender.send(orthanc, resource, event.time)
-            self._audit.note("sent", **told, instances=len(resource.instances), job=job or None)
+        # Apart: where only telling fails, nothing is sent again.
+        async with app.once(event, "tell", of=resource.fingerprint) as untold:
+            if untold:
+                await app.publish(f"{resource.level}.routed", data, cause=event)
 
     # Life.
 
@@ -250,11 +260,12 @@ def order_of(event: Event, resource: Resource, destination: str, rule: str) -> O
     """The order to send a resource somewhere: a CloudEvent whose id follows from the event's and the destination's."""
     identifier = str(uuid.uuid5(NAMESPACE, f"order\n{event.id}\n{destination}"))
     key, now = resource.study, iso(time.time() * 1000)
+    above = {} if resource.level == "study" else {"study": resource.study}
     body = {
         "specversion": "1.0",
         "id": identifier,
         "source": event.source,
-        "type": ORDER,
+        "type": f"{event.prefix or PREFIX}.{ORDERED}.{VERSION}",
         # When Orthanc said so: what was sent after that counts.
         "time": event.attributes.get("time", now),
         "datacontenttype": "application/json",
@@ -262,14 +273,17 @@ def order_of(event: Event, resource: Resource, destination: str, rule: str) -> O
         "recordedtime": now,
         "subject": event.attributes.get("subject", ""),
         "traceparent": event.attributes.get("traceparent", trace_parent(identifier)),
+        "causationid": event.id,
+        "correlationid": event.correlation_id,
         "data": {
             "level": resource.level,
             "id": resource.id,
-            "parents": {"study": resource.study},
+            "parents": {**event.data.get("parents", {}), **above},
             "destination": destination,
             "rule": rule,
             "cause": event.id,
         },
     }
     content = json.dumps(body).encode()
-    return Outgoing(identifier, "router", "transfer", "ordered", key, partition(key), STRUCTURED, content)
+    level, _, verb = ORDERED.partition(".")
+    return Outgoing(identifier, event.site or "main", level, verb, key, partition(key), STRUCTURED, content)

@@ -25,6 +25,7 @@ from orthanc_events_bridge.bridge.config import parse
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.cli import _parser
 from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import DERIVED
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.values import Options
@@ -184,8 +185,7 @@ ATTRIBUTES = {
 
 
 def sample(path: Path) -> dict[str, Any]:
-    (found,) = (json.loads(block) for block in blocks(path, "json") if "specversion" in block)
-    assert isinstance(found, dict)
+    found: dict[str, Any] = next(json.loads(block) for block in blocks(path, "json") if "specversion" in block)
     return found
 
 
@@ -221,6 +221,19 @@ def test_the_sample_event_is_as_the_contract_says(name: str) -> None:
         assert "\n".join(spelt) + "\n" in blocks(ROOT / name, "text")
 
 
+def test_the_sample_of_a_derived_event_follows_from_the_other() -> None:
+    cause, event = (json.loads(block) for block in blocks(ROOT / "docs" / "events.md", "json"))
+    asyncapi = yaml.safe_load(text_of(SCHEMAS / "asyncapi.yaml"))
+    rules = asyncapi["components"]["schemas"]["DerivedCloudEvent"]
+    jsonschema.Draft202012Validator(rules).validate(event)
+    assert event.keys() == rules["properties"].keys()
+    jsonschema.Draft202012Validator(schema_of(event)).validate(event["data"])
+    assert (event["causationid"], event["correlationid"]) == (cause["id"], cause["id"])
+    assert event["traceparent"].split("-")[1] == cause["traceparent"].split("-")[1]
+    for name in ("source", "subject", "partitionkey"):
+        assert event[name] == cause[name]
+
+
 def test_the_worked_example_of_the_partition_is_right() -> None:
     text = " ".join(text_of(ROOT / "docs" / "events.md").split())
     match = re.search(r"CRC-32 of `(\S+)` is (\d+) \((0x[0-9a-f]+)\), and (\d+) modulo 64 is (\d+)\.", text)
@@ -237,6 +250,11 @@ def test_the_page_of_events_names_the_attributes_of_the_contract() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ATTRIBUTES - {"data"}
     table = text[text.index("## Data") : text.index("## Types")]
     told = {name for cell in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE) for name in codes(cell)}
+    derived = text[text.index("## Derived events") : text.index("## On NATS")]
+    properties, attributes = derived.split("| property |")[1].split("| attribute |")
+    told |= set(re.findall(r"^\| `(\w+)` \|", properties, re.MULTILINE))
+    different = {name for cell in re.findall(r"^\| (`.+?`) \|", attributes, re.MULTILINE) for name in codes(cell)}
+    assert {"producer", "causationid", "correlationid"} == different - ATTRIBUTES
     schemas = [json.loads(text_of(path)) for path in SCHEMAS.glob("*.json")]
     assert told == {name for schema in schemas for name in schema["properties"]}
     fields = json.loads(text_of(SCHEMAS / "job.failed.v1.json"))["properties"]["job"]["properties"]
@@ -249,11 +267,11 @@ def test_asyncapi_has_every_type_once() -> None:
     messages = document["components"]["messages"]
     for channel in ("changes", "inbox"):
         assert document["channels"][channel]["messages"].keys() == messages.keys()
-    names = {f"io.orthanc-events.{event_type.name}.v1" for event_type in TYPES}
+    names = {f"io.orthanc-events.{event_type.name}.v1" for event_type in (*TYPES, *DERIVED)}
     assert {message["name"] for message in messages.values()} == names
     assert len(messages) == len(names)
     for message in messages.values():
-        own = message["payload"]["allOf"][1]["properties"]
+        own = message["payload"]["allOf"][-1]["properties"]
         assert own["type"]["const"] == message["name"]
         assert json.loads(text_of(SCHEMAS / own["data"]["$ref"]))["$id"] == own["dataschema"]["const"]
 

@@ -16,7 +16,7 @@ from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, Retr
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.health import Health
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.errors import BridgeError, OrthancError, RefusedError
+from orthanc_events_bridge.errors import BridgeError, NotConnectedError, OrthancError, RefusedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Outgoing
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.memory_subscription import MemoryDelivery
@@ -265,6 +265,28 @@ def test_a_place_of_dead_letters_that_takes_nothing_loses_nothing(monkeypatch: p
     broker.store(outgoing(0))
     run(consumer, broker, lambda: settled(broker) and bool(broker.dead))
     assert asked == 4 and len(broker.dead["one"]) == 1
+
+
+@pytest.mark.parametrize("error", [RefusedError("full", "wait"), NotConnectedError("lost", "wait")])
+def test_a_dead_letter_waits_until_it_can_be_told(error: TransportError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is the connection for publishing that is lost: that is not the one that holds the delivery."""
+    monkeypatch.setattr("orthanc_events_bridge.consumers.handling._AGAIN", 0.0)
+    broker, consumer = Broker(), app()
+    reasons: list[str] = []
+
+    async def told(event: Event, reason: str) -> None:
+        reasons.append(reason)
+        assert not broker.dead
+        if len(reasons) < 4:
+            raise error
+
+    @consumer.on("study.stable", on_dead=told)
+    def handler(event: Event) -> None:
+        raise Reject("no")
+
+    broker.store(outgoing(0))
+    run(consumer, broker, lambda: settled(broker) and bool(broker.dead))
+    assert reasons == ["no"] * 4 and len(broker.dead["one"]) == 1
 
 
 def test_dead_letters_that_can_not_be_stored_hold_up_nobody_as_long_as_there_is_room() -> None:

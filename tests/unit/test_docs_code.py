@@ -16,7 +16,7 @@ from orthanc_events_bridge.testing import event
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Page → tests on it.
-PAGES = {"once.md": 2, "testing.md": 12, "migrating-from-orthanc-server-extensions.md": 11}
+PAGES = {"once.md": 2, "testing.md": 13, "migrating-from-orthanc-server-extensions.md": 11}
 
 
 def files(page: str) -> dict[str, str]:

@@ -6,7 +6,9 @@ Nothing here uses the package's own mapping or transports: a fault of theirs mus
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 _PLURALS = {
     "patient": "patients",
@@ -33,6 +35,10 @@ class Event:
     :param change: the change as Orthanc spells it.
     :param seq: the change's number in Orthanc's log, where it has one.
     :param position: the message's number in the stream.
+    :param producer: the consumer that has published it; empty of what the bridge has sent. Only those have a sequence.
+    :param cause: the id of the event that it was derived from.
+    :param chain: the id of the first event of its chain.
+    :param data: of what a consumer has published.
     """
 
     id: str
@@ -48,6 +54,10 @@ class Event:
     address: str = ""
     position: int = 0
     type: str = ""
+    producer: str = ""
+    cause: str = ""
+    chain: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def subject(self) -> str:
@@ -67,6 +77,8 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
             raise MalformedEventError(f"message {position} at {address}: specversion {document['specversion']!r}")
         level, verb, version = document["type"].rsplit(".", 3)[-3:]
         data = document["data"]
+        if "producer" in document:
+            return _derived(document, f"{level}.{verb}", address, position)
         resource = data["id"] or ""
         subject = f"{_PLURALS[level]}/{resource}" if level in _PLURALS else None
         if version != "v1" or data["level"] != level or document.get("subject") != subject:
@@ -91,3 +103,34 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MalformedEventError(f"message {position} at {address}: {type(error).__name__}: {error}") from error
+
+
+def _derived(document: Mapping[str, Any], kind: str, address: str, position: int) -> Event:
+    """What a consumer has published: no fact of Orthanc, and of no outbox.
+
+    :raises MalformedEventError: it contradicts itself.
+    """
+    data = document["data"]
+    subject = f"{_PLURALS[data['level']]}/{data['id']}"
+    if document["subject"] != subject or "sequence" in document or "recorder" in document:
+        raise MalformedEventError(
+            f"message {position} at {address}: an event of {document['producer']} whose subject is not {subject}, or"
+            " that has a sequence or a recorder"
+        )
+    return Event(
+        id=document["id"],
+        kind=kind,
+        resource=data["id"],
+        source=document["source"],
+        recorder="",
+        sequence=0,
+        key=document["partitionkey"],
+        time=document["time"],
+        address=address,
+        position=position,
+        type=document["type"],
+        producer=document["producer"],
+        cause=document.get("causationid", ""),
+        chain=document["correlationid"],
+        data=data,
+    )

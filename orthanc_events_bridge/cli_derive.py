@@ -1,0 +1,131 @@
+"""``orthanc-events derive``: tells when studies are ready."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
+from orthanc_events_bridge.cli_rules import as_dict, orthanc_id, tree
+from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.workflows.derive import Deriver, Finding
+
+_EPILOG: Final = f"""\
+examples:
+  orthanc-events derive --config derive.yaml --check    look at rules, broker, Orthanc
+  orthanc-events derive --config derive.yaml            tell, until Ctrl-C or SIGTERM
+  orthanc-events derive --config derive.yaml --workers 2
+  orthanc-events derive --config derive.yaml --dry-run  say what would be told, tell nothing
+  orthanc-events derive --config derive.yaml --explain 1.2.840.113619.2.55.3
+
+A file:
+
+  broker: nats://127.0.0.1:4222
+  orthanc: http://127.0.0.1:8042
+  rules:
+    - name: mr-brain
+      when: {{tag: Modality, is: MR}}
+      quiet: 2m
+      series:
+        t1: {{tag: SeriesDescription, glob: "*T1*"}}
+        t2: {{tag: SeriesDescription, glob: "*T2*"}}
+      instances: {{modality: pacs}}
+      deadline: 1h
+    - name: everything else
+      quiet: 5m
+
+A consumer in any language subscribes to study.ready and study.updated as to the bridge's own events:
+on NATS to orthanc.events.*.study.ready.*.
+docs/consumers/derived-events.md has all options and what is guaranteed.
+
+{EXIT_CODES}"""
+
+
+def define(commands: Commands) -> None:
+    """Add the command."""
+    text = "It publishes study.ready and study.updated. Started several times, here or elsewhere, they share the work."
+    parser = add_command(commands, "derive", _derive, "tell when studies are complete", text, epilog=_EPILOG)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
+    what.add_argument("--dry-run", action="store_true", help="say what would be told from now on, and tell nothing")
+    what.add_argument(
+        "--explain", metavar="ID", help="say what is missing of a study that is there: its Orthanc id or UID"
+    )
+    parser.add_argument("--json", action="store_true", help="with --explain: for programs")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
+
+
+def _derive(options: argparse.Namespace) -> int:
+    from orthanc_events_bridge.consumers.leaving import logs
+
+    check_count(options.workers)
+    if options.json and options.explain is None:
+        raise UsageError("--json says how to explain", "say --explain ID too")
+    if options.workers > 1 and not (options.check or options.dry_run or options.explain):
+        logs(options.log_level or "info")
+        return supervise(["derive", *again(options, "config", "broker", "log_level")], options.workers)
+    deriver = _deriver(options)
+    if options.explain is not None:
+        return asyncio.run(_explain(deriver, options.explain, as_json=options.json))
+    if options.worker is not None:
+        deriver.app.numbered(options.worker)
+    return work(options, deriver)
+
+
+def _deriver(options: argparse.Namespace) -> Deriver:
+    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+    from orthanc_events_bridge.workflows.derive import Deriver, DeriveSettings
+
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
+    line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
+    return Deriver(configure_as(DeriveSettings, {}, given=line), dry=options.dry_run)
+
+
+async def _explain(deriver: Deriver, identifier: str, *, as_json: bool) -> int:
+    async with deriver.app.asking() as orthanc:
+        finding = await deriver.find(orthanc, await orthanc_id(orthanc, identifier, "study"))
+    if as_json:
+        rules = [
+            {"rule": rule.name, "fits": verdict.true, "why": as_dict(verdict)} for rule, verdict in finding.verdicts
+        ]
+        data = finding.data() if finding.rule else {}
+        print(json.dumps({"id": finding.content.study, "due": finding.due, "data": data, "rules": rules}, indent=2))
+        return 0
+    content = finding.content
+    print(f"study {content.study}, {len(content.series)} series, {len(content.instances)} instances")
+    print("\n".join(_lines(finding)))
+    return 0
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    for rule, verdict in finding.verdicts:
+        yield f"{'yes' if verdict.true else 'no ':3} rule {rule.name}"
+        for part in verdict.parts:
+            yield from tree(part, 1)
+    if (rule_found := finding.rule) is None:
+        yield "nothing is told of it"
+        return
+    missing = finding.missing
+    if finding.wait:
+        yield f"not quiet: it can be in {finding.wait:g} s, if nothing more comes"
+    for name in rule_found.series:
+        yield f"series {name}: {'missing' if name in missing.get('series', ()) else 'there'}"
+    if rule_found.instances is not None:
+        yield f"instances: {len(finding.content.instances)} of {finding.expected or 'an unknown number'}"
+    if not missing:
+        yield "it is complete"
+    elif finding.left:
+        yield f"it is told ready when nothing is missing, or in {finding.left:g} s at its deadline"
+    else:
+        yield "its deadline is over: it is told ready with what is missing"
