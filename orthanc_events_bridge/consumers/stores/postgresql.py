@@ -46,14 +46,15 @@ class PostgresStore(sql.SqlStore):
     async def close(self) -> None:
         await self._give_up()
 
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
+    async def _do(self, statement: str, key: str, owner: str, seconds: float, old: str = "") -> list[tuple[Any, ...]]:
         text = statement.format(
             now="extract(epoch FROM clock_timestamp())::double precision",
             key="%(key)s",
             owner="%(owner)s",
             seconds="%(seconds)s::double precision",
+            old="%(old)s",
         )
-        given = {"key": key, "owner": owner, "seconds": seconds}
+        given = {"key": key, "owner": owner, "seconds": seconds, "old": old}
         async with self._lock:
             again = self._connection is not None and not self._connection.closed
             while True:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from orthanc_events_bridge.consumers.stores import sql
 from orthanc_events_bridge.consumers.stores.base import StoreError
@@ -53,12 +53,12 @@ class SqliteStore(sql.SqlStore):
                 self._database.close()
                 self._database = None
 
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[float, float]]:
-        return await asyncio.to_thread(self._execute, statement, key, owner, seconds)
+    async def _do(self, statement: str, key: str, owner: str, seconds: float, old: str = "") -> list[tuple[Any, ...]]:
+        given = {"now": self._now(), "key": key, "owner": owner, "seconds": seconds, "old": old}
+        return await asyncio.to_thread(self._execute, statement, given)
 
-    def _execute(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[float, float]]:
-        text = statement.format(now=":now", key=":key", owner=":owner", seconds=":seconds")
-        given = {"now": self._now(), "key": key, "owner": owner, "seconds": seconds}
+    def _execute(self, statement: str, given: dict[str, Any]) -> list[tuple[Any, ...]]:
+        text = statement.format(now=":now", key=":key", owner=":owner", seconds=":seconds", old=":old")
         with self._lock:
             if self._database is None:
                 raise StoreError(f"the store {self._path} is closed", "")
