@@ -23,6 +23,7 @@ from orthanc_events_bridge import (
     cli_dlq,
     cli_orthanc,
     cli_replay,
+    cli_retry_jobs,
     cli_route,
     cli_status,
     cli_tail,
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         cli_backup,
         cli_consume,
         cli_dlq,
+        cli_retry_jobs,
         cli_route,
     ):
         module.define(commands)

@@ -3,6 +3,7 @@
 Each is one module on `orthanc_events_bridge.consumers`, and an example to copy:
 
 - `router`: sends studies, series or instances where rules say.
+- `job_retry`: resubmits Orthanc's jobs that have failed.
 
 What they share: `conditions` (a rule's language), `facts` (what Orthanc knows of a resource, as conditions ask for it),
 `destinations` (ways to send), `jobs` (Orthanc's jobs, waited for), `audit` (what left the house).
