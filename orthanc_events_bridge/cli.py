@@ -25,6 +25,7 @@ from orthanc_events_bridge import (
     cli_dlq,
     cli_orthanc,
     cli_replay,
+    cli_retry_jobs,
     cli_route,
     cli_status,
     cli_tail,
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         cli_consume,
         cli_derive,
         cli_dlq,
+        cli_retry_jobs,
         cli_route,
     ):
         module.define(commands)

@@ -118,13 +118,14 @@ def _run(options: argparse.Namespace) -> int:
 async def _dead_letters(options: argparse.Namespace) -> AsyncIterator[tuple[Transport, DeadLetters, str]]:
     """Connected; and the consumer's name."""
     from orthanc_events_bridge import transports
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure
+    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+    from orthanc_events_bridge.consumers.settings import AnySettings
 
     given = {"name": options.consumer, "broker": options.broker}
     line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
     if options.consumer is None and options.config is None and not _file_outside():
         raise UsageError("whose dead letters is not said", "say --consumer NAME, or --config FILE")
-    settings = configure({}, given=line).settings
+    settings = configure_as(AnySettings, {}, given=line).settings
     if settings.broker is None:
         raise UsageError("at which broker is not said", "say --broker URL, or name it in the file of --config")
     transport = transports.create(settings.broker)

@@ -257,6 +257,25 @@ class Consumer:
         """
         return self._turns.wait(self.publish(name, data, **more), "publish_and_wait", "await app.publish(…)")
 
+    async def recall(self, name: str) -> str | None:
+        """The text that is noted in the consumer's store under a name; none where none is. See `swap`.
+
+        :raises BridgeError: the consumer has no store, or it can't be asked.
+        """
+        return await (await self._turns.store()).recall(self._turns.note(name))
+
+    async def swap(self, name: str, old: str | None, new: str, keep: float = KEEP) -> bool:
+        """Note a short text in the consumer's store, for all its workers, in place of another.
+
+        :param name: any text; it is stored as a hash.
+        :param old: what is noted there now; none: nothing.
+        :param new: printable ASCII, at most 128 characters; no patient data.
+        :param keep: seconds for which it is remembered.
+        :return: whether it is noted. If not, another has noted something since (or the answer got lost): look again.
+        :raises BridgeError: the consumer has no store, or it can't be asked.
+        """
+        return await (await self._turns.store()).swap(self._turns.note(name), old, new, keep)
+
     def test(self) -> Trial:
         """Run the handlers against a broker in memory, on a clock that only tests move (docs/testing.md).
 
@@ -341,7 +360,7 @@ class Consumer:
             await clients.close()
 
     async def check(self) -> list[str]:
-        """Connect to the broker, and to Orthanc where a handler asks it, and leave again.
+        """Connect to the broker, to the store, and to Orthanc where a handler asks it, and leave again.
 
         :return: what was found, in a few lines.
         :raises BridgeError: it can't begin, or can't connect.
@@ -354,7 +373,11 @@ class Consumer:
             found += [f"{transport.name}: {line}" for line in await transport.describe()]
             if any(one.wants_orthanc for one in self._routes) and self._orthanc is not None:
                 found.append(await asyncio.to_thread(_ask, self._orthanc))
+            if self._turns.any_store:
+                await self._turns.store()
+                found.append("store: it can be noted what is done once")
         finally:
+            await self._turns.close()
             await transport.close()
             await clients.close()
         return found

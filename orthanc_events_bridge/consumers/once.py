@@ -74,17 +74,33 @@ class Turns:
 
         :raises BridgeError: no.
         """
-        if self._make is None:
-            raise BridgeError(
-                f"consumer {self._consumer}: where to note what is done once is not said",
-                'give it a store: store="sqlite:////var/lib/…", "postgresql://…", "nats://…", or "broker" with NATS',
-            )
+        self.check_store()
         if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", effect) is None:
             raise BridgeError(f"{effect!r} can't be the name of an effect", "use letters, digits, _ and -, at most 64")
         if not 1 <= lease <= 86400:
             raise BridgeError(f"the effect {effect}: lease={lease!r} makes no sense", "give 1 to 86400 seconds")
         if not lease <= keep:
             raise BridgeError(f"the effect {effect}: keep={keep!r} makes no sense", "give at least as much as lease")
+
+    @property
+    def any_store(self) -> bool:
+        """Whether there is one."""
+        return self._make is not None
+
+    def check_store(self) -> None:
+        """Is there a store?
+
+        :raises BridgeError: no.
+        """
+        if not self.any_store:
+            raise BridgeError(
+                f"consumer {self._consumer}: where to note what is done once is not said",
+                'give it a store: store="sqlite:////var/lib/…", "postgresql://…", "nats://…", or "broker" with NATS',
+            )
+
+    def note(self, name: str) -> str:
+        """What a note is known by."""
+        return f"{self._consumer}.note.{hashlib.sha256(name.encode()).hexdigest()}"
 
     def key(self, event: Event, effect: str, of: str | None = None) -> str:
         """What an effect is known by: no patient data, and nothing that a store could not hold."""
@@ -100,6 +116,7 @@ class Turns:
 
         :raises BridgeError: it can't be used.
         """
+        self.check_store()
         async with self._opening:
             if self._store is None:
                 assert self._make is not None

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     SecretStr,
@@ -269,3 +270,9 @@ class ConsumerSettings(Options):
         if self.ordered and "max_attempts" not in retry.model_fields_set:
             attempts = ORDERED_ATTEMPTS
         return RetryPolicy(attempts or None, retry.backoff, retry.initial, maximum, retry.jitter, retry.max_age or None)
+
+
+class AnySettings(ConsumerSettings):
+    """Of any consumer, where only what all have matters: a router's file has options of its own."""
+
+    model_config = ConfigDict(extra="ignore")

@@ -4,9 +4,11 @@ Each is one module on `orthanc_events_bridge.consumers`, and an example to copy:
 
 - `router`: sends studies, series or instances where rules say.
 - `anonymizer`: pseudonymises studies where rules say, and gives results their patients back.
+- `derive`: tells when studies are ready, and when more has come.
+- `job_retry`: resubmits Orthanc's jobs that have failed.
 
 What they share: `rules` and `conditions` (their language), `facts` (what Orthanc knows of a resource, as conditions ask
-for it), `audit` (what left the house). The router's own: `destinations` (ways to send), `jobs` (Orthanc's jobs, waited
-for). The anonymizer's own: `anonymizer_settings`, `profile` (what becomes of which element), `pseudonyms`, `deidentify`
-and `reidentify` (one file), `dicom_files`, `memory` (what stands for what).
+for it), `jobs` (Orthanc's jobs, waited for), `audit` (what left the house), `telling` (events of their own). The router's
+own: `destinations` (ways to send). The anonymizer's own: `anonymizer_settings`, `profile` (what becomes of which
+element), `pseudonyms`, `deidentify` and `reidentify` (one file), `dicom_files`, `memory` (what stands for what).
 """

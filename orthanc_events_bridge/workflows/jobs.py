@@ -57,11 +57,7 @@ async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: 
     """
     job = await _submitted(orthanc, submission)
     if job is None:
-        body = {**submission.body, "Asynchronous": True, "Synchronous": False}
-        answer = await orthanc.post(submission.path, json=body)
-        if answer.status_code >= 400:
-            raise _refused(submission, answer)
-        identifier = str(answer.json()["ID"])
+        identifier = await submit(orthanc, submission)
     else:
         identifier = str(job["ID"])
         log.info("job %s was submitted already: it is waited for", identifier)
@@ -75,10 +71,44 @@ async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: 
         ) from None
 
 
+async def submit(orthanc: httpx.AsyncClient, submission: Submission) -> str:
+    """Submit a job, and don't wait for it.
+
+    :return: its id.
+    :raises BridgeError: Orthanc refuses it.
+    :raises httpx.HTTPError: Orthanc doesn't answer.
+    """
+    body = {**submission.body, "Asynchronous": True, "Synchronous": False}
+    answer = await orthanc.post(submission.path, json=body)
+    if answer.status_code >= 400:
+        raise _refused(submission, answer)
+    return str(answer.json()["ID"])
+
+
+async def resubmit(orthanc: httpx.AsyncClient, identifier: str) -> None:
+    """Submit a failed job again, under its id.
+
+    :raises JobError: Orthanc refuses it: it has not failed, or is forgotten.
+    :raises httpx.HTTPError: Orthanc doesn't answer.
+    """
+    path = f"/jobs/{identifier}/resubmit"
+    answer = await orthanc.post(path, content="{}")
+    if answer.status_code >= 400:
+        raise JobError(f"Orthanc answers {answer.status_code} to POST {path}", "look at the job there, and at its log")
+
+
+async def all_jobs(orthanc: httpx.AsyncClient) -> list[Mapping[str, Any]]:
+    """All jobs that Orthanc still knows.
+
+    :raises BridgeError: it can't say.
+    """
+    return list((await ask(orthanc, "/jobs?expand")).json())
+
+
 async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapping[str, Any] | None:
     if not submission.content:
         return None
-    for job in (await ask(orthanc, "/jobs?expand")).json():
+    for job in await all_jobs(orthanc):
         content = job.get("Content", {})
         if (
             job.get("Type") == submission.kind

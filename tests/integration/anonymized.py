@@ -230,7 +230,7 @@ class Anonymizers(Routers):
     :param store: where they remember; none: a file.
     """
 
-    COMMAND, NAME = "anonymize", "anonymizer"
+    COMMAND = "anonymize"
 
     def __init__(self, folder: Path, line: Line, more: str, store: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)

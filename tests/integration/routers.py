@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from orthanc_events_bridge.testing.dicom import Instance
 from orthanc_events_bridge.testing.line import Line
-from orthanc_events_bridge.testing.processes import wait_until
-from orthanc_events_bridge.testing.reacting import consumer_url
 from orthanc_events_bridge.testing.servers import OrthancServer
+from tests.integration.commands import Started
 from tests.integration.whole import started
-
-#: Seconds for what takes moments on a machine that is not busy.
-PATIENCE = 120.0
 
 
 class Receiver(OrthancServer):
@@ -28,11 +22,16 @@ class Receiver(OrthancServer):
     def __init__(self, folder: Path, **options: Any) -> None:
         name = folder.name.upper()
         config = {"DicomAet": name, "DicomAlwaysAllowStore": True, "DicomCheckModalityHost": False}
-        super().__init__(folder, config={**config, **options})
+        super().__init__(folder, config={**config, **options}, verbose=True)
 
     def has(self) -> set[str]:
         """The instances that are there."""
         return set(self.get("/instances"))
+
+    def taken(self) -> int:
+        """How many instances it was sent, those among them that it had already. (Of these its changes say nothing.)"""
+        log = self.log_text()
+        return log.count("] New instance stored") + log.count("] Already stored")
 
     def stored(self) -> Counter[str]:
         """See `stored`."""
@@ -67,7 +66,13 @@ def running(*servers: OrthancServer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gateway(
-    folder: Path, kind: str, *, modalities: Sequence[Receiver] = (), peers: Sequence[Receiver] = (), **config: Any
+    folder: Path,
+    kind: str,
+    *,
+    modalities: Sequence[Receiver] = (),
+    peers: Sequence[Receiver] = (),
+    environment: Mapping[str, str] | None = None,
+    **config: Any,
 ) -> Iterator[Line]:
     """An Orthanc with the bridge, which knows these by their folders' names."""
     known: Mapping[str, Any] = {
@@ -79,64 +84,22 @@ def gateway(
         "ConcurrentJobs": 8,
         **config,
     }
-    with started(folder, broker=kind, orthanc=known) as line:
+    with started(folder, broker=kind, orthanc=known, environment=environment) as line:
         yield line
 
 
-class Routers:
+class Routers(Started):
     """Routers of one configuration, as processes. Used as a context manager, which ends them.
 
     :param rules: the rest of the file.
     """
 
-    #: What runs them, and the name of their file.
-    COMMAND, NAME = "route", "router"
+    #: What runs them.
+    COMMAND = "route"
 
     def __init__(self, folder: Path, line: Line, rules: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.audit_file = folder / "audit.jsonl"
-        self.path = folder / f"{self.NAME}.yaml"
-        self._log = folder / f"{self.NAME}.log"
-        self._running: list[subprocess.Popen[bytes]] = []
-        store = "" if line.broker.kind == "nats" or "store:" in rules else f"store: sqlite:///{folder}/{self.NAME}.db\n"
-        self.path.write_text(
-            f"broker: {consumer_url(line.broker)}\northanc: {line.orthanc.url}\nstart: oldest\nack_wait: 5s\n"
-            f"audit: {self.audit_file}\n{store}{rules}",
-            "utf-8",
-        )
-
-    def command(self, *more: str) -> list[str]:
-        return [sys.executable, "-m", "orthanc_events_bridge", self.COMMAND, "--config", str(self.path), *more]
-
-    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end."""
-        return subprocess.run(self.command(*more), capture_output=True, text=True, timeout=PATIENCE, check=False)
-
-    def start(self, count: int = 1, *more: str) -> None:
-        """Start some more.
-
-        :param more: options of the command.
-        """
-        for _ in range(count):
-            with self._log.open("ab") as log:
-                self._running.append(subprocess.Popen(self.command(*more), stdout=log, stderr=log))
-
-    def kill(self, number: int = 0) -> None:
-        """Kill one at once, as `kill -9` does."""
-        router = self._running.pop(number)
-        router.kill()
-        router.wait()
-
-    def stop(self) -> list[int]:
-        """Stop all as a user does; their exit codes."""
-        for router in self._running:
-            router.terminate()
-        codes = [router.wait(PATIENCE) for router in self._running]
-        self._running.clear()
-        return codes
-
-    def __len__(self) -> int:
-        return len(self._running)
+        super().__init__(folder, line, self.COMMAND, f"audit: {self.audit_file}\n{rules}")
 
     def audit(self, what: str = "sent", **more: Any) -> list[dict[str, Any]]:
         """The lines of the audit file that say this."""
@@ -145,22 +108,7 @@ class Routers:
         lines = [json.loads(line) for line in self.audit_file.read_text("utf-8").splitlines()]
         return [line for line in lines if line["what"] == what and all(line[name] == more[name] for name in more)]
 
-    def log(self) -> str:
-        return self._log.read_text("utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._running:
-            self.kill()
-
 
 def ids(instances: Sequence[Instance]) -> set[str]:
     """Orthanc's ids of them."""
     return {one.id for one in instances}
-
-
-def wait_for(condition: Any, what: str, seconds: float = PATIENCE) -> None:
-    """Until it holds."""
-    assert wait_until(condition, seconds, every=0.2), what

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
-from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, ids, running, wait_for
+from tests.integration.commands import PATIENCE, wait_for
+from tests.integration.routers import Receiver, Routers, gateway, ids, running
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.integration

@@ -184,6 +184,34 @@ async def test_what_is_done_is_forgotten_in_the_end(kind: Kind, key: str) -> Non
 
 
 @asked
+async def test_of_two_who_note_a_text_in_place_of_the_same_one_does(kind: Kind, key: str) -> None:
+    async with kind.opened() as one, kind.opened() as two:
+        old: str | None = None
+        for number in range(10):
+            assert await one.recall(key) == await two.recall(key) == old
+            texts = [f"{number} of {name}" for name in "ab"]
+            stores_and_texts = zip((one, two), texts, strict=True)
+            noted = await asyncio.gather(*(store.swap(key, old, text, LONG) for store, text in stores_and_texts))
+            assert sorted(noted) == [False, True]
+            assert not await two.swap(key, old, "late", LONG)
+            old = texts[noted.index(True)]
+        assert not await one.swap(key, None, "first", LONG)
+
+
+@asked
+async def test_a_note_is_forgotten_in_the_end(kind: Kind, key: str) -> None:
+    async with kind.opened() as one:
+        assert await one.swap(key, None, "one", LONG)
+        assert await one.swap(key, "one", "two", SHORT)
+
+        async def forgotten() -> bool:
+            return await one.recall(key) is None
+
+        await until(forgotten)
+        assert await one.swap(key, None, "three", LONG)
+
+
+@asked
 async def test_a_server_that_is_restarted_remembers(kind: Kind, key: str) -> None:
     if kind.server is None:
         return

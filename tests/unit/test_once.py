@@ -163,6 +163,14 @@ class Broken(Store):
     async def forget(self, key: str, owner: str) -> None:
         self._said("forget")
 
+    async def recall(self, key: str) -> str | None:
+        self._said("recall")
+        return None
+
+    async def swap(self, key: str, old: str | None, new: str, keep: float) -> bool:
+        self._said("swap")
+        return True
+
     async def close(self) -> None:
         self._said("close")
 

@@ -64,5 +64,19 @@ class Store(ABC):
         """The effect failed: whoever asks next may begin it. Nothing happens where it is not the owner's any more."""
 
     @abstractmethod
+    async def recall(self, key: str) -> str | None:
+        """The text that is noted under a key of `swap`; none where none is."""
+
+    @abstractmethod
+    async def swap(self, key: str, old: str | None, new: str, keep: float) -> bool:
+        """Note a short text in place of another; of several at the same time one succeeds.
+
+        :param old: what is noted there now; none: nothing.
+        :param new: printable ASCII, at most 128 characters.
+        :param keep: seconds for which it is remembered.
+        :return: whether it is noted. No may also mean that it was, and the answer got lost: `recall` tells.
+        """
+
+    @abstractmethod
     async def close(self) -> None:
         """Let go of it. Never raises."""

@@ -119,6 +119,18 @@ class NatsStore(Store):
         await self._replace(key, owner, {"state": "free", "owner": ""}, _FREE)
         self._revisions.pop((key, owner), None)
 
+    async def recall(self, key: str) -> str | None:
+        found = await self._get(key)
+        return None if found is None else str(found[1]["owner"])
+
+    async def swap(self, key: str, old: str | None, new: str, keep: float) -> bool:
+        found = await self._get(key)
+        if (None if found is None else found[1]["owner"]) != old:
+            return False
+        noted = await self._put(key, new, {"state": "done", "owner": new}, keep, 0 if found is None else found[0])
+        self._revisions.pop((key, new), None)
+        return noted
+
     async def close(self) -> None:
         async with self._connecting:
             connection, self._connection = self._connection, None

@@ -31,9 +31,20 @@ FINISH: Final = (
     " WHERE key = {key} AND owner = {owner} RETURNING 1"
 )
 FORGET: Final = "DELETE FROM orthanc_events_once WHERE key = {key} AND owner = {owner} AND NOT done RETURNING 1"
+RECALL: Final = "SELECT owner FROM orthanc_events_once WHERE key = {key} AND until > {now}"
+NOTE: Final = (
+    "INSERT INTO orthanc_events_once AS held (key, owner, until, done)"
+    " VALUES ({key}, {owner}, {now} + {seconds}, true)"
+    " ON CONFLICT (key) DO UPDATE SET owner = excluded.owner, until = excluded.until"
+    " WHERE held.until <= {now} RETURNING 1"
+)
+SWAP: Final = (
+    "UPDATE orthanc_events_once SET owner = {owner}, until = {now} + {seconds}"
+    " WHERE key = {key} AND owner = {old} AND until > {now} RETURNING 1"
+)
 #: An hour behind its end: an owner that renews late still finds its own.
 SWEEP: Final = "DELETE FROM orthanc_events_once WHERE until + 3600 <= {now} RETURNING 1"
-#: So many beginnings between two sweeps.
+#: So many beginnings and notes between two sweeps.
 SWEEP_EVERY: Final = 1000
 
 
@@ -45,7 +56,7 @@ class SqlStore(Store):
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._begun = 0
+        self._written = 0
 
     async def open(self) -> None:
         await self._database.open(CREATE)
@@ -53,13 +64,12 @@ class SqlStore(Store):
     async def close(self) -> None:
         await self._database.close()
 
-    async def _do(self, statement: str, key: str, owner: str, seconds: float) -> list[tuple[Any, ...]]:
-        return await self._database.run((statement, {"key": key, "owner": owner, "seconds": float(seconds)}))
+    async def _do(self, statement: str, key: str, owner: str, seconds: float, old: str = "") -> list[tuple[Any, ...]]:
+        given = {"key": key, "owner": owner, "seconds": float(seconds), "old": old}
+        return await self._database.run((statement, given))
 
     async def begin(self, key: str, owner: str, lease: float) -> Begun:
-        self._begun += 1
-        if self._begun % SWEEP_EVERY == 1:
-            await self._do(SWEEP, "", "", 0)
+        await self._sweep()
         while True:
             if await self._do(BEGIN, key, owner, lease):
                 return Begun("mine")
@@ -74,3 +84,17 @@ class SqlStore(Store):
 
     async def forget(self, key: str, owner: str) -> None:
         await self._do(FORGET, key, owner, 0)
+
+    async def recall(self, key: str) -> str | None:
+        for (found,) in await self._do(RECALL, key, "", 0):
+            return str(found)
+        return None
+
+    async def swap(self, key: str, old: str | None, new: str, keep: float) -> bool:
+        await self._sweep()
+        return bool(await self._do(NOTE if old is None else SWAP, key, new, keep, old or ""))
+
+    async def _sweep(self) -> None:
+        self._written += 1
+        if self._written % SWEEP_EVERY == 1:
+            await self._do(SWEEP, "", "", 0)
