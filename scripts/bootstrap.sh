@@ -4,7 +4,7 @@
 #
 #   scripts/bootstrap.sh [rabbitmq] [kafka] [postgresql] [docker] [faketime]
 #
-# Orthanc, its Python plugin, DCMTK and NATS always; these only where they are named:
+# Orthanc, its plugins for Python and DICOMweb, DCMTK and NATS always; these only where they are named:
 #
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
@@ -13,8 +13,8 @@
 # faketime          a library that gives a process another clock, from Debian
 #
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
-# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, ORTHANC_POSTGRESQL_PLUGIN, STORESCU_BINARY, RABBITMQ_SERVER_BINARY, KAFKA_JARS,
-# POSTGRES_BINARY, FAKETIME_LIBRARY
+# ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, ORTHANC_DICOMWEB_PLUGIN, ORTHANC_POSTGRESQL_PLUGIN, STORESCU_BINARY,
+# RABBITMQ_SERVER_BINARY, KAFKA_JARS, POSTGRES_BINARY, FAKETIME_LIBRARY
 #                   where these are, if not in the usual places
 # PIP_*, proxies, certificates: pip and apt find them in the environment as ever.
 set -euo pipefail
@@ -63,6 +63,8 @@ has_plugin() { # its name, and where it is if not in the usual places
 
 has_python_plugin() { has_plugin libOrthancPython "${ORTHANC_PYTHON_PLUGIN:-}"; }
 
+has_dicomweb_plugin() { has_plugin libOrthancDicomWeb "${ORTHANC_DICOMWEB_PLUGIN:-}"; }
+
 has_postgresql_plugin() { has_plugin libOrthancPostgreSQLIndex "${ORTHANC_POSTGRESQL_PLUGIN:-}"; }
 
 has_postgresql() {
@@ -105,6 +107,7 @@ missing_packages() {
     has_dcmtk || echo dcmtk
     has_orthanc || echo orthanc
     has_python_plugin || echo orthanc-python
+    has_dicomweb_plugin || echo orthanc-dicomweb
     has_venv || echo python3-venv
     if wanted rabbitmq; then has_rabbitmq || echo rabbitmq-server; fi
     if wanted kafka; then
@@ -194,8 +197,9 @@ system() {
     if [ -e /etc/debian_version ]; then
         say "install: sudo apt-get install --no-install-recommends ${missing[*]}"
     else
-        say "install: Orthanc 1.10 or newer with its Python plugin (https://orthanc.uclouvain.be/), DCMTK, Python's venv"
-        say "elsewhere than usual? set ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, STORESCU_BINARY"
+        say "install: Orthanc 1.10 or newer with its plugins for Python and DICOMweb (https://orthanc.uclouvain.be/),"
+        say "DCMTK, Python's venv"
+        say "elsewhere than usual? set ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, ORTHANC_DICOMWEB_PLUGIN, STORESCU_BINARY"
     fi
     has_venv || die "without Python's venv module there is no going on"
     say "going on without: tests that need one of these are skipped, with the reason"

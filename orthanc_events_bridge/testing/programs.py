@@ -72,6 +72,13 @@ def find_python_plugin() -> Path:
     return _find_plugin("libOrthancPython", "ORTHANC_PYTHON_PLUGIN", "Orthanc's Python plugin", "orthanc-python")
 
 
+def find_dicomweb_plugin() -> Path:
+    """Find Orthanc's DICOMweb plugin: ``ORTHANC_DICOMWEB_PLUGIN``, or the usual places."""
+    return _find_plugin(
+        "libOrthancDicomWeb", "ORTHANC_DICOMWEB_PLUGIN", "Orthanc's DICOMweb plugin", "orthanc-dicomweb"
+    )
+
+
 def find_postgresql_plugin() -> Path:
     """Find Orthanc's plugin for an index in PostgreSQL: ``ORTHANC_POSTGRESQL_PLUGIN``, or the usual places."""
     title = "Orthanc's PostgreSQL plugin"
@@ -167,6 +174,7 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "kafka": find_kafka,
     "nats-server": find_nats,
     "orthanc": find_orthanc,
+    "orthanc-dicomweb": find_dicomweb_plugin,
     "orthanc-postgresql": find_postgresql_plugin,
     "orthanc-python": find_python_plugin,
     "postgres": find_postgres,
@@ -178,8 +186,8 @@ _FINDERS: dict[str, Callable[[], Path]] = {
 def require(*components: str) -> None:
     """End the running test where a component can't be had: skipped with the reason, or failed in CI.
 
-    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-postgresql``,
-        ``orthanc-python``, ``postgres``, ``rabbitmq-server``, ``storescu``.
+    :param components: ``faketime``, ``kafka``, ``nats-server``, ``orthanc``, ``orthanc-dicomweb``,
+        ``orthanc-postgresql``, ``orthanc-python``, ``postgres``, ``rabbitmq-server``, ``storescu``.
     """
     for component in components:
         try:
