@@ -136,6 +136,7 @@ class KafkaTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,  # Kafka has no limit for it: it hears of the subscriber, and not of what that holds
+        inbox_only: bool = False,
     ) -> Subscription:
         check_name(self.name, name)
         _, topic = self._connected()
@@ -148,9 +149,9 @@ class KafkaTransport(Transport):
             in_flight=in_flight,
             ack_wait=ack_wait,
             behind=self._behind.setdefault(name, set()),
-            ordered=ordered,
+            kind="inbox" if inbox_only else "ordered" if ordered else "unordered",
         )
-        self._begun.add(name)
+        (self._begun.discard if inbox_only else self._begun.add)(name)
         self._subscriptions = {one for one in self._subscriptions if not one.closed} | {subscription}
         return subscription
 

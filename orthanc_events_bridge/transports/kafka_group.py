@@ -21,12 +21,16 @@ from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest, LeaveGro
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_ordered import Kind
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, by_topic, share_out
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
 #: How members of ours share, without an order and with one; Kafka lets nobody in who knows another way.
-_PROTOCOL: Final = "orthanc-events-1"
-_ORDERED: Final = "orthanc-events-1-ordered"
+_PROTOCOLS: Final[Mapping[Kind, str]] = {
+    "unordered": "orthanc-events-1",
+    "ordered": "orthanc-events-1-ordered",
+    "inbox": "orthanc-events-1-inbox",
+}
 #: Seconds that a server may take to find, load or move a group, beside what it takes to answer.
 _LOADING: Final = 15.0
 #: Seconds between two tries meanwhile.
@@ -46,7 +50,7 @@ NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, erro
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
     errors.InconsistentGroupProtocolError.errno: "another program has a consumer group of this name, or a subscriber "
-    "with another `ordered`; use another name",
+    "of another kind (ordered, or with its inbox alone); end that first, or use another name",
     errors.InvalidSessionTimeoutError.errno: "choose an ack_wait that group.min.session.timeout.ms and "
     "group.max.session.timeout.ms of the server allow",
     errors.GroupAuthorizationFailedError.errno: "let the user read the consumer group",
@@ -86,20 +90,20 @@ class Group:
     :param cluster: for joining alone: a server that has all members wait answers nothing else meanwhile.
     :param beside: for everything else.
     :param session: after so many seconds without a word of a member, its places are given to others.
-    :param ordered: whether its members keep an order.
+    :param kind: that its members are of.
     :ivar name: of the group.
     :ivar member: our id; empty before we have one.
     :ivar lease: until then, on the clock `boot_time`, we are certainly a member.
     """
 
     def __init__(
-        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float, *, ordered: bool
+        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float, kind: Kind
     ) -> None:
         self._cluster = cluster
         self._beside = beside
         self._patience = options.ack_timeout
         self.name = name
-        self._protocol = _ORDERED if ordered else _PROTOCOL
+        self._protocol = _PROTOCOLS[kind]
         self._session = session
         self.member = ""
         self._generation = -1

@@ -48,6 +48,7 @@ class Broker:
     :ivar inboxes: of consumers, what is stored for each alone, in order.
     :ivar dead: of consumers, their dead letters, in order.
     :ivar begun: consumers that have subscribed, and how far each has come in its inbox.
+    :ivar alone: those of them that have subscribed to their inbox only.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
@@ -67,6 +68,7 @@ class Broker:
         self.inboxes: dict[str, list[Incoming]] = {}
         self.dead: dict[str, list[Incoming]] = {}
         self.begun: dict[str, Name] = {}
+        self.alone: set[str] = set()
         self.up = True
         self.frozen = False
         self.deadline = 5.0
@@ -230,21 +232,18 @@ class MemoryTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> Subscription:
         check_name(self.name, name)
         self._check()
         await self._answer()
         self._check()
         broker, opened = self.broker, self._opened
-        # Who has begun before misses nothing of a place that was made again.
-        first = 0 if oldest or name in broker.begun else len(broker.messages)
-        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
-        if live.ordered != ordered:
-            raise TransportConfigurationError(
-                f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
-                "give the consumer another name, or subscribe as before",
-            )
+        live = None if inbox_only else self._live(name, oldest, ordered)
         inbox = broker.begun.setdefault(name, Name(broker.inboxes.setdefault(name, []), 0, clock=broker.clock))
+        if live is None:
+            broker.names.pop(name, None)
+            broker.alone.add(name)
 
         def connected() -> bool:
             there = broker.up and self._connection == broker.connections and self._opened == opened
@@ -253,7 +252,23 @@ class MemoryTransport(Transport):
         def bury(message: Incoming, headers: Mapping[str, str]) -> None:
             broker.bury(name, message, headers)
 
-        return MemorySubscription((live, inbox), connected, self._answer, in_flight, ack_wait, bury)
+        names = (inbox,) if live is None else (live, inbox)
+        return MemorySubscription(names, connected, self._answer, in_flight, ack_wait, bury)
+
+    def _live(self, name: str, oldest: bool, ordered: bool) -> Name:
+        """What the broker knows of a name where everybody gets events."""
+        broker = self.broker
+        # Who has begun before misses nothing of a place that was made again.
+        known = name in broker.begun and name not in broker.alone
+        first = 0 if oldest or known else len(broker.messages)
+        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
+        if live.ordered != ordered:
+            raise TransportConfigurationError(
+                f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
+                "give the consumer another name, or subscribe as before",
+            )
+        broker.alone.discard(name)
+        return live
 
     async def dead_letters(self, consumer: str) -> DeadLetters:
         check_name(self.name, consumer)

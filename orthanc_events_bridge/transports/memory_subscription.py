@@ -155,7 +155,7 @@ class MemoryDelivery(Delivery):
 class MemorySubscription(Subscription):
     """One subscriber.
 
-    :param names: its name where everybody gets events, and in its inbox: they take turns.
+    :param names: its name where everybody gets events, and in its inbox, or in that alone: they take turns.
     :param connected: whether the connection is still the one that it was made over.
     :param answer: waits until the broker answers.
     :param bury: puts a message among the dead letters, with further headers.
@@ -163,7 +163,7 @@ class MemorySubscription(Subscription):
 
     def __init__(
         self,
-        names: tuple[Name, Name],
+        names: Sequence[Name],
         connected: Callable[[], bool],
         answer: Callable[[], Awaitable[None]],
         in_flight: int,

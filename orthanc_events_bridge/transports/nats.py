@@ -33,6 +33,7 @@ from orthanc_events_bridge.transports.base import (
 )
 from orthanc_events_bridge.transports.nats_batch import Batch, more_headers, size_of
 from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_consumer import open_consumers, open_inbox_only
 from orthanc_events_bridge.transports.nats_dead import NatsDeadLetters
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_ordered import NatsOrderedSubscription
@@ -242,13 +243,18 @@ class NatsTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> Subscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. NATS has no limit below ``longest``."""
         check_name(self.name, name)
-        kind = NatsOrderedSubscription if ordered else NatsSubscription
-        return await kind.open(
-            self._connected(), self._options, name, oldest=oldest, in_flight=in_flight, ack_wait=ack_wait
+        connection, options = self._connected(), self._options
+        infos = await (
+            open_inbox_only(connection, options, name, ack_wait=ack_wait)
+            if inbox_only
+            else open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait, ordered=ordered)
         )
+        kind = NatsOrderedSubscription if ordered and not inbox_only else NatsSubscription
+        return await kind.open(connection, options, name, infos, in_flight=in_flight)
 
     async def dead_letters(self, consumer: str) -> DeadLetters:
         check_name(self.name, consumer)

@@ -98,7 +98,7 @@ class RabbitSubscription(Subscription):
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
         await self._receive_published()
-        if self._options.declare:
+        if self._options.declare and not self._queues.inbox_only:
             self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -116,6 +116,8 @@ class RabbitSubscription(Subscription):
                     )
 
     async def _receive_published(self) -> None:
+        if self._queues.inbox_only:
+            return
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:

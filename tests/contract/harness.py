@@ -208,6 +208,10 @@ class Harness(ABC):
         """Delete a consumer's inbox with all that it holds."""
         raise NotImplementedError
 
+    def left_of(self, consumer: str) -> list[str]:
+        """What the broker would keep growing for a consumer of what everybody gets: names of queues and the like."""
+        return []
+
     def make_other_inbox(self, consumer: str) -> list[str]:
         """Make a consumer's inbox as the transport would not.
 
@@ -288,6 +292,9 @@ class MemoryHarness(Harness):
 
     def remove_inbox(self, consumer: str) -> None:
         self._broker.remove_inbox(consumer)
+
+    def left_of(self, consumer: str) -> list[str]:
+        return [name for name in self._broker.names if name == consumer]
 
     @staticmethod
     def _stored(one: Incoming) -> Stored:

@@ -173,6 +173,11 @@ class RabbitHarness(Harness):
     def remove_inbox(self, consumer: str) -> None:
         administrate(self.url, lambda channel: channel.queue_delete(f"{self.inboxes}.{consumer}"))
 
+    def left_of(self, consumer: str) -> list[str]:
+        live = f"orthanc.consumer.{consumer}"
+        possible = (live, f"{live}.00", f"{live}.63", f"orthanc.beginning.{consumer}")
+        return [queue for queue in possible if there(self.url, queue)]
+
     def make_other_inbox(self, consumer: str) -> list[str]:
         queue = f"{self.inboxes}.{consumer}"
         administrate(self.url, lambda channel: channel.queue_declare(queue, durable=True))
