@@ -101,17 +101,22 @@ class Consumer:
         self._begin(configure(said, config), store)
 
     @classmethod
-    def configured(cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None) -> Self:
+    def configured(
+        cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None, *, inbox_only: bool = False
+    ) -> Self:
         """One whose configuration is put together already.
 
         :param store: as in the constructor.
+        :param inbox_only: it gets what is sent to its inbox, and nothing of what everybody gets.
         :raises ConfigError: the store makes no sense.
         """
         self = cls.__new__(cls)
-        self._begin(found, store)
+        self._begin(found, store, inbox_only)
         return self
 
-    def _begin(self, found: Configuration[Any], store: str | Mapping[str, Any] | None) -> None:
+    def _begin(
+        self, found: Configuration[Any], store: str | Mapping[str, Any] | None, inbox_only: bool = False
+    ) -> None:
         self.settings: ConsumerSettings = found.settings
         self.name = found.settings.name
         self.broker = found.settings.broker
@@ -125,6 +130,7 @@ class Consumer:
             name=self.name,
             oldest=self.settings.start == "oldest",
             ordered=self.settings.ordered,
+            inbox_only=inbox_only,
             concurrency=self.settings.concurrency,
             prefetch=self.settings.prefetch or 2 * self.settings.concurrency,
             retry=self.settings.policy(),

@@ -155,8 +155,9 @@ class Router:
         sender = self._senders[name]
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
-        settings = self.settings.model_copy(update={**more, "http": None, "ordered": False, "start": "new"})
-        app = Consumer.configured(Configuration(settings, configuration.orthanc), self.settings.store or "broker")
+        settings = self.settings.model_copy(update={**more, "http": None, "ordered": False})
+        store = self.settings.store or "broker"
+        app = Consumer.configured(Configuration(settings, configuration.orthanc), store, inbox_only=True)
 
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)
