@@ -14,7 +14,7 @@ from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, Configuration, configure
 from orthanc_events_bridge.consumers.event import Event
-from orthanc_events_bridge.consumers.health import health
+from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
@@ -27,6 +27,7 @@ from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.subscriptions import boot_time
 
 if TYPE_CHECKING:
     import httpx
@@ -145,6 +146,16 @@ class Consumer:
         return self._worker is not None and self._worker.ready
 
     @property
+    def stuck(self) -> bool:
+        """Whether all that it may hold waits for a place of retries or dead letters that takes none."""
+        return self._worker is not None and self._worker.stuck
+
+    @property
+    def ticked(self) -> float:
+        """When it last looked at the clock, while it works (`orthanc_events_bridge.transports.subscriptions`)."""
+        return self._worker.ticked if self._worker is not None else boot_time()
+
+    @property
     def handlers(self) -> list[tuple[str, tuple[str, ...]]]:
         """Of each handler its name and its patterns."""
         return [(one.name, one.patterns) for one in self._routes]
@@ -242,10 +253,7 @@ class Consumer:
 
         :param number: of the worker, from 0.
         """
-        if self.settings.http is not None:
-            host, _, port = self.settings.http.rpartition(":")
-            if int(port):
-                self.settings = self.settings.model_copy(update={"http": f"{host}:{int(port) + number}"})
+        self.settings = self.settings.model_copy(update={"http": address_of(self.settings.http, number)})
         return self
 
     def run(self) -> None:
@@ -273,7 +281,7 @@ class Consumer:
         transport, system = self._transport(clients), self.broker.type if self.broker else ""
         self._worker = worker = Worker(transport, self._terms, self._routes, clients, self.meter, system=system)
         try:
-            async with health(self.settings.http, worker, self.meter, self.name):
+            async with health(self.settings.http, self):
                 await worker.run()
         finally:
             self._worker = None

@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
+from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
@@ -147,15 +148,17 @@ class Router:
         self._senders = {name: Sender(name, one) for name, one in settings.destinations.items()}
         self._inboxes: dict[str, BrokerPlace] = {}
         self._asking = {name: asyncio.Lock() for name in self._senders}
-        self.deciding = Consumer.configured(configuration)
+        # Health and metrics of all of them are told at one address.
+        alone = Configuration(settings.model_copy(update={"http": None}), configuration.orthanc)
+        self.deciding = Consumer.configured(alone)
         self.deciding.on(settings.event)(self._decide)
-        self.sending = {} if dry else {name: self._sending(configuration, name) for name in self._senders}
+        self.sending = {} if dry else {name: self._sending(alone, name) for name in self._senders}
 
     def _sending(self, configuration: Configuration[RouterSettings], name: str) -> Consumer:
         sender = self._senders[name]
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
-        settings = self.settings.model_copy(update={**more, "http": None, "ordered": False})
+        settings = configuration.settings.model_copy(update={**more, "ordered": False})
         store = self.settings.store or "broker"
         app = Consumer.configured(Configuration(settings, configuration.orthanc), store, inbox_only=True)
 
@@ -228,6 +231,11 @@ class Router:
         """All of it."""
         return [self.deciding, *self.sending.values()]
 
+    def numbered(self, number: int) -> Self:
+        """See `Consumer.numbered`."""
+        self.settings = self.settings.model_copy(update={"http": address_of(self.settings.http, number)})
+        return self
+
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""
         for one in self.consumers:
@@ -252,19 +260,23 @@ class Router:
         self._audit.check()
         for sender in self._senders.values():
             sender.check()
-        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
         try:
-            # One that can't begin ends all: none works by halves.
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            self.stop()
-            await asyncio.wait(tasks)
-            for task in tasks:
-                task.result()
+            async with health(self.settings.http, *self.consumers):
+                await self._serve()
         finally:
             for inbox in self._inboxes.values():
                 await inbox.close()
             for sender in self._senders.values():
                 await sender.close()
+
+    async def _serve(self) -> None:
+        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
+        # One that can't begin ends all: none works by halves.
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        self.stop()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            task.result()
 
     async def check(self) -> list[str]:
         """Look at everything, and leave again.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+import socket
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import httpx
 import pytest
 
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
+from orthanc_events_bridge.testing.processes import free_port
 from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, ids, running, wait_for
 from tests.integration.whole import broker_or_skip
 
@@ -213,6 +217,63 @@ def test_a_dry_run_sends_nothing_and_takes_nothing_from_those_that_work(tmp_path
         assert not goal.has() and not routers.audit()
         routers.start()
         wait_for(lambda: goal.has() == ids(study.instances), "what was only looked at")
+        assert routers.stop() == [0]
+
+
+def two_ports() -> tuple[int, int]:
+    """That nobody listens on, the one behind the other."""
+    while True:
+        first = free_port()
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", first + 1))
+            return first, first + 1
+
+
+def test_each_worker_tells_of_all_its_consumers_at_a_port_of_its_own(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    goal = tmp_path / "goal"
+    goal.mkdir()
+    rules = f"""
+destinations:
+  goal: {{folder: "{goal}"}}
+  nowhere: {{modality: nowhere}}
+rules:
+  - {{name: all, to: [goal]}}
+"""
+    with (
+        gateway(tmp_path / "line", "nats") as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        ports = two_ports()
+        places = [f"http://127.0.0.1:{port}" for port in ports]
+        routers.start(1, "--workers", "2", "--http", f"127.0.0.1:{ports[0]}")
+
+        def ready(place: str) -> bool:
+            try:
+                return httpx.get(f"{place}/health/ready").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        for place in places:
+            wait_for(lambda place=place: ready(place), place)
+        studies = [make_study(modality="CT") for _ in range(6)]
+        for study in studies:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+
+        def metrics() -> str:
+            return "".join(httpx.get(f"{place}/metrics").text for place in places)
+
+        def handled(consumer: str, event: str) -> float:
+            label = f'orthanc_consumer_handled_total{{consumer="{consumer}",type="{event}"}}'
+            return sum(float(one.rpartition(" ")[2]) for one in metrics().splitlines() if one.startswith(label))
+
+        wait_for(lambda: handled("router-goal", "other") == len(studies), "orders")
+        assert handled("router", "study.stable") == len(studies)
+        # Senders get orders alone: of what everybody gets they don't even pass anything over.
+        ignored = {one for one in metrics().splitlines() if one.startswith("orthanc_consumer_ignored_total")}
+        assert ignored and all('consumer="router"' in one for one in ignored)
+        assert 'orthanc_consumer_in_flight{consumer="router-nowhere"} 0.0' in metrics()
         assert routers.stop() == [0]
 
 
