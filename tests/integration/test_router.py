@@ -16,6 +16,7 @@ import pytest
 
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.processes import free_port
+from orthanc_events_bridge.testing.programs import find_dicomweb_plugin, find_python_plugin, require
 from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, ids, running, wait_for
 from tests.integration.whole import broker_or_skip
 
@@ -160,6 +161,60 @@ rules:
             wait_for(lambda: len(routers.audit(destination="down")) == len(studies), "audit")
             assert set(up.stored().values()) == set(down.stored().values()) == {1}
             assert routers.stop() == [0]
+
+
+def test_what_is_sent_by_dicomweb_is_there_although_workers_are_killed_in_the_midst(tmp_path: Path) -> None:
+    """Through Orthanc's own plugin, to one that takes it with the same plugin."""
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    plugin = str(find_dicomweb_plugin())
+    cloud = Receiver(tmp_path / "cloud", Plugins=[plugin], DicomWeb={"Enable": True})
+    rules = """
+destinations:
+  cloud: {dicomweb: cloud, concurrency: 2, retry: {initial: 1s, maximum: 2s}}
+rules:
+  - {name: all, to: [cloud]}
+"""
+    known = {"Enable": True, "Servers": {"cloud": [f"{cloud.url}/dicom-web/"]}}
+    with (
+        running(cloud),
+        gateway(tmp_path / "line", "nats", Plugins=[str(find_python_plugin()), plugin], DicomWeb=known) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        done = routers.run("--check")
+        assert done.returncode == 0, done.stderr
+        assert "destination cloud: dicomweb cloud\n" in done.stdout
+
+        def jobs(*states: str) -> int:
+            found = line.orthanc.get("/jobs?expand")
+            return sum(one["Type"] == "DicomWebStowClient" and one["State"] in states for one in found)
+
+        routers.start()
+        studies = [make_study(modality="CT", series=1 + number % 2, instances=3) for number in range(6)]
+        for study in studies[:2]:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+        wait_for(lambda: len(routers.audit(destination="cloud")) == 2, "the first")
+        cloud.freeze()
+        for study in studies[2:]:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+        wait_for(lambda: jobs("Running"), "a job that sends")
+        routers.kill()
+        routers.start(2)
+        wait_for(lambda: jobs("Running", "Pending") > 2, "jobs of another worker")
+        routers.kill()
+        cloud.thaw()
+        everything = {instance.id for study in studies for instance in study}
+        wait_for(lambda: cloud.has() == everything, "what was sent")
+        wait_for(lambda: len(routers.audit(destination="cloud")) == len(studies), "audit")
+        assert {one["id"] for one in routers.audit(destination="cloud")} == {study.id for study in studies}
+        assert all(one["job"] for one in routers.audit(destination="cloud"))
+        assert set(cloud.stored().values()) == {1}
+        assert routers.stop() == [0]
+        routers.path.write_text(routers.path.read_text().replace("dicomweb: cloud", "dicomweb: clouds"))
+        done = routers.run("--check")
+        assert done.returncode == 1 and "Orthanc knows no DICOMweb server clouds (add it there)" in done.stderr
 
 
 def test_nothing_goes_round_in_circles(tmp_path: Path) -> None:
