@@ -212,7 +212,9 @@ class Router:
             self._audit.note("not sent", **told, why="it has come from there")
             return
         # By its content, and not by the event: what comes round, or is said twice, is sent once.
-        async with app.once(event, "send", of=resource.fingerprint) as first:
+        # Who gives no sign of life for so long loses the order too: another has the turn as soon as it has that.
+        lease = self.settings.ack_wait
+        async with app.once(event, "send", of=resource.fingerprint, lease=lease) as first:
             if not first:
                 self._audit.note("not sent", **told, why="it was sent already")
                 return
