@@ -90,7 +90,8 @@ def _route(options: argparse.Namespace) -> int:
 
 def _router(options: argparse.Namespace) -> Router:
     from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
-    from orthanc_events_bridge.workflows.router import Router, RouterSettings
+    from orthanc_events_bridge.workflows.router import Router
+    from orthanc_events_bridge.workflows.router_settings import RouterSettings
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
     line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})

@@ -14,31 +14,25 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Literal, Self
-
-from pydantic import Field
-from pydantic_core import PydanticCustomError
+from typing import TYPE_CHECKING, Final, Self
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
-from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
 from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
-from orthanc_events_bridge.values import FileName, Options, Place, mistake
 from orthanc_events_bridge.workflows.audit import Audit
-from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
-from orthanc_events_bridge.workflows.destinations import Destination, Sender
+from orthanc_events_bridge.workflows.conditions import Verdict
+from orthanc_events_bridge.workflows.destinations import Sender
 from orthanc_events_bridge.workflows.facts import Resource, Wanted, look
+from orthanc_events_bridge.workflows.router_settings import RouterSettings, Rule
 
 if TYPE_CHECKING:
     import httpx
@@ -49,63 +43,6 @@ log = logging.getLogger(__name__)
 
 #: The type of an order: to send one resource to one destination.
 ORDER: Final = "io.orthanc-events.transfer.ordered.v1"
-
-
-class Rule(Options):
-    """One rule: what it is for, and where that is sent."""
-
-    name: str = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
-    when: When | None = Field(
-        default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
-    )
-    to: tuple[str, ...] = Field(min_length=1, description="Names of destinations.", examples=[["pacs"]])
-
-    def judge(self, resource: Resource) -> Verdict:
-        """Is it for that?"""
-        return judge(self.when or (), resource)
-
-
-class RouterSettings(ConsumerSettings):
-    """A router's file: the options of every consumer, and these."""
-
-    name: ConsumerName = Field(default="router", description="Of the consumer.")
-    event: Literal["study.stable", "series.stable", "instance.created"] = Field(
-        default="study.stable", description="What is looked at, and sent as one: studies, series, or each instance."
-    )
-    match: Literal["all", "first"] = Field(
-        default="all", description="`all`: every rule that fits counts. `first`: the first one that does, and no other."
-    )
-    rules: tuple[Rule, ...] = Field(min_length=1, description="What is sent where, from the top.")
-    destinations: dict[str, Destination] = Field(min_length=1, description="Where to, by names of your own.")
-    store: str | None = Field(
-        default=None,
-        description="Where it is remembered what has been sent ([stores](../once.md#stores)). Left out: the broker, "
-        "where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/router.db"],
-    )
-    audit: FileName | None = Field(
-        default=None,
-        description="A file to which a line of JSON is appended for all that is sent: what, where to, when, by which "
-        "rule. Orthanc's ids, no patient data. The log has the same lines.",
-        examples=["/var/log/router-audit.jsonl"],
-    )
-
-    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
-        """Names that lead to nothing."""
-        yield from super().contradictions()
-        for destination in self.destinations:
-            if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
-                wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
-                yield ("destinations", destination), mistake(wrong, right, shown=destination)
-        names = [rule.name for rule in self.rules]
-        for number, rule in enumerate(self.rules):
-            if rule.name in names[:number]:
-                yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
-            for position, destination in enumerate(rule.to):
-                if destination not in self.destinations:
-                    known = ", ".join(self.destinations)
-                    right = f"the destinations are: {known}"
-                    yield ("rules", number, "to", position), mistake("is no destination", right, shown=destination)
 
 
 class Decision:
