@@ -31,7 +31,7 @@ from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.conditions import Verdict
 from orthanc_events_bridge.workflows.destinations import Sender
-from orthanc_events_bridge.workflows.facts import Resource, Wanted, look
+from orthanc_events_bridge.workflows.facts import Resource, Wanted, check_labels, look
 from orthanc_events_bridge.workflows.router_settings import RouterSettings, Rule
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ class Router:
         self._audit.check()
         found = await self.deciding.check()
         async with self.deciding.asking() as orthanc:
+            if self._wanted.labels:
+                await check_labels(orthanc)
             for sender in self._senders.values():
                 sender.check()
                 found.append(await sender.describe(orthanc))
