@@ -82,10 +82,13 @@ class Routers:
     """Routers of one configuration, as processes. Used as a context manager, which ends them.
 
     :param rules: the rest of the file.
+    :param without: names of `orthanc_events_bridge.testing.router_mutants`.
     """
 
-    def __init__(self, folder: Path, line: Line, rules: str) -> None:
+    def __init__(self, folder: Path, line: Line, rules: str, without: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        package = "orthanc_events_bridge"
+        self._program = [f"{package}.testing.router_mutants", ",".join(without)] if without else [package]
         self.audit_file = folder / "audit.jsonl"
         self.path = folder / "router.yaml"
         self._log = folder / "router.log"
@@ -98,7 +101,7 @@ class Routers:
         )
 
     def command(self, *more: str) -> list[str]:
-        return [sys.executable, "-m", "orthanc_events_bridge", "route", "--config", str(self.path), *more]
+        return [sys.executable, "-m", *self._program, "route", "--config", str(self.path), *more]
 
     def run(self, *more: str) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
