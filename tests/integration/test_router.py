@@ -88,6 +88,7 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
         gateway(tmp_path / "line", kind, modalities=[pacs], peers=[archive]) as line,
         Routers(tmp_path / "routers", line, rules) as routers,
     ):
+        began = time.monotonic()
         routers.start(1)
         wanted: dict[str, list[Instance]] = defaultdict(list)
         kills_left = kills
@@ -105,8 +106,11 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
                 routers.kill(chance.randrange(len(routers)))
                 routers.start()
                 kills_left -= 1
-        while kills_left:  # in the midst of what is left
-            time.sleep(chance.uniform(0.2, 1.0))
+        orders = sum(len({one.study for one in wanted[name]}) for name in wanted)
+        while kills_left:  # each in the midst of what is left
+            done = len(routers.audit())
+            step = max(1, (orders - done) // (kills_left + 1))
+            wait_for(lambda done=done, step=step: len(routers.audit()) >= min(done + step, orders), "progress")
             routers.kill()
             routers.start()
             kills_left -= 1
@@ -119,9 +123,15 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
             wait_for(lambda name=name, place=place: place.has() >= ids(wanted[name]), name, 4 * PATIENCE)
         wait_for(lambda: exported() >= {one.sop_uid for one in wanted["export"]}, "export")
         # What was sent by one that died is said by its successor.
-        orders = sum(len({one.study for one in wanted[name]}) for name in wanted)
         wait_for(lambda: len(routers.audit()) >= orders, "audit")
         assert routers.stop() == [0]
+        lost = sum(len(ids(wanted[name]) - place.has()) for name, place in receivers.items())
+        wrong = sum(len(place.has() - ids(wanted[name])) for name, place in receivers.items())
+        again = sum(sum(place.stored().values()) - len(place.stored()) for place in receivers.values())
+        print(
+            f"{kind}: {studies} studies, {orders} orders, {kills} kills, {time.monotonic() - began:.0f} s: "
+            f"lost {lost}, wrong {wrong}, stored again {again}, noted as sent again {len(routers.audit()) - orders}"
+        )
         for name, place in receivers.items():
             assert place.has() == ids(wanted[name])
             assert set(place.stored().values()) == {1}
