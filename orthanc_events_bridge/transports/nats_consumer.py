@@ -70,7 +70,8 @@ async def open_inbox_only(
     await open_stream(connection, options, "inbox")
     info = await asking.inbox(await asking.find(options.inbox_stream, name), name, ack_wait, _INBOX_ONLY)
     if options.declare:
-        await asking.delete(options.stream, name)
+        if await asking.find(options.stream, name) is not None:  # only then one needs to be permitted to
+            await asking.delete(options.stream, name)
         first = await asking.find(options.stream, _of_partition(name, 0))
         if first is not None and first.config.filter_subject == _in_partition(options, 0):
             for number in reversed(range(PARTITIONS)):  # the one that tells of the others last
