@@ -25,7 +25,7 @@ from orthanc_events_bridge.transports.kafka_ordered import Kind
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, by_topic, share_out
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
-#: How members of ours share, without an order and with one; Kafka lets nobody in who knows another way.
+#: How members of ours share, by their kind; Kafka lets nobody in who knows another way.
 _PROTOCOLS: Final[Mapping[Kind, str]] = {
     "unordered": "orthanc-events-1",
     "ordered": "orthanc-events-1-ordered",

@@ -489,6 +489,33 @@ def test_what_a_name_had_left_of_everything_is_given_up_with_its_inbox_alone(har
     run(main(), seconds=4 * PATIENCE)
 
 
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+@pytest.mark.needs("declares_topology")
+def test_who_may_declare_nothing_removes_nothing_either(harness: Harness) -> None:
+    """What is missing is named; what is left of everything does no harm."""
+    replayed = again(events(3))
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with connected(harness) as transport:
+            strict = harness.transport(declare=False)
+            await strict.connect()
+            with failing(harness, TransportConfigurationError) as caught:
+                await strict.subscribe(name, inbox_only=True)
+            assert "declare is false" in str(caught[0])
+            await (await transport.subscribe(name)).close()
+            left = await asyncio.to_thread(harness.left_of, name)
+            await transport.publish(events(3, start=100))
+            await send(transport.inbox(name), replayed)
+            async with inbox_only(strict, name) as subscription:
+                assert sorted(ids(await collect(subscription, 3))) == [one.id for one in replayed]
+            await strict.close()
+            assert await asyncio.to_thread(harness.left_of, name) == left
+
+    run(main(), seconds=2 * PATIENCE)
+
+
 def test_a_transport_without_inboxes_says_so(harness: Harness) -> None:
     (must,) = [must for kind, must in TABLE.values() if isinstance(harness, kind)]
     if not must.has_inboxes:

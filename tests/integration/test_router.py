@@ -102,7 +102,7 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
             if number == studies * 3 // 4:
                 for _ in range(len(routers) - 1):
                     routers.kill()
-            if kills_left and chance.random() < 1.5 * kills / studies:
+            if kills_left > kills // 2 and chance.random() < kills / studies:
                 routers.kill(chance.randrange(len(routers)))
                 routers.start()
                 kills_left -= 1
