@@ -521,3 +521,23 @@ def test_topics_that_are_not_to_be_made(kafka: KafkaServer, topic: str) -> None:
                 await transport.subscribe(topic, oldest=True)
 
     run(main(), seconds=2 * PATIENCE)
+
+
+def test_who_has_its_inbox_alone_and_who_gets_everything_keep_each_other_out(kafka: KafkaServer, topic: str) -> None:
+    """Members of one group that know different topics would each be given what the other alone can read."""
+
+    async def main() -> None:
+        async with connected(kafka, topic) as transport:
+            for first in (False, True):
+                holder = await transport.subscribe(topic, inbox_only=first)
+                with pytest.raises(TransportConfigurationError, match="has members that subscribe to"):
+                    await transport.subscribe(topic, inbox_only=not first)
+                await holder.close()
+            sent = events(3)
+            subscription = await transport.subscribe(topic)
+            await transport.publish(sent)
+            found = await receive(subscription, lambda some: len(some) >= 3, ack=True)
+            assert bodies(found) == sorted(one.body for one in sent)
+            await subscription.close()
+
+    run(main(), seconds=PATIENCE)
