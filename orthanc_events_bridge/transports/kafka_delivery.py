@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery
@@ -46,8 +47,11 @@ class KafkaDelivery(Delivery):
         self.record = record
         self.since = boot_time()
         self.lost = False
-        #: The key as a dead letter: however often it is tried to store it, it is one.
-        self.letter = uuid.uuid4().bytes
+
+    @cached_property
+    def letter(self) -> bytes:
+        """The key as a dead letter: however often it is tried to store it, it is one."""
+        return uuid.uuid4().bytes
 
     async def ack(self) -> None:
         """See `orthanc_events_bridge.transports.base.Delivery.ack`.

@@ -44,8 +44,9 @@ _LOADS: Final = errors.GroupLoadInProgressError.errno
 _MOVED: Final = frozenset({errors.GroupCoordinatorNotAvailableError.errno, errors.NotCoordinatorForGroupError.errno})
 _SHARING: Final = errors.RebalanceInProgressError.errno
 _ID_NEEDED: Final = errors.MemberIdRequired.errno
+_STRANGER: Final = errors.UnknownMemberIdError.errno
 #: To who is no member: those who are have the say.
-HAS_MEMBERS: Final = errors.UnknownMemberIdError.errno
+HAS_MEMBERS: Final = _STRANGER
 NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, errors.InvalidCommitOffsetSizeError.errno})
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
@@ -210,7 +211,16 @@ class Group:
         :param member: another one than us.
         :raises TransportError: nobody has heard it.
         """
-        await self._ask(cluster or self._beside, LeaveGroupRequest(self.name, member or self.member), self._patience)
+        request = LeaveGroupRequest(self.name, member or self.member)
+        tries = _Tries()
+        while True:
+            code = (await self._ask(cluster or self._beside, request, self._patience)).error_code
+            if code not in (_LOADS, *_MOVED) or not await tries.again():
+                break
+            if code in _MOVED:
+                await self.find()
+        if code not in (0, _STRANGER):
+            raise self._refused(code)
 
     # Places.
 
