@@ -119,12 +119,14 @@ class Amqp(aiormq.Connection):
 class Channel(aiormq.Channel):
     """aiormq's channel; hands over at once what the server says, without a task for each message.
 
-    A callback is called in the server's order, and must neither wait nor raise.
+    A callback is called in the server's order, and must not wait. What it raises is a defect: aiormq would end the
+    channel for it, and tell nobody.
 
     :ivar fault: why the server has closed it.
     :ivar on_confirm: called with delivery tag, whether all before it are meant too, and whether it is an ack.
     :ivar on_return: called with an unroutable message.
     :ivar on_fault: called when the server has closed it.
+    :ivar on_defect: called with what a callback has raised, or aiormq; nothing more is received.
     """
 
     fault: ClosedError | None = None
@@ -134,7 +136,9 @@ class Channel(aiormq.Channel):
         self.on_confirm: Callable[[int, bool, bool], None] = lambda tag, multiple, acked: None
         self.on_return: Callable[[DeliveredMessage], None] = lambda message: None
         self.on_fault: Callable[[ClosedError], None] = lambda fault: None
+        self.on_defect: Callable[[Exception], None] = lambda defect: None
         self._receivers: dict[str, Callable[[DeliveredMessage], None]] = {}
+        self._cancelled: dict[str, Callable[[], None]] = {}
 
     async def consume(
         self,
@@ -155,8 +159,7 @@ class Channel(aiormq.Channel):
         :raises ClosedError: see `Connection.ask`, with which this is to be awaited.
         """
         tag = tag or f"{self.number}.{len(self._receivers)}"
-        self._receivers[tag] = receive
-        self.on_consumer_cancel_callbacks.add(lambda frame: cancelled() if frame.consumer_tag == tag else None)
+        self._receivers[tag], self._cancelled[tag] = receive, cancelled
         await self.basic_consume(queue, _nothing, consumer_tag=tag, arguments=arguments, exclusive=exclusive)
         return tag
 
@@ -165,6 +168,12 @@ class Channel(aiormq.Channel):
         receive = self._receivers.get(frame.consumer_tag or "")
         if receive is not None:
             receive(message)
+
+    async def _on_cancel_frame(self, frame: pamqp.commands.Basic.Cancel | pamqp.commands.Basic.CancelOk) -> None:
+        await super()._on_cancel_frame(frame)
+        cancelled = self._cancelled.get(frame.consumer_tag or "")
+        if isinstance(frame, pamqp.commands.Basic.Cancel) and cancelled is not None:
+            cancelled()
 
     async def _on_return_frame(self, frame: pamqp.commands.Basic.Return) -> None:
         self.on_return(await self._content(frame))
@@ -189,8 +198,14 @@ class Channel(aiormq.Channel):
         if not closing.is_set():
             await super()._Channel__close_after_failure(frame)  # type: ignore[misc]  # aiormq's
 
+    async def _on_close(self, exc: Any = None) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, aiormq.exceptions.ChannelClosed):
+            self.on_defect(exc)
+        else:
+            await super()._on_close(exc)
+
     async def _reader(self) -> None:
-        with contextlib.suppress(Exception):  # it is in `fault`; nobody looks at how this task ends
+        with contextlib.suppress(Exception):  # it is told already; nobody looks at how this task ends
             await super()._reader()
 
 

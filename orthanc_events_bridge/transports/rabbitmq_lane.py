@@ -129,7 +129,8 @@ class Lane:
         if self._retired:
             self._end_if_retired()
         elif not self._closed:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._subscriber.came, self, raw)
+            came = self._connection.guarded(self._subscriber.came)
+            self._timer = asyncio.get_running_loop().call_later(seconds, came, self, raw)
 
     # From one place to the next.
 
@@ -141,6 +142,7 @@ class Lane:
         """Go where it is time to go."""
         if self._task is None and self._moves:
             self._task = asyncio.create_task(self._moving())
+            self._task.add_done_callback(self._connection.watched)
 
     async def _moving(self) -> None:
         try:

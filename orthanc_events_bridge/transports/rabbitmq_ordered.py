@@ -66,15 +66,15 @@ class OrderedSubscription(RabbitSubscription):
             await asyncio.gather(*opening, return_exceptions=True)
         # Not sooner: who hears of us may at once queue up behind us.
         self._roster.come()
-        self._balancing = asyncio.create_task(self._balance())
+        self._balancing = self._beside(self._balance())
         if self._beginning is not None:
-            self._task = asyncio.create_task(self._begin(self._beginning))
+            self._task = self._beside(self._begin(self._beginning))
             self.past_received()
         await self._clear_what_is_left()
 
     async def _past_received(self) -> None:
         self._beginning = None
-        self._clearing = asyncio.create_task(self._clear())
+        self._clearing = self._beside(self._clear())
 
     async def _clear(self) -> None:
         """Delete the queues of the past when nobody receives from them any more."""
@@ -97,7 +97,7 @@ class OrderedSubscription(RabbitSubscription):
             asking = Asking(self._connection)
             try:
                 if await asking.exists(self._queues.pasts[-1]):
-                    self._clearing = asyncio.create_task(self._clear())
+                    self._clearing = self._beside(self._clear())
             finally:
                 await asking.end()
 

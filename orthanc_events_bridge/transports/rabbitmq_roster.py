@@ -117,6 +117,7 @@ class Roster:
     def come(self) -> None:
         """Tell the others that we are there, from now on."""
         self._beating = asyncio.create_task(self._beat())
+        self._beating.add_done_callback(self._connection.watched)
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()

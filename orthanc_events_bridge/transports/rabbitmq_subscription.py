@@ -99,7 +99,13 @@ class RabbitSubscription(Subscription):
         await self._consume(self._queues.inbox)
         await self._receive_published()
         if self._options.declare:
-            self._watching = asyncio.create_task(self._watch())
+            self._watching = self._beside(self._watch())
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """What goes on by itself must not end by an error that nobody sees."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._connection.watched)
+        return task
 
     async def _watch(self) -> None:
         """Nobody tells us that the exchange was deleted, and our queues' bindings with it."""
@@ -119,7 +125,7 @@ class RabbitSubscription(Subscription):
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:
-            self._task = asyncio.create_task(self._begin(self._beginning))
+            self._task = self._beside(self._begin(self._beginning))
 
     async def _begin(self, beginning: Beginning) -> None:
         """What is published now comes when the past has come."""
@@ -203,7 +209,7 @@ class RabbitSubscription(Subscription):
             self._timers.discard(timer)
             self._on_message(raw)
 
-        timer = asyncio.get_running_loop().call_later(seconds, ripe)
+        timer = asyncio.get_running_loop().call_later(seconds, self._connection.guarded(ripe))
         self._timers.add(timer)
 
     def _ripe(self, raw: DeliveredMessage) -> None:
@@ -275,7 +281,7 @@ class RabbitSubscription(Subscription):
                 settle()
 
         future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
-        future.add_done_callback(confirmed)
+        future.add_done_callback(self._connection.guarded(confirmed))
         return future
 
     # Its end.
