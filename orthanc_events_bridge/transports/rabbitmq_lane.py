@@ -20,9 +20,10 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.rabbitmq_asking import refused
+from orthanc_events_bridge.transports.rabbitmq_asking import deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 
 #: Seconds that it keeps what another should have, before it lets go of it once more.
 _KEEP: Final = 5.0
@@ -51,8 +52,11 @@ class Lane:
     :ivar owner: who is to have it; empty as long as nobody has said so.
     """
 
-    def __init__(self, connection: Connection, queues: list[str], subscriber: Subscriber) -> None:
+    def __init__(
+        self, connection: Connection, options: RabbitOptions, queues: list[str], subscriber: Subscriber
+    ) -> None:
         self._connection = connection
+        self._options = options
         self._queues = deque(queues)
         self._subscriber = subscriber
         self._channel: Channel | None = None
@@ -182,11 +186,7 @@ class Lane:
             self._over = True
             self._move()
         else:  # and where something of a past is held, nothing else of its partition may be given
-            self._subscriber.fail(
-                NotConnectedError(
-                    f"the queue {self._queues[0]} of RabbitMQ was deleted", "it is made again when subscribing"
-                )
-            )
+            self._subscriber.fail(deleted(self._options, f"queue {self._queues[0]} of RabbitMQ"))
 
     def _on_fault(self, channel: Channel, fault: ClosedError) -> None:
         if channel is self._channel and not self._closed:

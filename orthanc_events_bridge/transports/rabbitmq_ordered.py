@@ -56,7 +56,7 @@ class OrderedSubscription(RabbitSubscription):
         await self._roster.open()
         pasts = self._queues.pasts if self._beginning is not None else []
         for number, queue in enumerate(self._queues.published):
-            self._lanes.append(Lane(self._connection, [*pasts[number : number + 1], queue], self))
+            self._lanes.append(Lane(self._connection, self._options, [*pasts[number : number + 1], queue], self))
         opening = [asyncio.ensure_future(lane.open()) for lane in self._lanes]
         try:
             await asyncio.gather(*opening)

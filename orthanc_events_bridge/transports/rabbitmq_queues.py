@@ -148,7 +148,7 @@ async def open_queues(
     asking = Asking(connection)
     try:
         if not options.declare:
-            await asking.check(queues.lasting)
+            await asking.check(queues.lasting, [queues.workers] if queues.ordered else [])
         elif not (await asking.exists(queues.made) and await asking.leads(queues.live)):
             async with alone(connection, f"{queues.live}.making"):
                 known = await asking.exists(queues.made)

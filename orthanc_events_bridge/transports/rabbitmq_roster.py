@@ -20,7 +20,7 @@ from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import refused
+from orthanc_events_bridge.transports.rabbitmq_asking import deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
@@ -129,7 +129,7 @@ class Roster:
             # It goes with the exchange, also where that is made again at once; and a binding can't be asked for.
             deaf = self._unheard and loop.time() - self._unheard > _SILENT
             if deaf or self._copies.fault is not None:
-                self._lose(f"the exchange {self._exchange} of RabbitMQ was deleted")
+                self._lose(f"exchange {self._exchange} of RabbitMQ")
                 return
             gone = [one for one, last in self._seen.items() if loop.time() - last > _SILENT]
             for one in gone:
@@ -173,10 +173,10 @@ class Roster:
             self._changed()
 
     def _on_deleted(self) -> None:
-        self._lose(f"a queue of RabbitMQ that is bound to {self._exchange} was deleted")
+        self._lose(f"exchange {self._exchange} of RabbitMQ, or a queue that was bound to it,")
 
-    def _lose(self, why: str) -> None:
-        self.fault = NotConnectedError(why, "it is made again when subscribing")
+    def _lose(self, what: str) -> None:
+        self.fault = deleted(self._options, what)
         self._changed()
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import Asking, refused
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -150,9 +150,7 @@ class RabbitSubscription(Subscription):
 
     async def _consume(self, queue: str) -> None:
         def cancelled() -> None:
-            self._fail(
-                NotConnectedError(f"the queue {queue} of RabbitMQ was deleted", "it is made again when subscribing")
-            )
+            self._fail(deleted(self._options, f"queue {queue} of RabbitMQ"))
 
         assert self._channel is not None
         try:

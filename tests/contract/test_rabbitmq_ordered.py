@@ -6,18 +6,25 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
 import random
 import re
 import time
 from collections import Counter, defaultdict
 
+import pytest
+from aiormq.abc import AbstractChannel
+
+from orthanc_events_bridge.consumers import Consumer
+from orthanc_events_bridge.consumers.clients import Clients
+from orthanc_events_bridge.consumers.worker import Worker as ConsumersWorker
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.subscriptions import PARTITIONS
-from tests.contract.harness import SECRET, event, events, failing, run
+from tests.contract.harness import CONTENT_TYPE, SECRET, event, events, failing, run
 from tests.contract.rabbitmq_harness import RabbitHarness, there
-from tests.contract.rabbitmq_tools import rabbit_transport
+from tests.contract.rabbitmq_tools import rabbit_transport, until
 from tests.contract.test_rabbitmq_subscription import (
     PATIENCE,
     collect,
@@ -254,6 +261,7 @@ def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarn
             with failing(rabbit, TransportConfigurationError) as caught:
                 await in_order(strict, queues)
             assert f"{queues.live}.00" in str(caught[0]) and "declare" in str(caught[0])
+            assert f"exchange {queues.workers}" in str(caught[0])
             async with connected(rabbit.transport()) as transport:
                 await (await in_order(transport, queues)).close()
             subscription = await in_order(strict, queues)
@@ -262,6 +270,78 @@ def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarn
             await subscription.close()
 
     run(main(), seconds=2 * PATIENCE)
+
+
+@pytest.mark.parametrize("missing", ["workers", "partition", "inbox"])
+def test_a_worker_waits_for_what_is_missing_where_nothing_is_to_be_made(
+    rabbit: RabbitHarness,
+    queues: Queues,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says so once, when it begins as well as while it works."""
+    monkeypatch.setattr("orthanc_events_bridge.consumers.worker._SLOW", 0.5)
+    rabbit.make_place()
+    own = dataclasses.replace(queues, ordered=True)
+    name = {"workers": own.workers, "partition": f"{own.live}.07", "inbox": own.inbox}[missing]
+    seen: list[str] = []
+    consumer = Consumer(queues.name, broker={"type": "memory"}, ordered=True)
+    consumer.on("*")(lambda event: seen.append(event.id))
+
+    async def remove(channel: AbstractChannel) -> None:
+        await (channel.exchange_delete(name) if missing == "workers" else channel.queue_delete(name))
+
+    async def make(channel: AbstractChannel) -> None:
+        if missing == "workers":
+            await channel.exchange_declare(name, exchange_type="fanout", durable=True)
+            return
+        await channel.queue_declare(name, durable=True, arguments=own.lasting[name])
+        if missing == "partition":
+            await channel.queue_bind(name, rabbit.exchange, own.published[name])
+
+    def said() -> list[str]:
+        return [one.getMessage() for one in caplog.records if "gets no events" in one.getMessage()]
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as publisher:
+            await (await in_order(publisher, queues)).close()
+            await do(rabbit, remove)
+            worker = ConsumersWorker(
+                rabbit.transport(declare=False), consumer._terms, consumer._routes, Clients(None), consumer.meter
+            )
+            working = asyncio.create_task(worker.run())
+            for again in (False, True):
+                await until(said, PATIENCE)
+                await asyncio.sleep(2)  # several attempts
+                (line,) = said()
+                assert name in line and ("make it again" if again else "make it") in line and "lost" not in line
+                assert "declare" in line
+                await do(rabbit, make)
+                await until(lambda: worker.ready, PATIENCE)
+                sent = outgoing(queues, int(again))
+                await publisher.publish([sent])
+                await until(lambda sent=sent: sent.id in seen, PATIENCE)
+                caplog.clear()
+                if not again:
+                    await do(rabbit, remove)
+            worker.stop()
+            await working
+
+    run(main(), seconds=5 * PATIENCE)
+
+
+def outgoing(queues: Queues, number: int) -> Outgoing:
+    """An event that a consumer can read, of a partition of its own."""
+    document = {
+        "specversion": "1.0",
+        "id": f"{queues.name}-{number}",
+        "source": "urn:orthanc",
+        "type": "io.orthanc-events.study.stable.v1",
+        "partitionkey": "key",
+    }
+    body = json.dumps(document).encode()
+    return Outgoing(str(document["id"]), "main", "study", "stable", "key", "07", CONTENT_TYPE, body)
 
 
 def test_the_documented_permissions_are_enough(rabbit: RabbitHarness, queues: Queues) -> None:
