@@ -25,6 +25,7 @@ from typing import Any, Final
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_message import headers_of
@@ -92,7 +93,7 @@ class Beginning:
 
         :return: whether it has; not if it was stopped.
         :raises ClosedError: RabbitMQ does not permit something.
-        :raises TransportError: RabbitMQ doesn't answer.
+        :raises TransportError: RabbitMQ doesn't answer; or see `check_over`.
         """
         connection, queue = self._connection, self._queues.beginning
         channel = await connection.channel()
@@ -100,9 +101,10 @@ class Beginning:
             await connection.ask(channel.basic_qos(prefetch_count=1))
             await connection.ask(channel.consume(queue, self._on_mark, self._on_deleted))
             known = ""
-            while not self._deleted:
-                await self._until(lambda: self._mark or self._received or self._deleted or self._stopped)
+            while await self._until(lambda: self._mark or self._received or self._deleted or self._stopped):
                 mark, self._mark = self._mark, None
+                if self._deleted:
+                    break
                 if self._received:
                     await connection.ask(channel.queue_delete(queue))
                     return True
@@ -121,23 +123,27 @@ class Beginning:
                         return False
                     known = await self._put(following)
                 await connection.ask(channel.basic_ack(mark.delivery_tag or 0))
-            return True
         except ClosedError as error:
-            if error.missing and channel.fault is not None:  # it is over already
-                return True
-            raise
+            if not (error.missing and channel.fault is not None):
+                raise
         finally:
             for one in (channel, self._reader):
                 if one is not None:
                     await connection.end(one)
+        await check_over(connection, self._options, self._queues)
+        return True
 
-    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> None:
-        """Wait for news, at most so long."""
+    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> bool:
+        """Wait for news, at most so long.
+
+        :return: whether it is so.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not condition() and loop.time() < end:
             self._news.clear()
             await self._connection.wait_for(self._news, end - loop.time() if seconds < math.inf else None)
+        return bool(condition())
 
     def _on_mark(self, message: DeliveredMessage) -> None:
         self._mark = message
@@ -286,6 +292,25 @@ class Beginning:
 
         await connection.ask(channel.basic_qos(prefetch_count=count))
         await connection.ask(channel.consume(history, receive, gone, arguments={"x-stream-offset": begin}))
+
+
+async def check_over(connection: Connection, options: RabbitOptions, queues: Queues) -> None:
+    """Has all of the past been received, now that a queue of it is gone?
+
+    :raises NotConnectedError: no: the exchange was deleted, and another subscriber makes a new beginning, or will.
+    """
+    asking = Asking(connection)
+    try:
+        # In this order: `rabbitmq_queues` makes the second before the first.
+        deleted = options.declare and not await asking.leads(queues.live)
+        if deleted or await asking.exists(queues.beginning):
+            raise NotConnectedError(
+                f"the exchange {options.exchange} of RabbitMQ was deleted, and the history is told to {queues.name} "
+                "from its beginning",
+                "take part in that by subscribing again",
+            )
+    finally:
+        await asking.end()
 
 
 def is_end(message: DeliveredMessage) -> bool:

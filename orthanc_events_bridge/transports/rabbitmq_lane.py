@@ -41,6 +41,9 @@ class Subscriber(Protocol):
     def past_received(self) -> None:
         """All of its past has been received, by whomever."""
 
+    async def check_over(self) -> None:
+        """See `orthanc_events_bridge.transports.rabbitmq_beginning.check_over`."""
+
     def fail(self, error: TransportError) -> None:
         """It can't go on."""
 
@@ -66,6 +69,7 @@ class Lane:
         self._ending: asyncio.Task[None] | None = None
         self._leaving = False  # as soon as nothing is held
         self._over = False  # the past is
+        self._deleted = False  # and its queue was
         self._since = 0.0
         self._retired = False
         self._closed = False
@@ -86,7 +90,7 @@ class Lane:
         while True:
             queue = self._queues[0]
             channel = self._channel = await connection.channel()
-            self._held, self._leaving, self._over = None, False, False
+            self._held, self._leaving, self._over, self._deleted = None, False, False, False
             self._since = asyncio.get_running_loop().time()
             receive, deleted = (functools.partial(one, channel) for one in (self._on_message, self._on_deleted))
             try:
@@ -95,6 +99,7 @@ class Lane:
             except ClosedError as error:
                 if not (error.missing and self.past):
                     raise refused(connection, queue, error) from error
+                await self._subscriber.check_over()
                 self._next()
                 continue
             channel.on_fault = functools.partial(self._on_fault, channel)
@@ -153,6 +158,8 @@ class Lane:
             while self._moves:
                 channel, self._channel = self._channel, None
                 if self._over:
+                    if self._deleted:
+                        await self._subscriber.check_over()
                     self._next()
                 if channel is not None:
                     await self._connection.end(channel)
@@ -182,8 +189,8 @@ class Lane:
     def _on_deleted(self, channel: Channel) -> None:
         if channel is not self._channel or self._closed:
             return
-        if self.past and self._held is None:  # it is over
-            self._over = True
+        if self.past and self._held is None:
+            self._over = self._deleted = True
             self._move()
         else:  # and where something of a past is held, nothing else of its partition may be given
             self._subscriber.fail(deleted(self._options, f"queue {self._queues[0]} of RabbitMQ"))

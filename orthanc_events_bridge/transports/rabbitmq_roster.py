@@ -60,7 +60,9 @@ class Roster:
     """One subscriber's view of it.
 
     :param changed: called when somebody has come or gone.
+    :param past_heard: called when another says that it receives a past.
     :ivar me: how it is called.
+    :ivar past: whether it receives one itself.
     :ivar fault: why it can't go on.
     """
 
@@ -71,11 +73,13 @@ class Roster:
         options: RabbitOptions,
         queues: Queues,
         changed: Callable[[], None],
+        past_heard: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._options = options
         self._exchange = queues.workers
         self._changed = changed
+        self._past_heard = past_heard
         self._copies = Copies(sending, options.ack_timeout)
         self._channel: Channel | None = None
         self._acks: Acks | None = None
@@ -86,6 +90,7 @@ class Roster:
         self._unheard = 0.0  # since when one is under way to us
         self._beating: asyncio.Task[None] | None = None
         self.me = uuid.uuid4().hex
+        self.past = False
         self.fault: NotConnectedError | None = None
 
     @property
@@ -139,7 +144,7 @@ class Roster:
 
     def _say(self, *, there: bool) -> None:
         self._said += 1
-        body = json.dumps({"worker": self.me, "there": there, "number": self._said}).encode()
+        body = json.dumps({"worker": self.me, "there": there, "number": self._said, "past": self.past}).encode()
         self._saying = self._copies.send("", {}, body, "application/json", exchange=self._exchange)
         self._saying.add_done_callback(functools.partial(self._on_said, self._said))
 
@@ -162,6 +167,8 @@ class Roster:
         if worker == self.me:
             self._heard, self._unheard = number, 0.0
             return
+        if said.get("past") and not self.past:
+            self._past_heard()
         known = worker in self._seen
         if there:
             self._seen[worker] = asyncio.get_running_loop().time()

@@ -19,6 +19,7 @@ from orthanc_events_bridge.consumers import Consumer
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.worker import Worker as ConsumersWorker
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
+from orthanc_events_bridge.transports import rabbitmq_subscription
 from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.subscriptions import PARTITIONS
@@ -202,6 +203,72 @@ def test_the_past_comes_first_and_in_order_whoever_receives_it(rabbit: RabbitHar
     assert met == by_id.keys()
     for key, found in first.items():
         assert found == [one.id for one in sent if one.key == key]
+
+
+@pytest.mark.parametrize("still", ["in the past", "behind it", "in the past, unordered"])
+def test_who_was_there_before_passes_over_no_past_that_is_made_anew(
+    rabbit: RabbitHarness, queues: Queues, still: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchange is deleted, and another makes a new beginning: its past comes before what is published then."""
+    # Else it is told in time, by chance, that the exchange was deleted.
+    monkeypatch.setattr(rabbitmq_subscription, "_WATCH", 1000.0)
+    past, later = events(300, keys=KEYS), events(300, start=300, keys=KEYS)
+    wanted = {one.id for one in (*past, *later)}
+    ordered, behind = "unordered" not in still, still == "behind it"
+
+    async def subscribe(transport: Transport) -> Subscription:
+        return await transport.subscribe(queues.name, oldest=True, ordered=ordered, in_flight=1 + 255 * ordered)
+
+    async def main() -> list[str]:
+        async with contextlib.AsyncExitStack() as stack:
+            before, transport = [await stack.enter_async_context(connected(rabbit.transport())) for _ in range(2)]
+            if not behind:
+                await before.publish(past)
+            first = await subscribe(before)  # has all that is given
+            if behind:
+                await until_gone(rabbit, queues.beginning)
+            older = await subscribe(transport)
+            if not behind:  # both take part in it
+                await until(lambda: consumers(rabbit, queues.beginning) == 2, PATIENCE)
+            await do(rabbit, lambda channel: channel.exchange_delete(rabbit.exchange))
+            other = await stack.enter_async_context(connected(rabbit.transport()))  # makes it again
+            if behind:
+                await other.publish(past)
+            newer = await subscribe(other)
+            await first.close()
+            if not behind:
+                await other.publish(later)
+            end = time.monotonic() + PATIENCE
+            with failing(rabbit, NotConnectedError) as caught:
+                while time.monotonic() < end:
+                    assert not (await older.receive(100, 0.5) and ordered)
+            assert rabbit.exchange in str(caught[0])
+            await older.close()
+            if behind:
+                await other.publish(later)
+            found: list[str] = []
+            while {*found} < wanted:
+                found += ids(await collect(newer, 1))
+            await newer.close()
+            return [*dict.fromkeys(found)]
+
+    found = run(main(), seconds=3 * PATIENCE)
+    for key in KEYS if ordered else ():
+        assert [one for one in found if one.endswith(event(0, key).id[-12:])] == [
+            one.id for one in (*past, *later) if one.key == key
+        ]
+    assert {*found} == wanted
+
+
+def consumers(rabbit: RabbitHarness, queue: str) -> int:
+    return server(rabbit).ctl("list_consumers", "queue_name").split().count(queue)
+
+
+async def until_gone(rabbit: RabbitHarness, queue: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while await asyncio.to_thread(there, rabbit.url, queue):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.2)
 
 
 def test_what_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
