@@ -132,6 +132,14 @@ def deleted(options: RabbitOptions, what: str) -> NotConnectedError:
     )
 
 
+def channel_closed(whose: str, fault: ClosedError) -> NotConnectedError:
+    """The error that says that RabbitMQ has closed the channel that something was received on."""
+    return NotConnectedError(
+        f"RabbitMQ has closed the channel of {whose}: {fault.text} ({fault.code})",
+        "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
+    )
+
+
 def refused(connection: Connection, name: str, error: ClosedError, kind: str = "queue") -> TransportError:
     """Which of our errors it is that RabbitMQ doesn't let us use a queue, or an exchange."""
     if error.code == 403:

@@ -25,7 +25,7 @@ from typing import Any, Final
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError
-from orthanc_events_bridge.transports.rabbitmq_asking import Asking
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_message import headers_of
@@ -40,6 +40,9 @@ _STEP: Final = 200
 _FETCH: Final = 10_000
 #: Seconds after which a history that shows nothing is empty.
 _EMPTY: Final = 1.0
+#: For so many seconds the message that says how far it has come is held at a time: behind ``consumer_timeout``, of a
+#: minute at the least, RabbitMQ would take it back and close the channel.
+_KEEP: Final = 30.0
 #: Seconds after which what was routed by the bindings of a moment ago has come to where it was sent.
 _MARGIN: Final = 0.1
 
@@ -100,9 +103,13 @@ class Beginning:
         try:
             await connection.ask(channel.basic_qos(prefetch_count=1))
             await connection.ask(channel.consume(queue, self._on_mark, self._on_deleted))
-            known = ""
-            while await self._until(lambda: self._mark or self._received or self._deleted or self._stopped):
+            channel.on_fault = lambda fault: self._news.set()
+            known, ended = "", False
+            while True:
+                await self._until(lambda: self._mark or self._ends(channel))
                 mark, self._mark = self._mark, None
+                if channel.fault is not None:
+                    raise channel_closed(queue, channel.fault)
                 if self._deleted:
                     break
                 if self._received:
@@ -116,8 +123,13 @@ class Beginning:
                 # Another than we have put there is one that its writer had not come to acknowledge.
                 if known in ("", state["id"]):
                     if "until" in state and state["next"] > state["until"]:
-                        await self._say_end()
-                        continue  # it is kept, so that nobody else does the same
+                        if not ended:
+                            await self._say_end()
+                        ended = True
+                        # It is kept, so that nobody else does the same; but it is given to us anew in time.
+                        if not await self._until(lambda: self._ends(channel), _KEEP):
+                            await connection.ask(channel.basic_nack(mark.delivery_tag or 0, requeue=True))
+                        continue
                     following = await self._step(state)
                     if following is None:
                         return False
@@ -132,6 +144,9 @@ class Beginning:
                     await connection.end(one)
         await check_over(connection, self._options, self._queues)
         return True
+
+    def _ends(self, channel: Channel) -> bool:
+        return self._received or self._deleted or self._stopped or channel.fault is not None
 
     async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait for news, at most so long.

@@ -19,8 +19,8 @@ import pamqp.frame
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.rabbitmq_asking import deleted, refused
+from orthanc_events_bridge.errors import TransportError
+from orthanc_events_bridge.transports.rabbitmq_asking import channel_closed, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
@@ -197,12 +197,7 @@ class Lane:
 
     def _on_fault(self, channel: Channel, fault: ClosedError) -> None:
         if channel is self._channel and not self._closed:
-            self._subscriber.fail(
-                NotConnectedError(
-                    f"RabbitMQ has closed the channel of {self._queues[0]}: {fault.text} ({fault.code})",
-                    "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
-                )
-            )
+            self._subscriber.fail(channel_closed(self._queues[0], fault))
 
     async def close(self) -> None:
         """Hand it over. Never raises."""

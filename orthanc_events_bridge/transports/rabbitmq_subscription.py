@@ -23,7 +23,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import Asking, deleted, refused
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -298,12 +298,7 @@ class RabbitSubscription(Subscription):
             raise self._fault
 
     def _on_closed(self, fault: ClosedError) -> None:
-        self._fail(
-            NotConnectedError(
-                f"RabbitMQ has closed the channel of a subscription: {fault.text} ({fault.code})",
-                "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
-            )
-        )
+        self._fail(channel_closed("a subscription", fault))
 
     def _fail(self, error: NotConnectedError) -> None:
         if self._fault is None:

@@ -22,7 +22,7 @@ from pamqp.header import ContentHeader
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.testing.brokers.rabbitmq import RabbitServer
-from orthanc_events_bridge.transports import rabbitmq_subscription
+from orthanc_events_bridge.transports import rabbitmq_beginning, rabbitmq_subscription
 from orthanc_events_bridge.transports.base import Delivery, Outgoing, Subscription, Transport
 from orthanc_events_bridge.transports.rabbitmq import RabbitTransport
 from orthanc_events_bridge.transports.rabbitmq_connection import ClosedError, Connection
@@ -344,6 +344,39 @@ def test_the_past_is_copied_to_its_end_whoever_dies_meanwhile(rabbit: RabbitHarn
         assert not await asyncio.to_thread(there, rabbit.url, queues.beginning)
 
     run(main(), seconds=4 * PATIENCE)
+
+
+def test_a_past_may_take_longer_than_the_server_lets_a_consumer_hold_a_message(
+    rabbit: RabbitHarness, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What says how far it has come is held for all that time."""
+    held, sent = 3.0, events(10, keys=KEYS)
+
+    def timeout(seconds: float, look: float) -> None:
+        text = (
+            "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
+        )
+        server(rabbit).ctl("eval", text.format(int(seconds * 1000), int(look * 1000)))
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            await transport.publish(sent)
+            subscription = await transport.subscribe(queues.name, oldest=True, in_flight=1)
+            for one in sent:
+                (delivery,) = await collect(subscription, 1, ack=False)
+                assert ids([delivery]) == [one.id]
+                await asyncio.sleep(held / 4)
+                await delivery.ack()
+            await nothing_left(transport, subscription)
+            await subscription.close()
+            assert not await asyncio.to_thread(there, rabbit.url, queues.beginning)
+
+    monkeypatch.setattr(rabbitmq_beginning, "_KEEP", held / 6)
+    timeout(held, 0.2)
+    try:
+        run(main(), seconds=2 * PATIENCE)
+    finally:
+        timeout(1800, 60)
 
 
 # What is tried again.
