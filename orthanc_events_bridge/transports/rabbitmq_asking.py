@@ -147,6 +147,12 @@ def refused(connection: Connection, name: str, error: ClosedError, kind: str = "
             f"RabbitMQ does not permit this user to use the {kind} {name}: {error.text}",
             r"let it configure, write and read ^orthanc\..*, write to amq.default, and use amq.gen-*",
         )
+    if error.code == 406 and "'x-max-length'" in error.text:
+        return TransportConfigurationError(
+            f"RabbitMQ has the {kind} {name} with another limit: {error.text}",
+            "set limits.dead_letters back, or empty it with `orthanc-events dlq` and delete the queue "
+            f"{name}, so that it is made anew",
+        )
     if error.code in (405, 406):
         return TransportConfigurationError(
             f"RabbitMQ has the {kind} {name} with other settings: {error.text}",
