@@ -25,13 +25,9 @@ import pamqp.frame
 import pamqp.header
 from aiormq.abc import ConfirmationFrameType, DeliveredMessage
 from aiormq.exceptions import AMQPError
-from yarl import URL
 
 #: Frames of a channel that can wait to be looked at.
 _FRAMES: Final = 1000
-#: Seconds until a name's next address is tried as well: one that swallows everything would take all the time there is
-#: (RFC 8305, section 8).
-_NEXT_ADDRESS: Final = 0.25
 
 # What it says is in our own errors, and at DEBUG it would write down whole events.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
@@ -53,33 +49,6 @@ class ClosedError(Exception):
     def missing(self) -> bool:
         """Whether there is no such queue or exchange. AMQP's number is the same where its node is only down."""
         return self.code == 404 and re.search(r"\bno (queue|exchange) '", self.text) is not None
-
-
-class Sockets(aiormq.connection.TransportFactory):
-    """Opens the socket, and keeps it: only so can it be written to in one go, and cut off."""
-
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, name: str | None) -> None:
-        self._arguments: dict[str, Any] = {"host": host, "port": port, "ssl": tls}
-        if tls is not None:
-            self._arguments["server_hostname"] = name or host
-        self.writer: asyncio.StreamWriter | None = None
-
-    async def create(self, url: URL, **arguments: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, self.writer = await asyncio.open_connection(**self._arguments, happy_eyeballs_delay=_NEXT_ADDRESS)
-        return reader, self.writer
-
-    @property
-    def encrypted(self) -> bool:
-        """Whether it is open, or was, and with TLS."""
-        return self.writer is not None and self._arguments["ssl"] is not None
-
-    @property
-    def waiting(self) -> int:
-        """How many bytes it has not taken yet."""
-        # A closed one of TLS can't be asked.
-        if self.writer is None or self.writer.transport.is_closing():
-            return 0
-        return self.writer.transport.get_write_buffer_size()
 
 
 class Amqp(aiormq.Connection):

@@ -21,10 +21,11 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, closed, words
+from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, closed, words
 from orthanc_events_bridge.transports.rabbitmq_defect import defect
 from orthanc_events_bridge.transports.rabbitmq_login import HungUpError, not_connected
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_sockets import Sockets
 from orthanc_events_bridge.transports.tls import client_context, cut
 
 __all__ = ["Channel", "ClosedError", "Connection"]
@@ -96,6 +97,7 @@ class Connection:
         except BaseException:
             opening.cancel()
             await connection.give_up()
+            await asyncio.wait([opening], timeout=_CUTTING)  # its socket is not left open behind us
             raise
         connection._amqp.closing.add_done_callback(connection._on_closed)
         return connection

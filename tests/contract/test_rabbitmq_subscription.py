@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import random
 import time
+import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -545,6 +547,32 @@ async def opened(rabbit: RabbitHarness) -> AsyncGenerator[Connection]:
         yield connection
     finally:
         await connection.give_up()
+
+
+def test_who_stops_connecting_leaves_no_socket_open(rabbit: RabbitHarness) -> None:
+    """At whatever point."""
+    transport = rabbit.transport()
+    assert isinstance(transport, RabbitTransport)
+    options = transport._options
+
+    async def main() -> None:
+        turns = 0
+        while True:
+            opening = asyncio.ensure_future(Connection.open(options, options.servers[0]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if opening.done():
+                await (await opening).give_up()
+                return
+            opening.cancel()
+            await asyncio.wait([opening])
+            gc.collect()
+            turns += 1 + turns // 20
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(main(), seconds=PATIENCE)
+    assert not [one.message for one in caught if one.category is ResourceWarning]
 
 
 @pytest.mark.parametrize("callback", ["receive", "cancelled", "on_confirm", "on_return", "on_fault"])
