@@ -13,6 +13,7 @@ RabbitMQ deletes that by itself with the last thing that it leads to: as long as
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -35,6 +36,10 @@ LIMIT: Final[dict[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": _E
 _LONGEST: Final = 86400
 _LONG: Final[dict[str, Any]] = LIMIT | {"x-consumer-timeout": _LONGEST * 1000}
 ONE_AT_A_TIME: Final[dict[str, Any]] = _LONG | {"x-single-active-consumer": True}
+
+#: Seconds in which those who receive from a queue are told that it was deleted. Where it is made again before that,
+#: RabbitMQ 3.10 tells them nothing, and what the new one gives them gets lost on its way: it would stand still.
+_TOLD: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ async def open_queues(
     asking = Asking(connection)
     try:
         if not options.declare:
-            await asking.check(queues.lasting)
+            await asking.check(queues.lasting, [queues.workers] if queues.ordered else [])
         elif queues.inbox_only:
             await _open_inbox_only(connection, asking, queues)
         elif not (await asking.exists(queues.made) and await asking.leads(queues.live)):
@@ -277,11 +282,12 @@ async def _open(
 
 async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
     """Make the queues of a name that is new, or whose exchange is another one."""
-    # Of a start that was not finished; it may not even say how far it had come.
-    await asking.delete(queues.beginning)
     pasts = queues.pasts if queues.ordered else []
-    for queue in pasts:
-        await asking.delete(queue)
+    # Of a start that was not finished; it may not even say how far it had come.
+    if any([await asking.exists(queue) for queue in (queues.beginning, *pasts[-1:])]):
+        for queue in (queues.beginning, *pasts):
+            await asking.delete(queue)
+        await asyncio.sleep(_TOLD)
     if begin is not None:
         for queue in (queues.beginning, *pasts):
             await asking.declare(queue, ONE_AT_A_TIME)

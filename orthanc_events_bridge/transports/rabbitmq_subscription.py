@@ -23,7 +23,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import Asking, refused
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
@@ -99,7 +99,13 @@ class RabbitSubscription(Subscription):
         await self._consume(self._queues.inbox)
         await self._receive_published()
         if self._options.declare and not self._queues.inbox_only:
-            self._watching = asyncio.create_task(self._watch())
+            self._watching = self._beside(self._watch())
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """What goes on by itself must not end by an error that nobody sees."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._connection.watched)
+        return task
 
     async def _watch(self) -> None:
         """Nobody tells us that the exchange was deleted, and our queues' bindings with it."""
@@ -121,7 +127,7 @@ class RabbitSubscription(Subscription):
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:
-            self._task = asyncio.create_task(self._begin(self._beginning))
+            self._task = self._beside(self._begin(self._beginning))
 
     async def _begin(self, beginning: Beginning) -> None:
         """What is published now comes when the past has come."""
@@ -146,9 +152,7 @@ class RabbitSubscription(Subscription):
 
     async def _consume(self, queue: str) -> None:
         def cancelled() -> None:
-            self._fail(
-                NotConnectedError(f"the queue {queue} of RabbitMQ was deleted", "it is made again when subscribing")
-            )
+            self._fail(deleted(self._options, f"queue {queue} of RabbitMQ"))
 
         assert self._channel is not None
         try:
@@ -205,7 +209,7 @@ class RabbitSubscription(Subscription):
             self._timers.discard(timer)
             self._on_message(raw)
 
-        timer = asyncio.get_running_loop().call_later(seconds, ripe)
+        timer = asyncio.get_running_loop().call_later(seconds, self._connection.guarded(ripe))
         self._timers.add(timer)
 
     def _ripe(self, raw: DeliveredMessage) -> None:
@@ -277,7 +281,7 @@ class RabbitSubscription(Subscription):
                 settle()
 
         future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
-        future.add_done_callback(confirmed)
+        future.add_done_callback(self._connection.guarded(confirmed))
         return future
 
     # Its end.
@@ -296,12 +300,7 @@ class RabbitSubscription(Subscription):
             raise self._fault
 
     def _on_closed(self, fault: ClosedError) -> None:
-        self._fail(
-            NotConnectedError(
-                f"RabbitMQ has closed the channel of a subscription: {fault.text} ({fault.code})",
-                "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
-            )
-        )
+        self._fail(channel_closed("a subscription", fault))
 
     def _fail(self, error: NotConnectedError) -> None:
         if self._fault is None:
