@@ -108,12 +108,14 @@ per mistake, with file, line, option, what is wrong and what would be right, and
 **What comes before what**, option by option:
 
 1. the command line: `--broker`, `--http`, `--log-level`;
-2. the environment: `ORTHANC_EVENTS_BROKER`, a URL; `ORTHANC_EVENTS_ORTHANC_URL` and the others of its kind;
+2. the environment: `ORTHANC_EVENTS_BROKER`, a URL; `ORTHANC_EVENTS_STORE`; `ORTHANC_EVENTS_ORTHANC_URL` and the
+   others of its kind;
 3. the file;
 4. the code;
 5. the defaults below.
 
-The blocks `retry` and `orthanc` are put together from all of these, `broker` is taken from one, and so is a login.
+The blocks `retry` and `orthanc` are put together from all of these, `broker` and `store` are each taken from one, and
+so is a login.
 
 **For editors.** [A JSON Schema](../orthanc_events_bridge/consumers/orthanc-consumer.schema.json), which
 `orthanc-events schema --consumer` prints:
@@ -293,6 +295,7 @@ def consumer_schema() -> str:
     result = {**ConsumerSettings.model_json_schema(), "title": "orthanc-events-bridge: a consumer"}
     result.pop("required")
     block = next(variant for variant in result["properties"]["broker"]["anyOf"] if "oneOf" in variant)
+    result["properties"]["store"]["anyOf"][1] = {"$ref": f"#/$defs/{NatsOptions.__name__}"}  # among them
     return finished(result, "Configuration of a consumer.", block["oneOf"])
 
 

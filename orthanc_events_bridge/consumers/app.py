@@ -75,7 +75,8 @@ class Consumer:
     :param http: ``HOST:PORT`` at which health and metrics are told.
     :param store: where it is noted which effects are done (`once`): ``sqlite:////FOLDER/FILE`` for the workers of one
         machine, ``postgresql://USER@HOST/DATABASE``, ``nats://HOST:PORT`` (2.11 or newer), a block of NATS' options, or
-        ``broker``: the consumer's own NATS.
+        ``broker``: the consumer's own NATS, which it also is if nothing is said.
+    :param store_file: a file with the URL of a database, in place of `store`.
     :raises ConfigError: something of that makes no sense; with every mistake.
     """
 
@@ -96,27 +97,24 @@ class Consumer:
         drain: float | None = None,
         http: str | None = None,
         store: str | Mapping[str, Any] | None = None,
+        store_file: Path | str | None = None,
     ) -> None:
-        said = {name: value for name, value in locals().items() if name not in ("self", "config", "store")}
-        self._begin(configure(said, config), store)
+        said = {name: value for name, value in locals().items() if name not in ("self", "config")}
+        self._begin(configure(said, config))
 
     @classmethod
-    def configured(cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None) -> Self:
-        """One whose configuration is put together already.
-
-        :param store: as in the constructor.
-        :raises ConfigError: the store makes no sense.
-        """
+    def configured(cls, found: Configuration[Any]) -> Self:
+        """One whose configuration is put together already."""
         self = cls.__new__(cls)
-        self._begin(found, store)
+        self._begin(found)
         return self
 
-    def _begin(self, found: Configuration[Any], store: str | Mapping[str, Any] | None) -> None:
+    def _begin(self, found: Configuration[Any]) -> None:
         self.settings: ConsumerSettings = found.settings
         self.name = found.settings.name
         self.broker = found.settings.broker
         self.meter = Meter()
-        chosen = None if store is None else stores.check(store, self.broker)
+        chosen = self.settings.chosen_store()
         self._turns = Turns(self.name, None if chosen is None else lambda: stores.make(chosen))
         self._orthanc = found.orthanc
         self._routes: list[Route] = []
@@ -287,7 +285,7 @@ class Consumer:
             await clients.close()
 
     async def check(self) -> list[str]:
-        """Connect to the broker, and to Orthanc where a handler asks it, and leave again.
+        """Connect to the broker, to the store where one is said, and to Orthanc where a handler asks it; leave again.
 
         :return: what was found, in a few lines.
         :raises BridgeError: it can't begin, or can't connect.
@@ -298,11 +296,15 @@ class Consumer:
         try:
             await transport.connect()
             found += [f"{transport.name}: {line}" for line in await transport.describe()]
+            if self.settings.model_fields_set & {"store", "store_file"}:
+                await self._turns.store()
+                found.append("store: it can be noted what is done once")
             if any(one.wants_orthanc for one in self._routes) and self._orthanc is not None:
                 found.append(await asyncio.to_thread(_ask, self._orthanc))
         finally:
             await transport.close()
             await clients.close()
+            await self._turns.close()
         return found
 
     def _transport(self, clients: Clients) -> Transport:

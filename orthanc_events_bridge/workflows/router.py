@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
@@ -76,12 +77,6 @@ class RouterSettings(ConsumerSettings):
     )
     rules: tuple[Rule, ...] = Field(min_length=1, description="What is sent where, from the top.")
     destinations: dict[str, Destination] = Field(min_length=1, description="Where to, by names of your own.")
-    store: str | None = Field(
-        default=None,
-        description="Where it is remembered what has been sent ([stores](../once.md#stores)). Left out: the broker, "
-        "where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/router.db"],
-    )
     audit: FileName | None = Field(
         default=None,
         description="A file to which a line of JSON is appended for all that is sent: what, where to, when, by which "
@@ -92,6 +87,9 @@ class RouterSettings(ConsumerSettings):
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
         """Names that lead to nothing."""
         yield from super().contradictions()
+        if self.broker is not None and self.chosen_store() is None:
+            wrong = f"where to note what has been sent is not said, and {self.broker.type} can't note it"
+            yield ("store",), mistake(wrong, stores.STORES)
         for destination in self.destinations:
             if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
                 wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
@@ -156,7 +154,7 @@ class Router:
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
         settings = self.settings.model_copy(update={**more, "http": None, "ordered": False, "start": "new"})
-        app = Consumer.configured(Configuration(settings, configuration.orthanc), self.settings.store or "broker")
+        app = Consumer.configured(Configuration(settings, configuration.orthanc))
 
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)
