@@ -7,6 +7,7 @@ from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_delays import is_retry_topic
 from orthanc_events_bridge.transports.kafka_group import HAS_MEMBERS, NOTE_TOO_LONG, Group
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_ordered import begun_as, was_begun_as
@@ -25,11 +26,12 @@ async def begin(
 
     With the topic, Kafka forgets what a name has had of it. Its inbox then tells that it is not new.
 
-    :raises TransportConfigurationError: it has begun with the other ``ordered``.
+    :raises TransportConfigurationError: it has begun with the other ``ordered``, or with another topic.
     """
-    places = [(topic.name, number) for number in range(len(topic.metadata.leaders))]
     begun = (inbox, 0)
-    stored = await group.stored([*places, begun])
+    known = await group.stored()
+    _check_topic(group.name, topic.name, inbox, {place[0] for place in known})
+    stored = {place: row for place, row in known.items() if place[0] == topic.name or place == begun}
     before = was_begun_as(stored[begun][1]) if begun in stored else None
     if before not in (None, ordered):
         raise TransportConfigurationError(
@@ -57,3 +59,18 @@ async def begin(
         if codes & NOTE_TOO_LONG:
             mark = said = ""
         await asyncio.sleep(_LOOK)
+
+
+def _check_topic(name: str, topic: str, inbox: str, known: set[str]) -> None:
+    """A name reads one topic: it has one inbox, one place of dead letters and one group, named after it alone.
+
+    :param known: the topics that the group has begun with.
+    """
+    others = sorted(one for one in known if one != inbox and not is_retry_topic(name, one))
+    if topic in others or not others:
+        return
+    raise TransportConfigurationError(
+        f"Kafka's consumer group {name} reads the topic {others[0]}, and is to read {topic}",
+        "give one of the two consumers another name; if it has moved for good, delete what the group has noted: "
+        f"kafka-consumer-groups.sh --delete-offsets --group {name} --topic {others[0]}",
+    )

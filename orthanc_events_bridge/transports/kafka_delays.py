@@ -28,6 +28,11 @@ def retry_topic(name: str, step: int) -> str:
     return f"orthanc.retry.{name}.{step}"
 
 
+def is_retry_topic(name: str, topic: str) -> bool:
+    """Whether it is one of a consumer's."""
+    return topic in {retry_topic(name, step) for step in STEPS}
+
+
 def step_for(delay: float) -> int:
     """The step of the topic in which so many seconds are waited for."""
     return max((step for step in STEPS if step <= delay), default=STEPS[0])

@@ -16,6 +16,8 @@ from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 #: JetStream's numbers for: no leader at the moment, or the stream has just been deleted.
 _NO_STREAM: Final = 10059
 _PASSING: Final = frozenset({10008, 10009, _NO_STREAM})
+#: What the description of an inbox's consumer begins with: there is one inbox for a name, which reads one stream.
+_BESIDE: Final = "Beside the stream "
 #: Settings with which a consumer would lose events, or hold them up.
 _NEEDED: Final = ("ack_policy", "max_deliver", "max_ack_pending", "deliver_subject", "headers_only", "backoff")
 
@@ -48,13 +50,15 @@ async def open_consumers(
     found = {one: await asking.find(options.stream, one) for one in wanted}
     await open_stream(connection, options, "inbox")
     inbox = await asking.find(options.inbox_stream, name)
+    if inbox is not None:
+        _check_stream(inbox, options, name)
     begin = DeliverPolicy.ALL if oldest or inbox is not None else DeliverPolicy.NEW
     made: list[ConsumerInfo] = []
     for one, config in wanted.items():
         info = found[one] or await asking.make(options.stream, config.evolve(deliver_policy=begin))
         _check(info, config, options.stream)
         made.append(info)
-    config = _wanted(name, f"{options.inbox_prefix}.{name}", ack_wait)
+    config = _wanted(name, f"{options.inbox_prefix}.{name}", ack_wait).evolve(description=_BESIDE + options.stream)
     if inbox is None:
         inbox = await asking.make(options.inbox_stream, config)
     _check(inbox, config, options.inbox_stream)
@@ -141,6 +145,18 @@ def _check(info: ConsumerInfo, wanted: ConsumerConfig, stream: str) -> None:
         raise TransportConfigurationError(
             f"the consumer {info.name} of the NATS stream {stream} exists with other settings: {'; '.join(differing)}",
             "delete it or change it, or use another name",
+        )
+
+
+def _check_stream(inbox: ConsumerInfo, options: NatsOptions, name: str) -> None:
+    """A name reads one stream: it has one inbox and one place of dead letters, named after it alone."""
+    said = inbox.config.description or ""
+    if said.startswith(_BESIDE) and said != _BESIDE + options.stream:
+        other = said.removeprefix(_BESIDE)
+        raise TransportConfigurationError(
+            f"the consumer {name} reads the NATS stream {other}, and is to read {options.stream}",
+            "give one of the two consumers another name; if it has moved for good, delete the consumer "
+            f"{name} of the stream {options.inbox_stream}: what is in its inbox stays there",
         )
 
 

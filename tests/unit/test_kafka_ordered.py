@@ -137,7 +137,7 @@ class Group:
         self._known = known or {}
         self.asked: list[dict[Place, tuple[int, str]]] = []
 
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
+    async def stored(self, places: Iterable[Place] | None = None) -> dict[Place, tuple[int, str]]:
         return self._known
 
     async def store(self, places: dict[Place, tuple[int, str]], *, outside: bool) -> set[int]:
@@ -193,6 +193,16 @@ def test_a_name_is_ordered_or_not_as_it_has_begun(
     else:
         with pytest.raises(TransportConfigurationError, match="is ordered" if before else "not ordered"):
             beginning(monkeypatch, group, ordered=ordered)
+
+
+def test_a_name_reads_one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {("other", 3): (9, MARK), ("inbox", 0): (5, begun_as(ordered=False)), ("orthanc.retry.name.30", 0): (1, "")}
+    with pytest.raises(TransportConfigurationError, match="name reads the topic other, and is to read topic"):
+        beginning(monkeypatch, Group(known=other), ordered=False)
+    # Two that have begun at the same moment both go on: Kafka lets one of them in.
+    beginning(monkeypatch, Group(known={**other, PLACE: (9, MARK)}), ordered=False)
+    with pytest.raises(TransportConfigurationError):  # another's steps
+        beginning(monkeypatch, Group(known={("orthanc.retry.other.30", 0): (1, "")}), ordered=False)
 
 
 def test_what_is_settled_in_the_inbox_is_noted_beside_it() -> None:
