@@ -19,11 +19,11 @@ from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.retry import RetryPolicy
-from orthanc_events_bridge.consumers.routes import Route, route
+from orthanc_events_bridge.consumers.routes import Route, check_terms, incomplete, no_handler, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.errors import BridgeError, OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
@@ -161,9 +161,9 @@ class Consumer:
         :param once: a name for what it does: it is then done once for each event, as by `once` with its defaults.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
+        check_terms(patterns, where, retry)
         if retry is not None:
             self._check_order(retry)
-
         if once is not None:
             self._turns.check(once, LEASE, KEEP)
 
@@ -233,10 +233,14 @@ class Consumer:
         """The same, as one of several workers on this machine: with a port of its own for health and metrics.
 
         :param number: of the worker, from 0.
+        :raises ConfigError: there is no such port.
         """
         if self.settings.http is not None:
             host, _, port = self.settings.http.rpartition(":")
             if int(port):
+                if int(port) + number > 65535:
+                    wrong = f"the port of worker {number} would be {int(port) + number}, which there isn't"
+                    raise incomplete(self.name, "http", wrong, "give a lower one, or start fewer workers")
                 self.settings = self.settings.model_copy(update={"http": f"{host}:{int(port) + number}"})
         return self
 
@@ -313,15 +317,28 @@ class Consumer:
         :raises BridgeError: something is.
         """
         if not self._routes:
-            raise BridgeError(f"consumer {self.name}: there is no handler", 'write @app.on("study.stable") above one')
+            raise no_handler(self.name)
         if self.broker is None:
-            raise BridgeError(
-                f"consumer {self.name}: which broker its events come from is not said",
-                f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}",
-            )
+            wrong = "which broker its events come from is not said"
+            right = f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}"
+            raise incomplete(self.name, "broker", wrong, right)
         if any(one.wants_orthanc for one in self._routes):
-            clients.check()
-        return create(self.broker)
+            try:
+                clients.check()
+            except OrthancError as error:
+                raise incomplete(self.name, "orthanc", error.message, error.remedy) from None
+        transport = create(self.broker)
+        if not transport.capabilities.subscribable:
+            wrong = f"there is nothing to be received from a transport of type {self.broker.type}"
+            raise incomplete(self.name, "broker", wrong, "use NATS, RabbitMQ or Kafka")
+        return transport
+
+    def complete(self) -> None:
+        """Is all said that it needs to begin? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._transport(Clients(self._orthanc))
 
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""

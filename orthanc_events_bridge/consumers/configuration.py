@@ -41,6 +41,8 @@ _OUTSIDE: Final = {
     "store": "ORTHANC_EVENTS_STORE",
     "store_file": "ORTHANC_EVENTS_STORE_FILE",
 }
+#: Options that the command line calls otherwise.
+_FLAGS: Final = {"name": "--consumer"}
 _ADVICE: Final = Advice(
     missing=f"write one (docs/consumer-configuration.md), or name another in {ENVIRONMENT}",
     name="consumer.yaml",
@@ -133,7 +135,7 @@ def configure_as(
         document.data["retry"] = {**said["retry"], **in_file["retry"]}
     where = {option: f"the consumer {said.get('name', '')}".strip() for option in said}
     where |= dict.fromkeys(in_file, str(path)) | {option: _OUTSIDE[option] for option in outside}
-    where |= {option: f"--{option.replace('_', '-')}" for option in line}
+    where |= {option: _FLAGS.get(option, f"--{option.replace('_', '-')}") for option in line}
 
     settings, errors = validate(kind, document, path.parent if path else Path())
     for place, number, wrong, right in explain(document, errors, kind):
@@ -167,5 +169,7 @@ def _orthanc(
     try:
         return OrthancOptions.find({}, environment, *layers)
     except OrthancError as error:
-        source = file if in_file else f"the consumer {settings.name}"
+        outside = [name for name in environment if name.startswith(ORTHANC_ENVIRONMENT) and environment[name]]
+        said_here = [file if in_file else f"the consumer {settings.name}"] if layers else []
+        source = " and ".join([*said_here, *sorted(outside)])
         raise ConfigError([Problem(source, None, "orthanc", error.message, error.remedy)]) from None

@@ -87,9 +87,7 @@ class TransportOptions(Options):
         if path is None:
             return None
         place = f"transport {self.name}: {option}_file"
-        return from_file(
-            place, path, TransportConfigurationError, "put the file there, and let the bridge's user read it"
-        )
+        return from_file(place, path, TransportConfigurationError, "put the file there, and let our user read it")
 
 
 def one_way_to_log_in(

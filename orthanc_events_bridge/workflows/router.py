@@ -215,6 +215,17 @@ class Router:
 
     # Life.
 
+    def complete(self) -> None:
+        """Is all said, and as far as that can be known here, usable? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._audit.check()
+        for sender in self._senders.values():
+            sender.check()
+        for one in self.consumers:
+            one.complete()
+
     @property
     def level(self) -> str:
         """``study``, ``series`` or ``instance``: of what it sends."""
@@ -246,9 +257,7 @@ class Router:
 
         :raises BridgeError: it can't begin.
         """
-        self._audit.check()
-        for sender in self._senders.values():
-            sender.check()
+        self.complete()
         tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
         try:
             # One that can't begin ends all: none works by halves.
@@ -269,11 +278,10 @@ class Router:
         :return: what was found, in a few lines.
         :raises BridgeError: something can't be used.
         """
-        self._audit.check()
+        self.complete()
         found = await self.deciding.check()
         async with self.deciding.asking() as orthanc:
             for sender in self._senders.values():
-                sender.check()
                 found.append(await sender.describe(orthanc))
         return found
 

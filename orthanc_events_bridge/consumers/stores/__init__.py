@@ -84,7 +84,7 @@ def make(store: SecretStr | Path | NatsOptions) -> Store:
     def read() -> str:
         if isinstance(store, SecretStr):
             return store.get_secret_value()
-        return from_file("store_file", store, StoreError, "put the file there, and let the consumer's user read it")
+        return from_file("store_file", store, StoreError, "put the file there, and let our user read it")
 
     url = read()
     if not _database(url):
