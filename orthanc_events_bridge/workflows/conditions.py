@@ -194,11 +194,6 @@ class Condition(Options):
             for part in parts or ():
                 yield from part.names(kind)
 
-    def asks_labels(self) -> bool:
-        """Whether it asks for labels."""
-        parts = (part for group in (self.all, self.any, self.none) for part in group or ())
-        return self.label is not None or any(part.asks_labels() for part in parts)
-
 
 #: A condition, or several that must all hold.
 When = Annotated[tuple[Condition, ...], BeforeValidator(_conditions), Field(min_length=1)]

@@ -22,12 +22,10 @@ class Wanted:
 
     :ivar tags: keywords, or paths into sequences.
     :ivar metadata: whether any is asked for.
-    :ivar labels: whether they are asked for.
     """
 
     tags: frozenset[str] = frozenset()
     metadata: bool = False
-    labels: bool = False
 
     @classmethod
     def by(cls, conditions: Iterable[Condition]) -> Wanted:
@@ -35,7 +33,7 @@ class Wanted:
         all_of_them = list(conditions)
         tags = frozenset(name for one in all_of_them for name in one.names("tag"))
         metadata = any(True for one in all_of_them for _ in one.names("metadata"))
-        return cls(tags, metadata, any(one.asks_labels() for one in all_of_them))
+        return cls(tags, metadata)
 
 
 @dataclass(slots=True)
@@ -107,9 +105,7 @@ async def look(orthanc: httpx.AsyncClient, level: str, identifier: str, wanted: 
         places += [("series", str(one["ID"]), "/metadata?expand") for one in series if level == "study"]
         places += [("instance", one, "/metadata?expand") for one in firsts if level != "instance"]
         found._metadata = await _each(orthanc, places)
-    if wanted.labels:
-        # Orthanc before 1.12 has none.
-        found.labels = tuple(str(one) for one in itself.get("Labels", ()))
+    found.labels = tuple(str(one) for one in itself.get("Labels", ()))  # before 1.12 it has none
     return found
 
 

@@ -31,7 +31,7 @@ from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
-from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.values import FileName, Options, Place, mistake

@@ -99,8 +99,8 @@ def test_what_is_asked_for() -> None:
         Condition.model_validate(yaml.safe_load(text))
         for text in ("{any: [{tag: Modality, is: MR}, {not: {metadata: Origin, is: x}}]}", "{all: [{label: x}]}")
     ]
-    assert Wanted.by(conditions) == Wanted(frozenset({"Modality"}), metadata=True, labels=True)
-    assert Wanted.by(conditions[:1]) == Wanted(frozenset({"Modality"}), metadata=True, labels=False)
+    assert Wanted.by(conditions) == Wanted(frozenset({"Modality"}), metadata=True)
+    assert Wanted.by(conditions[:1]) == Wanted(frozenset({"Modality"}), metadata=True)
     assert Wanted.by([]) == Wanted()
 
 
