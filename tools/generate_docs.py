@@ -115,12 +115,14 @@ per mistake, with file, line, option, what is wrong and what would be right, and
 **What comes before what**, option by option:
 
 1. the command line: `--broker`, `--http`, `--log-level`;
-2. the environment: `ORTHANC_EVENTS_BROKER`, a URL; `ORTHANC_EVENTS_ORTHANC_URL` and the others of its kind;
+2. the environment: `ORTHANC_EVENTS_BROKER`, a URL; `ORTHANC_EVENTS_STORE`; `ORTHANC_EVENTS_ORTHANC_URL` and the
+   others of its kind;
 3. the file;
 4. the code;
 5. the defaults below.
 
-The blocks `retry` and `orthanc` are put together from all of these, `broker` is taken from one, and so is a login.
+The blocks `retry` and `orthanc` are put together from all of these, `broker` and `store` are each taken from one, and
+so is a login.
 
 **For editors.** [A JSON Schema](../orthanc_events_bridge/consumers/orthanc-consumer.schema.json), which
 `orthanc-events schema --consumer` prints:
@@ -307,20 +309,20 @@ def consumer_schema() -> str:
     """The JSON Schema of a consumer's file. Its name can be said in the code."""
     result = {**ConsumerSettings.model_json_schema(), "title": "orthanc-events-bridge: a consumer"}
     result.pop("required")
-    return finished(result, "Configuration of a consumer.", transports_of(result))
+    return finished_consumer(result, "Configuration of a consumer.")
 
 
 def router_schema() -> str:
     """The JSON Schema of a router's file."""
     result = {**RouterSettings.model_json_schema(), "title": "orthanc-events-bridge: a router"}
-    return finished(result, "Configuration of a router.", transports_of(result))
+    return finished_consumer(result, "Configuration of a router.")
 
 
-def transports_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The place that lists them in the schema of a consumer's file."""
-    block = next(variant for variant in schema["properties"]["broker"]["anyOf"] if "oneOf" in variant)
-    found: list[dict[str, Any]] = block["oneOf"]
-    return found
+def finished_consumer(result: dict[str, Any], description: str) -> str:
+    """That of a file that has the options of every consumer, as it is written."""
+    block = next(variant for variant in result["properties"]["broker"]["anyOf"] if "oneOf" in variant)
+    result["properties"]["store"]["anyOf"][1] = {"$ref": f"#/$defs/{NatsOptions.__name__}"}  # among them
+    return finished(result, description, block["oneOf"])
 
 
 def router_page(page: str) -> str:

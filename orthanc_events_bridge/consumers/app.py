@@ -19,11 +19,11 @@ from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.retry import RetryPolicy
-from orthanc_events_bridge.consumers.routes import Route, route
+from orthanc_events_bridge.consumers.routes import Route, check_terms, incomplete, no_handler, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.errors import BridgeError, OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
@@ -76,7 +76,8 @@ class Consumer:
     :param http: ``HOST:PORT`` at which health and metrics are told.
     :param store: where it is noted which effects are done (`once`): ``sqlite:////FOLDER/FILE`` for the workers of one
         machine, ``postgresql://USER@HOST/DATABASE``, ``nats://HOST:PORT`` (2.11 or newer), a block of NATS' options, or
-        ``broker``: the consumer's own NATS.
+        ``broker``: the consumer's own NATS, which it also is if nothing is said.
+    :param store_file: a file with the URL of a database, in place of `store`.
     :raises ConfigError: something of that makes no sense; with every mistake.
     """
 
@@ -97,32 +98,27 @@ class Consumer:
         drain: float | None = None,
         http: str | None = None,
         store: str | Mapping[str, Any] | None = None,
+        store_file: Path | str | None = None,
     ) -> None:
-        said = {name: value for name, value in locals().items() if name not in ("self", "config", "store")}
-        self._begin(configure(said, config), store)
+        said = {name: value for name, value in locals().items() if name not in ("self", "config")}
+        self._begin(configure(said, config))
 
     @classmethod
-    def configured(
-        cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None, *, inbox_only: bool = False
-    ) -> Self:
+    def configured(cls, found: Configuration[Any], *, inbox_only: bool = False) -> Self:
         """One whose configuration is put together already.
 
-        :param store: as in the constructor.
         :param inbox_only: it gets what is sent to its inbox, and nothing of what everybody gets.
-        :raises ConfigError: the store makes no sense.
         """
         self = cls.__new__(cls)
-        self._begin(found, store, inbox_only)
+        self._begin(found, inbox_only)
         return self
 
-    def _begin(
-        self, found: Configuration[Any], store: str | Mapping[str, Any] | None, inbox_only: bool = False
-    ) -> None:
+    def _begin(self, found: Configuration[Any], inbox_only: bool = False) -> None:
         self.settings: ConsumerSettings = found.settings
         self.name = found.settings.name
         self.broker = found.settings.broker
         self.meter = Meter()
-        chosen = None if store is None else stores.check(store, self.broker)
+        chosen = self.settings.chosen_store()
         self._turns = Turns(self.name, None if chosen is None else lambda: stores.make(chosen))
         self._orthanc = found.orthanc
         self._routes: list[Route] = []
@@ -180,9 +176,9 @@ class Consumer:
         :param once: a name for what it does: it is then done once for each event, as by `once` with its defaults.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
+        check_terms(patterns, where, retry)
         if retry is not None:
             self._check_order(retry)
-
         if once is not None:
             self._turns.check(once, LEASE, KEEP)
 
@@ -252,8 +248,9 @@ class Consumer:
         """The same, as one of several workers on this machine: with a port of its own for health and metrics.
 
         :param number: of the worker, from 0.
+        :raises ConfigError: there is no such port.
         """
-        self.settings = self.settings.model_copy(update={"http": address_of(self.settings.http, number)})
+        self.settings = self.settings.model_copy(update={"http": address_of(self.name, self.settings.http, number)})
         return self
 
     def run(self) -> None:
@@ -301,7 +298,7 @@ class Consumer:
             await clients.close()
 
     async def check(self) -> list[str]:
-        """Connect to the broker, and to Orthanc where a handler asks it, and leave again.
+        """Connect to the broker, to the store where one is said, and to Orthanc where a handler asks it; leave again.
 
         :return: what was found, in a few lines.
         :raises BridgeError: it can't begin, or can't connect.
@@ -312,11 +309,15 @@ class Consumer:
         try:
             await transport.connect()
             found += [f"{transport.name}: {line}" for line in await transport.describe()]
+            if self.settings.model_fields_set & {"store", "store_file"}:
+                await self._turns.store()
+                found.append("store: it can be noted what is done once")
             if any(one.wants_orthanc for one in self._routes) and self._orthanc is not None:
                 found.append(await asyncio.to_thread(_ask, self._orthanc))
         finally:
             await transport.close()
             await clients.close()
+            await self._turns.close()
         return found
 
     def _transport(self, clients: Clients) -> Transport:
@@ -325,15 +326,28 @@ class Consumer:
         :raises BridgeError: something is.
         """
         if not self._routes:
-            raise BridgeError(f"consumer {self.name}: there is no handler", 'write @app.on("study.stable") above one')
+            raise no_handler(self.name)
         if self.broker is None:
-            raise BridgeError(
-                f"consumer {self.name}: which broker its events come from is not said",
-                f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}",
-            )
+            wrong = "which broker its events come from is not said"
+            right = f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}"
+            raise incomplete(self.name, "broker", wrong, right)
         if any(one.wants_orthanc for one in self._routes):
-            clients.check()
-        return create(self.broker)
+            try:
+                clients.check()
+            except OrthancError as error:
+                raise incomplete(self.name, "orthanc", error.message, error.remedy) from None
+        transport = create(self.broker)
+        if not transport.capabilities.subscribable:
+            wrong = f"there is nothing to be received from a transport of type {self.broker.type}"
+            raise incomplete(self.name, "broker", wrong, "use NATS, RabbitMQ or Kafka")
+        return transport
+
+    def complete(self) -> None:
+        """Is all said that it needs to begin? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._transport(Clients(self._orthanc))
 
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""

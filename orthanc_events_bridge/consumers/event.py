@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.events.catalog import TYPES, VERSION
 from orthanc_events_bridge.events.reading import event_of
+from orthanc_events_bridge.transports.headers import OPERATION
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming
@@ -182,7 +183,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
         data=data or {},
         attributes=found,
         attempt=attempt,
-        operation=message.headers.get("orthanc-operation", ""),
+        operation=message.headers.get(OPERATION, ""),
     )
 
 

@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.metrics import CONTENT_TYPE, metrics_text
+from orthanc_events_bridge.consumers.routes import incomplete
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
@@ -141,11 +142,17 @@ async def health(address: str | None, *consumers: Watched) -> AsyncIterator[int]
         yield found
 
 
-def address_of(address: str | None, number: int) -> str | None:
+def address_of(consumer: str, address: str | None, number: int) -> str | None:
     """That of one of several workers on a machine: each has a port of its own, unless it is any free one.
 
     :param address: of the first.
     :param number: of the worker, from 0.
+    :raises ConfigError: there is no such port.
     """
     host, _, port = (address or "").rpartition(":")
-    return f"{host}:{int(port) + number}" if address is not None and int(port) else address
+    if address is None or not int(port):
+        return address
+    if int(port) + number > 65535:
+        wrong = f"the port of worker {number} would be {int(port) + number}, which there isn't"
+        raise incomplete(consumer, "http", wrong, "give a lower one, or start fewer workers")
+    return f"{host}:{int(port) + number}"

@@ -28,7 +28,7 @@ from typing import Any, Final, TypeVar
 
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Retry
-from orthanc_events_bridge.consumers.stores import Store
+from orthanc_events_bridge.consumers.stores import STORES, Store
 from orthanc_events_bridge.errors import BridgeError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Turns:
         self.sleep = sleep
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def check(self, effect: str, lease: float, keep: float) -> None:
+    def check(self, effect: object, lease: float, keep: float) -> None:
         """Can there be such an effect?
 
         :raises BridgeError: no.
@@ -77,9 +77,9 @@ class Turns:
         if self._make is None:
             raise BridgeError(
                 f"consumer {self._consumer}: where to note what is done once is not said",
-                'give it a store: store="sqlite:////var/lib/…", "postgresql://…", "nats://…", or "broker" with NATS',
+                f"give it a store: {STORES}",
             )
-        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", effect) is None:
+        if not isinstance(effect, str) or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", effect) is None:
             raise BridgeError(f"{effect!r} can't be the name of an effect", "use letters, digits, _ and -, at most 64")
         if not 1 <= lease <= 86400:
             raise BridgeError(f"the effect {effect}: lease={lease!r} makes no sense", "give 1 to 86400 seconds")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.once import Turns
-from orthanc_events_bridge.consumers.routes import Handler, Route
+from orthanc_events_bridge.consumers.routes import Handler, Route, no_handler
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
@@ -274,7 +274,7 @@ class Trial:
 
     def __init__(self, terms: Terms, routes: Sequence[Route], options: OrthancOptions | None, turns: Turns) -> None:
         if not routes:
-            raise BridgeError(f"consumer {terms.name}: there is no handler", 'write @app.on("study.stable") above one')
+            raise no_handler(terms.name)
         self._make = terms, routes, options, turns
         self._kit: Kit | None = None
         self._async: AsyncKit | None = None

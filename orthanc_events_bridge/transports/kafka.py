@@ -75,9 +75,8 @@ class KafkaTransport(Transport):
             cluster = self._cluster = await self._open()
         if self._consumer:
             main = await open_topic(cluster, self._everybodys)
-            await Retries(cluster, self._everybodys, self._consumer, main.metadata, main.largest).need(
-                self._options.topic
-            )
+            options = main.limits_of(self._everybodys)
+            await Retries(cluster, options, self._consumer, main.metadata, main.largest).need(self._options.topic)
         topic = await open_topic(cluster, self._options)
         if self._topic is None or self._topic.metadata != topic.metadata:
             topic = await self._publisher.begin(cluster, topic)
@@ -141,7 +140,7 @@ class KafkaTransport(Transport):
         check_name(self.name, name)
         _, topic = self._connected()
         subscription = await KafkaSubscription.open(
-            self._options,
+            topic.limits_of(self._options),
             topic,
             self._open,
             name,

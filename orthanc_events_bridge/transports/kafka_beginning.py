@@ -7,6 +7,7 @@ from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
+from orthanc_events_bridge.transports.kafka_delays import is_retry_topic
 from orthanc_events_bridge.transports.kafka_group import HAS_MEMBERS, NOTE_TOO_LONG, Group
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_ordered import Kind, begun_as, was_begun_as
@@ -26,11 +27,14 @@ async def begin(
 
     With the topic, Kafka forgets what a name has had of it. Its inbox then tells that it is not new.
 
-    :raises TransportConfigurationError: it has begun with the other order, or has members of another kind.
+    :raises TransportConfigurationError: it has begun with the other order or with another topic, or has members of
+        another kind.
     """
-    places = [(topic.name, number) for number in range(len(topic.metadata.leaders))]
     begun = (inbox, 0)
-    stored = await group.stored([*places, begun])
+    known = await group.stored()
+    if kind != "inbox":
+        _check_topic(group.name, topic.name, inbox, {place[0] for place in known})
+    stored = {place: row for place, row in known.items() if place[0] == topic.name or place == begun}
     offset, note = stored.get(begun, (0, ""))
     before = was_begun_as(note)
     if {before, kind} == {"ordered", "unordered"}:
@@ -75,3 +79,18 @@ async def _check_members(group: Group, begun: Place, kind: Kind) -> None:
             f"Kafka's consumer group {group.name} has members that subscribe to {what}",
             "end them first, or use another name",
         )
+
+
+def _check_topic(name: str, topic: str, inbox: str, known: set[str]) -> None:
+    """A name reads one topic: it has one inbox, one place of dead letters and one group, named after it alone.
+
+    :param known: the topics that the group has begun with.
+    """
+    others = sorted(one for one in known if one != inbox and not is_retry_topic(name, one))
+    if topic in others or not others:
+        return
+    raise TransportConfigurationError(
+        f"Kafka's consumer group {name} reads the topic {others[0]}, and is to read {topic}",
+        "give one of the two consumers another name; if it has moved for good, delete what the group has noted: "
+        f"kafka-consumer-groups.sh --delete-offsets --group {name} --topic {others[0]}",
+    )

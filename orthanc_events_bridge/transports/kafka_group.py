@@ -25,12 +25,9 @@ from orthanc_events_bridge.transports.kafka_ordered import Kind
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, by_topic, share_out
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
-#: How members of ours share, by their kind; Kafka lets nobody in who knows another way.
-_PROTOCOLS: Final[Mapping[Kind, str]] = {
-    "unordered": "orthanc-events-1",
-    "ordered": "orthanc-events-1-ordered",
-    "inbox": "orthanc-events-1-inbox",
-}
+#: How members of ours share. Kafka lets nobody in who knows another way than those who are there: with another topic,
+#: or of another kind, so that who shares out knows all that there is.
+_PROTOCOL: Final = "orthanc-events-1"
 #: Seconds that a server may take to find, load or move a group, beside what it takes to answer.
 _LOADING: Final = 15.0
 #: Seconds between two tries meanwhile.
@@ -50,8 +47,9 @@ HAS_MEMBERS: Final = _STRANGER
 NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, errors.InvalidCommitOffsetSizeError.errno})
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
-    errors.InconsistentGroupProtocolError.errno: "another program has a consumer group of this name, or a subscriber "
-    "of another kind (ordered, or with its inbox alone); end that first, or use another name",
+    errors.InconsistentGroupProtocolError.errno: "a subscriber of this name reads another topic, or is of another kind "
+    "(ordered, or with its inbox alone), or another program has a consumer group of this name; end that first, or use "
+    "another name",
     errors.InvalidSessionTimeoutError.errno: "choose an ack_wait that group.min.session.timeout.ms and "
     "group.max.session.timeout.ms of the server allow",
     errors.GroupAuthorizationFailedError.errno: "let the user read the consumer group",
@@ -104,7 +102,7 @@ class Group:
         self._beside = beside
         self._patience = options.ack_timeout
         self.name = name
-        self._protocol = _PROTOCOLS[kind]
+        self._protocol = f"{_PROTOCOL}-{kind}:{options.topic}"
         self._session = session
         self.member = ""
         self._generation = -1
@@ -224,24 +222,26 @@ class Group:
 
     # Places.
 
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
+    async def stored(self, places: Iterable[Place] | None = None) -> dict[Place, tuple[int, str]]:
         """Where the group has got to, and its note on it; places that it has never begun with are left out.
 
+        :param places: none: all that we may see.
         :raises TransportError: it can't be had.
         """
-        request = OffsetFetchRequest(self.name, list(by_topic((place, place[1]) for place in places).items()))
+        rows = None if places is None else list(by_topic((place, place[1]) for place in places).items())
+        request = OffsetFetchRequest(self.name, rows)
         tries = _Tries()
         while True:
             answer = await self._ask(self._beside, request, self._patience)
-            rows = [(topic, *row) for topic, those in answer.topics for row in those]
-            code = answer.error_code or next((row[4] for row in rows if row[4]), 0)
+            found = [(topic, *row) for topic, those in answer.topics for row in those]
+            code = answer.error_code or next((row[4] for row in found if row[4]), 0)
             if code not in (_LOADS, *_MOVED) or not await tries.again():
                 break
             if code in _MOVED:
                 await self.find()
         if code:
             raise self._refused(code)
-        return {(topic, one): (offset, note or "") for topic, one, offset, note, _ in rows if offset != _NONE}
+        return {(topic, one): (offset, note or "") for topic, one, offset, note, _ in found if offset != _NONE}
 
     async def store(self, places: Mapping[Place, tuple[int, str]], *, outside: bool = False) -> set[int]:
         """Note where the group has got to.

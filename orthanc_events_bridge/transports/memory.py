@@ -28,6 +28,7 @@ from orthanc_events_bridge.transports.base import (
     Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.headers import ADDRESS, CONSUMER, EVENT_ID
 from orthanc_events_bridge.transports.memory_dead import MemoryDeadLetters
 from orthanc_events_bridge.transports.memory_subscription import MemorySubscription, Name
 from orthanc_events_bridge.transports.options import TransportOptions
@@ -92,7 +93,7 @@ class Broker:
         if consumer:
             event = event.in_inbox(consumer, address)
             address, messages = f"inbox.{consumer}", self.inboxes.setdefault(consumer, [])
-        headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
+        headers = {"content-type": event.content_type, EVENT_ID: event.id}
         headers |= {"dedupe-key": event.dedupe} if event.dedupe else {}
         headers |= {f"ce-{name}": value for name, value in event.attributes} | dict(event.headers)
         messages.append(Incoming(address, event.body, headers, str(len(messages) + 1)))
@@ -105,7 +106,7 @@ class Broker:
         error = self.refuse_dead()
         if error is not None:
             raise error
-        named = {"orthanc-consumer": consumer, "orthanc-address": message.address}
+        named = {CONSUMER: consumer, ADDRESS: message.address}
         self.dead.setdefault(consumer, []).append(replace(message, headers={**message.headers, **named, **headers}))
 
     def recreate(self) -> None:
@@ -133,7 +134,7 @@ class Broker:
 
 
 def _key_of(message: Incoming) -> str:
-    return message.headers.get("dedupe-key", message.headers["orthanc-event-id"])
+    return message.headers.get("dedupe-key", message.headers[EVENT_ID])
 
 
 class MemoryTransport(Transport):

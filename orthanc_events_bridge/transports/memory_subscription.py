@@ -13,6 +13,7 @@ from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, OPERATION
 
 #: Seconds between two looks at what there is.
 _LOOK: Final = 0.01
@@ -110,7 +111,7 @@ class MemoryDelivery(Delivery):
     """Settled at once."""
 
     def __init__(self, subscription: MemorySubscription, name: Name, message: Incoming, attempt: int) -> None:
-        address = message.headers.get("orthanc-address", message.address)  # in an inbox: where everybody gets it
+        address = message.headers.get(ADDRESS, message.address)  # in an inbox: where everybody gets it
         super().__init__(replace(message, address=address), attempt)
         self.subscription = subscription
         self._name = name
@@ -129,12 +130,12 @@ class MemoryDelivery(Delivery):
             self._settled = True
             due = self._clock() + delay
             await self._check()
-            self._name.give_again(self, due, {"orthanc-operation": "retry", **headers})
+            self._name.give_again(self, due, {OPERATION: "retry", **headers})
 
     async def reject(self, headers: Mapping[str, str]) -> None:
         if not self._settled:
             await self._check()
-            self.subscription.bury(self.message, {"orthanc-attempts": str(self.attempt), **headers})
+            self.subscription.bury(self.message, {ATTEMPTS: str(self.attempt), **headers})
             self._settled = True
             self._name.settled(self)
 

@@ -16,9 +16,10 @@ from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 #: JetStream's numbers for: no leader at the moment, or the stream has just been deleted.
 _NO_STREAM: Final = 10059
 _PASSING: Final = frozenset({10008, 10009, _NO_STREAM})
-#: The description of an inbox's consumer whose name has nothing else: it says that the name is new to what everybody
-#: gets.
-_INBOX_ONLY: Final = "inbox only"
+#: What the description of an inbox's consumer begins with: there is one inbox for a name, which reads one stream; or
+#: that it is for a name that reads none.
+_BESIDE: Final = "Beside the stream "
+_INBOX_ONLY: Final = "Inbox only"
 #: Settings with which a consumer would lose events, or hold them up.
 _NEEDED: Final = ("ack_policy", "max_deliver", "max_ack_pending", "deliver_subject", "headers_only", "backoff")
 
@@ -49,6 +50,8 @@ async def open_consumers(
     found = {one: await asking.find(options.stream, one) for one in wanted}
     await open_stream(connection, options, "inbox")
     inbox = await asking.find(options.inbox_stream, name)
+    if inbox is not None:
+        _check_stream(inbox, options, name)
     known = inbox is not None and inbox.config.description != _INBOX_ONLY
     begin = DeliverPolicy.ALL if oldest or known else DeliverPolicy.NEW
     made: list[ConsumerInfo] = []
@@ -56,7 +59,7 @@ async def open_consumers(
         info = found[one] or await asking.make(options.stream, config.evolve(deliver_policy=begin))
         _check(info, config, options.stream)
         made.append(info)
-    return [*made, await asking.inbox(inbox, name, ack_wait, None)]
+    return [*made, await asking.inbox(inbox, name, ack_wait, _BESIDE + options.stream)]
 
 
 async def open_inbox_only(
@@ -68,7 +71,10 @@ async def open_inbox_only(
     """
     asking = _Asking(connection, options)
     await open_stream(connection, options, "inbox")
-    info = await asking.inbox(await asking.find(options.inbox_stream, name), name, ack_wait, _INBOX_ONLY)
+    found = await asking.find(options.inbox_stream, name)
+    if found is not None:
+        _check_stream(found, options, name)
+    info = await asking.inbox(found, name, ack_wait, _INBOX_ONLY)
     if options.declare:
         if await asking.find(options.stream, name) is not None:  # only then one needs to be permitted to
             await asking.delete(options.stream, name)
@@ -138,9 +144,7 @@ class _Asking:
                 raise _no_consumer(error, stream, str(wanted.name)) from error
             return info
 
-    async def inbox(
-        self, found: ConsumerInfo | None, name: str, ack_wait: float, description: str | None
-    ) -> ConsumerInfo:
+    async def inbox(self, found: ConsumerInfo | None, name: str, ack_wait: float, description: str) -> ConsumerInfo:
         """Check or make a name's consumer of its inbox.
 
         :param description: that it is to have.
@@ -150,7 +154,7 @@ class _Asking:
         if found is None:
             found = await self.make(stream, wanted.evolve(description=description))
         _check(found, wanted, stream)
-        if self._declare and (found.config.description or None) != description:
+        if self._declare and found.config.description != description:
             found = await self.make(stream, found.config.evolve(description=description))
         return found
 
@@ -189,6 +193,18 @@ def _check(info: ConsumerInfo, wanted: ConsumerConfig, stream: str) -> None:
         raise TransportConfigurationError(
             f"the consumer {info.name} of the NATS stream {stream} exists with other settings: {'; '.join(differing)}",
             "delete it or change it, or use another name",
+        )
+
+
+def _check_stream(inbox: ConsumerInfo, options: NatsOptions, name: str) -> None:
+    """A name reads one stream: it has one inbox and one place of dead letters, named after it alone."""
+    said = inbox.config.description or ""
+    if said.startswith(_BESIDE) and said != _BESIDE + options.stream:
+        other = said.removeprefix(_BESIDE)
+        raise TransportConfigurationError(
+            f"the consumer {name} reads the NATS stream {other}, and is to read {options.stream}",
+            "give one of the two consumers another name; if it has moved for good, delete the consumer "
+            f"{name} of the stream {options.inbox_stream}: what is in its inbox stays there",
         )
 
 

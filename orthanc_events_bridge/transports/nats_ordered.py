@@ -19,6 +19,7 @@ from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery
+from orthanc_events_bridge.transports.headers import OPERATION
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_pull import Durable, Pull, problem
@@ -172,5 +173,5 @@ class NatsOrderedSubscription(Settling):
             await super().give_back(delivery, delay, headers)
             return
         said = {name: value for name, value in delivery.message.headers.items() if name.startswith("orthanc-")}
-        self._said[delivery.durable] = (delivery.key, {**said, "orthanc-operation": "retry", **headers})
+        self._said[delivery.durable] = (delivery.key, {**said, OPERATION: "retry", **headers})
         await self.settle(delivery, b"-NAK" + delivery.durable.delay(delay))

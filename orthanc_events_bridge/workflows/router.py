@@ -25,7 +25,7 @@ from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
-from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.workflows.audit import Audit
@@ -96,8 +96,7 @@ class Router:
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
         settings = configuration.settings.model_copy(update={**more, "ordered": False})
-        store = self.settings.store or "broker"
-        app = Consumer.configured(Configuration(settings, configuration.orthanc), store, inbox_only=True)
+        app = Consumer.configured(Configuration(settings, configuration.orthanc), inbox_only=True)
 
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)
@@ -160,6 +159,17 @@ class Router:
 
     # Life.
 
+    def complete(self) -> None:
+        """Is all said, and as far as that can be known here, usable? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._audit.check()
+        for sender in self._senders.values():
+            sender.check()
+        for one in self.consumers:
+            one.complete()
+
     @property
     def level(self) -> str:
         """``study``, ``series`` or ``instance``: of what it sends."""
@@ -171,8 +181,12 @@ class Router:
         return [self.deciding, *self.sending.values()]
 
     def numbered(self, number: int) -> Self:
-        """See `Consumer.numbered`."""
-        self.settings = self.settings.model_copy(update={"http": address_of(self.settings.http, number)})
+        """See `Consumer.numbered`.
+
+        :raises ConfigError: there is no such port.
+        """
+        http = address_of(self.settings.name, self.settings.http, number)
+        self.settings = self.settings.model_copy(update={"http": http})
         return self
 
     def stop(self) -> None:
@@ -196,9 +210,7 @@ class Router:
 
         :raises BridgeError: it can't begin.
         """
-        self._audit.check()
-        for sender in self._senders.values():
-            sender.check()
+        self.complete()
         try:
             async with health(self.settings.http, *self.consumers):
                 await self._serve()
@@ -223,13 +235,12 @@ class Router:
         :return: what was found, in a few lines.
         :raises BridgeError: something can't be used.
         """
-        self._audit.check()
+        self.complete()
         found = await self.deciding.check()
         async with self.deciding.asking() as orthanc:
             if self._wanted.labels:
                 await check_labels(orthanc)
             for sender in self._senders.values():
-                sender.check()
                 found.append(await sender.describe(orthanc))
         return found
 

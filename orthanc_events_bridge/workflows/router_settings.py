@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.values import FileName, Options, Place, mistake
 from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
@@ -46,12 +47,6 @@ class RouterSettings(ConsumerSettings):
     )
     rules: tuple[Rule, ...] = Field(min_length=1, description="What is sent where, from the top.")
     destinations: dict[str, Destination] = Field(min_length=1, description="Where to, by names of your own.")
-    store: str | None = Field(
-        default=None,
-        description="Where it is remembered what has been sent ([stores](../once.md#stores)). Left out: the broker, "
-        "where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/router.db"],
-    )
     audit: FileName | None = Field(
         default=None,
         description="A file to which a line of JSON is appended for all that is sent: what, where to, when, by which "
@@ -62,6 +57,9 @@ class RouterSettings(ConsumerSettings):
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
         """Names that lead to nothing."""
         yield from super().contradictions()
+        if self.broker is not None and self.chosen_store() is None:
+            wrong = f"where to note what has been sent is not said, and {self.broker.type} can't note it"
+            yield ("store",), mistake(wrong, stores.STORES)
         for destination in self.destinations:
             if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
                 wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"

@@ -634,6 +634,45 @@ def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, do
     check(read(cluster[-1], topic), sent)
 
 
+def test_what_a_consumer_without_limits_makes_is_as_safe_as_the_topic_for_everybody(
+    cluster: list[KafkaServer], topic: str
+) -> None:
+    consumer = kafka_transport(*(node.port for node in cluster), topic=topic)
+    given = consumer._options.model_dump(exclude_unset=True, exclude={"limits", "partitions"})
+    options = KafkaOptions.model_validate(given).for_consumer()
+    assert options.limits_as_found
+
+    async def main() -> None:
+        bridge = replicated(cluster, topic)
+        await bridge.connect()
+        await bridge.publish([event(0)])
+        await bridge.close()
+        transport = KafkaTransport(options)
+        await transport.connect()
+        subscription = await transport.subscribe(topic, oldest=True)
+        while not (found := await subscription.receive(1, 1.0)):
+            pass
+        await found[0].reject({"orthanc-reason": "no"})
+        await subscription.close()
+        await transport.close()
+
+    run(main(), seconds=180)
+    for name in (f"orthanc.inbox.{topic}", f"orthanc.dead.{topic}"):
+        assert settings_of(cluster[0], name) == (3, "2"), name
+
+
+def settings_of(node: KafkaServer, topic: str) -> tuple[int, str]:
+    """Replicas, and how many must be in step."""
+
+    async def main(admin: AIOKafkaAdminClient) -> tuple[int, str]:
+        (found,) = await admin.describe_topics([topic])
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        configs = {row[0]: row[1] for row in answer.resources[0][4]}
+        return len(found["partitions"][0]["replicas"]), configs["min.insync.replicas"]
+
+    return administrate(f"127.0.0.1:{node.admin_port}", main)
+
+
 def test_a_dead_letter_where_servers_are_missing(cluster: list[KafkaServer], topic: str) -> None:
     """It is refused, and held, until they are back."""
     sent, dead = event(0), f"orthanc.dead.{topic}"

@@ -137,7 +137,7 @@ class Group:
         self._known = known or {}
         self.asked: list[dict[Place, tuple[int, str]]] = []
 
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
+    async def stored(self, places: Iterable[Place] | None = None) -> dict[Place, tuple[int, str]]:
         return self._known
 
     async def store(self, places: dict[Place, tuple[int, str]], *, outside: bool) -> set[int]:
@@ -211,6 +211,18 @@ def test_a_topic_that_was_made_again_is_begun_with_from_its_oldest_event(monkeyp
     group = Group(known={("inbox", 0): (5, begun_as("ordered"))})
     beginning(monkeypatch, group, "ordered")
     assert group.asked == [{("inbox", 0): (5, begun_as("ordered")), PLACE: (0, MARK)}]
+
+
+def test_a_name_reads_one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {("other", 3): (9, MARK), ("inbox", 0): (5, begun_as("unordered")), ("orthanc.retry.name.30", 0): (1, "")}
+    with pytest.raises(TransportConfigurationError, match="name reads the topic other, and is to read topic"):
+        beginning(monkeypatch, Group(known=other), "unordered")
+    # Two that have begun at the same moment both go on: Kafka lets one of them in.
+    beginning(monkeypatch, Group(known={**other, PLACE: (9, MARK)}), "unordered")
+    with pytest.raises(TransportConfigurationError):  # another's steps
+        beginning(monkeypatch, Group(known={("orthanc.retry.other.30", 0): (1, "")}), "unordered")
+    # Who has its inbox alone reads none.
+    beginning(monkeypatch, Group(known=other), "inbox")
 
 
 def test_what_is_settled_in_the_inbox_is_noted_beside_it() -> None:

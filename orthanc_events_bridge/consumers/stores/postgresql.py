@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any, Final
 
 import psycopg
@@ -22,13 +23,14 @@ _LOCK: Final = 8797526
 class PostgresStore(sql.SqlStore):
     """See the module's text.
 
-    :param url: as libpq takes it; what it leaves out (password, certificates …) libpq finds in its environment
-        (``PGPASSFILE`` …) and in ``~/.pgpass``.
+    :param read: gives the URL as libpq takes it, and is asked at every connection; what it leaves out (password,
+        certificates …) libpq finds in its environment (``PGPASSFILE`` …) and in ``~/.pgpass``.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, read: Callable[[], str]) -> None:
         super().__init__()
-        self._url = url
+        self._read = read
+        self._url = ""
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
 
@@ -72,6 +74,7 @@ class PostgresStore(sql.SqlStore):
 
     async def _connected(self) -> psycopg.AsyncConnection[Any]:
         if self._connection is None or self._connection.closed:
+            self._url = self._read()
             try:
                 async with asyncio.timeout(_CONNECT + 1):
                     self._connection = await psycopg.AsyncConnection.connect(
