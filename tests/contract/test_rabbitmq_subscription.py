@@ -251,6 +251,33 @@ def test_a_message_is_kept_however_often_its_subscribers_die(rabbit: RabbitHarne
     run(main(), seconds=2 * PATIENCE)
 
 
+def test_who_leaves_is_given_nothing_more_and_hands_on_without_an_attempt(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    """However long it still works on something."""
+    first, later = events(4, keys=KEYS), events(6, start=4, keys=KEYS)
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            one = await transport.subscribe(queues.name, in_flight=4)
+            await transport.publish(first)
+            (held, *back) = await collect(one, 4, ack=False)
+            address = {id_: delivery.message.address for delivery in back for id_ in ids([delivery])}
+            async with subscribed(transport, queues) as other:
+                await one.leave(back)
+                await transport.publish(later)
+                await held.ack()  # there would be room
+                found = await collect(other, 3 + 6)
+                assert {*ids(found)} == {event.id for event in (*first, *later)} - {*ids([held])}
+                assert {delivery.attempt for delivery in found} == {1}
+                assert not any("orthanc-operation" in delivery.message.headers for delivery in found)
+                assert address.items() <= {ids([delivery])[0]: delivery.message.address for delivery in found}.items()
+                await one.close()
+                await nothing_left(transport, other)
+
+    run(main(), seconds=2 * PATIENCE)
+
+
 # The past.
 
 
