@@ -174,12 +174,11 @@ class OrderedSubscription(RabbitSubscription):
         for delivery in ours:
             self._held.pop(delivery, None)
         self._came = deque(one for one in self._came if one not in ours)
-        # What came from the inbox goes back with `close`: RabbitMQ 3.10 has ended the channel, now and then, of one who
-        # gave back what a consumer had got that was cancelled.
         busy = {one.lane for one in self._held if isinstance(one, OrderedDelivery)}
         for lane in busy:
             lane.retire()
         await asyncio.gather(*(lane.close() for lane in self._lanes if lane not in busy))
+        await super().leave([one for one in back if one not in ours])
 
     # Its end.
 

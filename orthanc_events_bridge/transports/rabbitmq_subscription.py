@@ -29,7 +29,7 @@ from orthanc_events_bridge.transports.rabbitmq_connection import Channel, Closed
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_dead import DeadPlace
 from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
-from orthanc_events_bridge.transports.rabbitmq_message import headers_of, retry_headers, seconds_left
+from orthanc_events_bridge.transports.rabbitmq_message import headers_of, retry_headers, seconds_left, unbegun_headers
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues
 from orthanc_events_bridge.transports.rabbitmq_sending import Sending
@@ -60,7 +60,8 @@ class RabbitSubscription(Subscription):
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._consumers: list[str] = []
+        self._consumers: dict[str, str] = {}  # by their queues
+        self._left: list[str] = []  # queues whose consumers were cancelled before the end
         self._acks: Acks | None = None
         self._ends: list[int] = []  # of messages that say that the past is over
         self._came: deque[RabbitDelivery] = deque()
@@ -157,7 +158,7 @@ class RabbitSubscription(Subscription):
         assert self._channel is not None
         try:
             consuming = self._channel.consume(queue, self._on_message, cancelled)
-            self._consumers.append(await self._connection.ask(consuming))
+            self._consumers[queue] = await self._connection.ask(consuming)
         except ClosedError as error:
             raise refused(self._connection, queue, error) from error
 
@@ -284,6 +285,37 @@ class RabbitSubscription(Subscription):
         future.add_done_callback(self._connection.guarded(confirmed))
         return future
 
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        """See `orthanc_events_bridge.transports.base.Subscription.leave`. By copies, which go into the inbox: what is
+        given back by ``basic.nack`` RabbitMQ gives to the same subscriber again; and where its consumer was cancelled
+        before, 3.10 has ended the channel by which the others are to be settled, now and then.
+        """
+        self.check()
+        if self._beginning is not None:
+            self._beginning.stop()
+        assert self._channel is not None
+        try:
+            for queue in [*self._consumers]:
+                await self._connection.ask(self._channel.basic_cancel(self._consumers.pop(queue)))
+                self._left.append(queue)
+        except ClosedError as error:
+            self._on_closed(error)
+        self.check()
+        ours = [*(one for one in self._held if one in back), *self._came]
+        self._came.clear()
+        for delivery in ours:
+            self._held.pop(delivery, None)
+            self._hand_over(delivery.raw)
+
+    def _hand_over(self, raw: DeliveredMessage) -> None:
+        def confirmed(future: asyncio.Future[str]) -> None:
+            if not future.result():  # else it goes back with the channel
+                self._settle(raw.delivery_tag or 0)
+
+        headers = unbegun_headers(raw)
+        future = self._copies.send(self._queues.inbox, headers, raw.body, raw.header.properties.content_type)
+        future.add_done_callback(self._connection.guarded(confirmed))
+
     # Its end.
 
     def check(self) -> None:
@@ -320,6 +352,7 @@ class RabbitSubscription(Subscription):
                 self._beginning.stop()
             waiting = [*self._copies.waiting, *self._dead.waiting, *work]
         await _wait([*waiting, *leaving], end - _LEFT[0])
+        await asyncio.sleep(0)  # the originals of what was confirmed just now are settled then
         self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
         for timer in self._timers:
             timer.cancel()
@@ -355,8 +388,12 @@ class RabbitSubscription(Subscription):
         if channel is None or channel.fault is not None:
             return
         with contextlib.suppress(TransportError, ClosedError):
+            await self._connection.ask(channel.basic_qos(prefetch_count=1))
+            for queue in self._left:  # it is given something only where nobody else takes it
+                consuming = channel.consume(queue, self._on_message, lambda: None, arguments={"x-priority": -1})
+                self._consumers[queue] = await self._connection.ask(consuming)
             # A queue answers this behind all before it; what was kept back until then is sent to it before the second.
-            for consumer in self._consumers:
+            for consumer in self._consumers.values():
                 await self._connection.ask(channel.basic_cancel(consumer))
             await self._connection.ask(channel.queue_declare(self._queues.inbox, passive=True))
 

@@ -139,8 +139,6 @@ class Harness(ABC):
     one_order: ClassVar[bool] = True
     #: Whether the broker takes a delivery away from a subscriber that lives, when its ``ack_wait`` is over.
     takes_back: ClassVar[bool] = False
-    #: Whether a subscriber that leaves can give back some of what it holds, and go on with the rest.
-    gives_back: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -88,7 +88,6 @@ def stored(message: DeliveredMessage) -> Stored:
 
 class RabbitHarness(Harness):
     title = "RabbitMQ"
-    gives_back = False
     deadline = 0.8
     #: What the server takes.
     largest: ClassVar = 65536
