@@ -1,4 +1,4 @@
-"""Write what is declared elsewhere: the configuration's page and schema, the events' schemas and their table.
+"""Write what is declared elsewhere: pages and schemas of the configuration, events' schemas and table, Python's API.
 
 From the options: docs/configuration.md and the JSON Schema for editors. From the catalog of event types: a JSON
 Schema for each, asyncapi.yaml, and the table in docs/events.md. ``--check`` writes nothing, and exits with 1 if a
@@ -32,9 +32,11 @@ from orthanc_events_bridge.transports import REGISTERED  # noqa: E402
 from orthanc_events_bridge.transports.nats_options import NatsOptions  # noqa: E402
 from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions  # noqa: E402
 from orthanc_events_bridge.values import Duration, Options, Size, format_duration, format_size  # noqa: E402
+from tools import api_page  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "orthanc_events_bridge" / "bridge" / "orthanc-events.schema.json"
+API = ROOT / "docs" / "api.md"
 CONSUMER_DOCUMENT = ROOT / "docs" / "consumer-configuration.md"
 CONSUMER_SCHEMA = ROOT / "orthanc_events_bridge" / "consumers" / "orthanc-consumer.schema.json"
 EVENTS = ROOT / "docs" / "events.md"
@@ -575,6 +577,7 @@ def files() -> dict[Path, str]:
         SCHEMA: schema(),
         CONSUMER_DOCUMENT: consumer_document(),
         CONSUMER_SCHEMA: consumer_schema(),
+        API: api_page.page(),
         EVENTS: events_page(EVENTS.read_text("utf-8")),
         EVENT_SCHEMAS / "asyncapi.yaml": asyncapi(),
         **{EVENT_SCHEMAS / file_name(event_type): event_schema(event_type) for event_type in TYPES},

@@ -104,7 +104,10 @@ class Consumer:
 
     @classmethod
     def configured(cls, found: Configuration[Any]) -> Self:
-        """One whose configuration is put together already."""
+        """One whose configuration is put together already.
+
+        :param found: by `orthanc_events_bridge.consumers.configuration.configure`.
+        """
         self = cls.__new__(cls)
         self._begin(found)
         return self
