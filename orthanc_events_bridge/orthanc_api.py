@@ -130,6 +130,8 @@ class OrthancOptions:
     def secret(self, name: str) -> str | None:
         """The password or the token, whichever way it is given.
 
+        :param name: ``password`` or ``token``.
+        :return: none where neither form is given.
         :raises OrthancError: its file can't be read, or is empty.
         """
         inline: str | None = getattr(self, name)

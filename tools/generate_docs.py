@@ -1,4 +1,4 @@
-"""Write what is declared elsewhere: the configuration's page and schema, the events' schemas and their table.
+"""Write what is declared elsewhere: pages and schemas of the configuration, events' schemas and table, Python's API.
 
 From the options: docs/configuration.md, docs/consumer-configuration.md, the tables in docs/consumers/router.md, and the
 JSON Schemas for editors. From the catalog of event types: a JSON Schema for each, asyncapi.yaml, and the table in
@@ -36,9 +36,11 @@ from orthanc_events_bridge.values import Duration, Options, Size, format_duratio
 from orthanc_events_bridge.workflows.conditions import Condition, OneOrMany  # noqa: E402
 from orthanc_events_bridge.workflows.destinations import Destination  # noqa: E402
 from orthanc_events_bridge.workflows.router_settings import RouterSettings, Rule  # noqa: E402
+from tools import api_page  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "orthanc_events_bridge" / "bridge" / "orthanc-events.schema.json"
+API = ROOT / "docs" / "api.md"
 CONSUMER_DOCUMENT = ROOT / "docs" / "consumer-configuration.md"
 CONSUMER_SCHEMA = ROOT / "orthanc_events_bridge" / "consumers" / "orthanc-consumer.schema.json"
 ROUTER_PAGE = ROOT / "docs" / "consumers" / "router.md"
@@ -613,6 +615,7 @@ def files() -> dict[Path, str]:
         CONSUMER_SCHEMA: consumer_schema(),
         ROUTER_PAGE: router_page(ROUTER_PAGE.read_text("utf-8")),
         ROUTER_SCHEMA: router_schema(),
+        API: api_page.page(),
         EVENTS: events_page(EVENTS.read_text("utf-8")),
         EVENT_SCHEMAS / "asyncapi.yaml": asyncapi(),
         **{EVENT_SCHEMAS / file_name(event_type): event_schema(event_type) for event_type in TYPES},

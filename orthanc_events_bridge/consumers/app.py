@@ -107,6 +107,7 @@ class Consumer:
     def configured(cls, found: Configuration[Any], *, inbox_only: bool = False) -> Self:
         """One whose configuration is put together already.
 
+        :param found: by `orthanc_events_bridge.consumers.configuration.configure`.
         :param inbox_only: it gets what is sent to its inbox, and nothing of what everybody gets.
         """
         self = cls.__new__(cls)

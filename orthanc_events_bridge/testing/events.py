@@ -65,8 +65,9 @@ def event(
         event("job.failed", job={"type": "DicomModalityStore", "remoteAet": "PACS"})
 
     :param name: the type without prefix and version (docs/events.md).
-    :param patient: Orthanc's ids of what has changed and of what is above it; any text. Those that are left out are
-        `orthanc_id` of their level: ``event("series.stable").study_id == orthanc_id("study")``.
+    :param patient: with `study`, `series` and `instance`: Orthanc's ids of what has changed and of what is above it;
+        any text. Those that are left out are `orthanc_id` of their level:
+        ``event("series.stable").study_id == orthanc_id("study")``.
     :param job_id: Orthanc's id of the job, where it is about one.
     :param tags: as if they were allow-listed.
     :param metadata: the same.

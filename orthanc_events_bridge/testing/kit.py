@@ -233,7 +233,7 @@ class Kit(_Kit):
         self._run(self._settle)
 
     def advance(self, *, days: float = 0.0, hours: float = 0.0, minutes: float = 0.0, seconds: float = 0.0) -> None:
-        """Let time pass: what becomes due meanwhile is handled when it does.
+        """Let time pass, so many days, hours, minutes and seconds: what becomes due meanwhile is handled when it does.
 
         :raises AssertionError: see the class.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import (
     Capabilities,
     DeadLetters,
@@ -28,6 +28,7 @@ from orthanc_events_bridge.transports.kafka_retries import Retries, inbox_topic
 from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from orthanc_events_bridge.transports.kafka_topic import Topic, open_topic
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.servers import InTurn
 from orthanc_events_bridge.transports.subscriptions import check_name
 
 
@@ -65,14 +66,14 @@ class KafkaTransport(Transport):
         self._subscriptions: set[KafkaSubscription] = set()
         self._begun: set[str] = set()  # names that are not new, even if Kafka has forgotten all
         self._behind: dict[str, set[str]] = {}  # members of each name that could not say that they go
-        self._server = 0
+        self._servers = InTurn(options.servers, lambda server: Cluster.open(self._options, server))
         self._publisher = Publisher(options, self.without)
 
     async def connect(self) -> str:
         cluster = self._cluster
         if cluster is None or not cluster.connected:
             await self.close()
-            cluster = self._cluster = await self._open()
+            cluster = self._cluster = await self._servers.open()
         if self._consumer:
             main = await open_topic(cluster, self._everybodys)
             options = main.limits_of(self._everybodys)
@@ -82,21 +83,6 @@ class KafkaTransport(Transport):
             topic = await self._publisher.begin(cluster, topic)
         self._topic = topic
         return topic.metadata.id
-
-    async def _open(self) -> Cluster:
-        """Try the servers in turn, beginning with the last that worked."""
-        problem: TransportError | None = None
-        for _ in self._options.servers:
-            try:
-                return await Cluster.open(
-                    self._options, self._options.servers[self._server % len(self._options.servers)]
-                )
-            except TransportError as error:
-                self._server += 1
-                if not isinstance(problem, TransportConfigurationError):  # what a person has to mend is said first
-                    problem = error
-        assert problem is not None
-        raise problem
 
     async def close(self) -> None:
         clusters = [*self._readers, *([self._cluster] if self._cluster else [])]
@@ -142,7 +128,7 @@ class KafkaTransport(Transport):
         subscription = await KafkaSubscription.open(
             topic.limits_of(self._options),
             topic,
-            self._open,
+            self._servers.open,
             name,
             oldest=oldest or name in self._begun,
             in_flight=in_flight,
@@ -164,7 +150,7 @@ class KafkaTransport(Transport):
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         _, topic = self._connected()
         # Connections of its own: a node answers one request after the other, and this one waits for events.
-        cluster = await self._open()
+        cluster = await self._servers.open()
         self._readers.add(cluster)
         try:
             if self._topic is None:

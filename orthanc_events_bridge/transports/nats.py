@@ -18,7 +18,6 @@ from nats.aio.msg import Msg
 from orthanc_events_bridge.errors import (
     EventRejectedError,
     NotConnectedError,
-    TransportConfigurationError,
     TransportError,
 )
 from orthanc_events_bridge.transports.base import (
@@ -41,6 +40,7 @@ from orthanc_events_bridge.transports.nats_stream import open_stream, refused
 from orthanc_events_bridge.transports.nats_subscription import NatsSubscription
 from orthanc_events_bridge.transports.nats_tail import tail
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.servers import InTurn
 from orthanc_events_bridge.transports.subscriptions import check_name
 from orthanc_events_bridge.values import format_duration, format_size
 
@@ -78,7 +78,7 @@ class NatsTransport(Transport):
         self._stream = options.inbox_stream if consumer else options.stream
         self._subjects = f"{options.inbox_prefix}.{consumer}" if consumer else f"{options.subject_prefix}.>"
         self._connection: Connection | None = None
-        self._server = 0
+        self._servers = InTurn(options.servers, lambda server: Connection.open(self._options, server))
         self._inbox = ""
         self._batches = 0
         self._batch: Batch | None = None
@@ -88,27 +88,12 @@ class NatsTransport(Transport):
         connection = self._connection
         if connection is None or connection.fault is not None or not connection.is_connected:
             await self.close()
-            connection = self._connection = await self._open()
+            connection = self._connection = await self._servers.open()
             self._inbox = connection.new_inbox()
             await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
         info = await open_stream(connection, self._options, "inbox" if self._consumer else "events")
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
-
-    async def _open(self) -> Connection:
-        """Try the servers in turn, beginning with the last that worked."""
-        problem: TransportError | None = None
-        for _ in self._options.servers:
-            try:
-                return await Connection.open(
-                    self._options, self._options.servers[self._server % len(self._options.servers)]
-                )
-            except TransportError as error:
-                self._server += 1
-                if not isinstance(problem, TransportConfigurationError):  # what a person has to mend is said first
-                    problem = error
-        assert problem is not None
-        raise problem
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

@@ -42,7 +42,7 @@ from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from tests.contract.harness import aside, connect, event, events, run
-from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_transport, read_topic
+from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_server, kafka_transport, read_topic
 from tests.contract.link import Link
 
 pytestmark = pytest.mark.integration
@@ -52,13 +52,8 @@ KEYS = [f"study-{number}" for number in range(20)]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
-    found = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    found.start()
-    try:
-        yield found
-    finally:
-        found.close(kill=True)
+    with kafka_server(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
-from tests.contract.kafka_tools import alter_topic
+from tests.contract.kafka_tools import alter_topic, kafka_server
 
 pytestmark = pytest.mark.integration
 
@@ -32,13 +32,8 @@ PATIENCE = 90.0
 
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
-    server = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    try:
-        server.start()
+    with kafka_server(tmp_path_factory.mktemp("kafka")) as server:
         yield server
-    finally:
-        server.close(kill=True)
 
 
 @pytest.fixture
