@@ -18,7 +18,7 @@ CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) -k "not webhook
 
 # What is asked again of a newer Orthanc, which a container has.
 NEWER := TEST_ORTHANC=containers scripts/docker.sh $(BESIDE) tests/faults/test_capture.py tests/faults/test_repair.py \
-	tests/integration/test_changes.py
+	tests/integration/test_changes.py tests/integration/test_router_labels.py
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ test-containers: ## contract and faults with brokers in containers (a container 
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(CONTAINED)
 
-test-newer: ## capture and repair with Orthanc 1.12.7 in a container
+test-newer: ## capture, repair and labels with Orthanc 1.12.7 in a container
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(NEWER)
 

@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         module.define(commands)
     schema = add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
-    schema.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
+    of = schema.add_mutually_exclusive_group()
+    of.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
+    of.add_argument("--router", action="store_true", help="of a router's")
     return parser
 
 
@@ -245,7 +247,11 @@ def _run(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:
     from importlib import resources
 
-    package, name = ("consumers", "orthanc-consumer") if options.consumer else ("bridge", "orthanc-events")
+    package, name = "bridge", "orthanc-events"
+    if options.consumer:
+        package, name = "consumers", "orthanc-consumer"
+    elif options.router:
+        package, name = "workflows", "orthanc-router"
     text = resources.files(f"orthanc_events_bridge.{package}").joinpath(f"{name}.schema.json")
     print(text.read_text(encoding="utf-8"), end="")
     return 0

@@ -78,4 +78,4 @@ def _find(options: argparse.Namespace) -> Consumer:
         consumer = find(options.target, Path.cwd())
     except TargetError as error:
         raise UsageError(error.message, error.remedy) from error
-    return consumer.numbered(options.worker or 0)
+    return consumer

@@ -78,8 +78,6 @@ def _derive(options: argparse.Namespace) -> int:
     deriver = _deriver(options)
     if options.explain is not None:
         return asyncio.run(_explain(deriver, options.explain, as_json=options.json))
-    if options.worker is not None:
-        deriver.app.numbered(options.worker)
     return work(options, deriver)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, Meter, UsageError, add_command
 from orthanc_events_bridge.cli_status import table
+from orthanc_events_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers.dead import Choice, Letter
@@ -78,9 +79,13 @@ def define(commands: Commands) -> None:
 
 def _selection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which of them (those that fit all that is given)")
-    group.add_argument("--id", action="append", metavar="ID", help="of the event; can be given several times")
-    group.add_argument("--reason", metavar="TEXT", help="a part of the reason, or a pattern (*, ?) for all of it")
-    group.add_argument("--type", metavar="GLOB", help="such as study.stable or 'job.*'")
+    group.add_argument(
+        "--id", type=_text, action="append", metavar="ID", help="of the event; can be given several times"
+    )
+    group.add_argument(
+        "--reason", type=_text, metavar="TEXT", help="a part of the reason, or a pattern (*, ?) for all of it"
+    )
+    group.add_argument("--type", type=_text, metavar="GLOB", help="such as study.stable or 'job.*'")
     group.add_argument("--older", type=_duration, metavar="DURATION", help="failed last at least so long ago: 90m, 7d")
     group.add_argument("--newer", type=_duration, metavar="DURATION", help="failed last at most so long ago")
     group.add_argument("--all", action="store_true", help="all of them")
@@ -97,6 +102,12 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 12h or 7d") from None
 
 
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: say which are meant, or leave it out")
+    return text
+
+
 def _help(options: argparse.Namespace) -> int:
     options.parser.print_help()
     return 2
@@ -104,12 +115,16 @@ def _help(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from orthanc_events_bridge.consumers.dead import Choice
+    from orthanc_events_bridge.values import format_duration
 
     choice = Choice(
         tuple(options.id or ()), options.reason or "", options.older, options.newer, options.type or "", options.all
     )
     if options.action in ("redrive", "discard") and not choice.chosen:
         raise UsageError(f"which dead letters to {options.action} is not said", "choose some, or say --all")
+    if None not in (options.older, options.newer) and options.older > options.newer:
+        wrong = f"no dead letter is older than {format_duration(options.older)} and newer than"
+        raise UsageError(f"{wrong} {format_duration(options.newer)}", "give --newer the longer time")
     action = _ACTION[options.action]
     return asyncio.run(action(options, choice))
 
@@ -129,6 +144,9 @@ async def _dead_letters(options: argparse.Namespace) -> AsyncIterator[tuple[Tran
     if settings.broker is None:
         raise UsageError("at which broker is not said", "say --broker URL, or name it in the file of --config")
     transport = transports.create(settings.broker)
+    if not transport.capabilities.subscribable:
+        wrong = f"consumers have no dead letters at a transport of type {settings.broker.type}"
+        raise UsageError(wrong, "name the broker that they receive from")
     try:
         await transport.connect()
         letters = await transport.dead_letters(settings.name)
@@ -168,7 +186,23 @@ async def _list(options: argparse.Namespace, choice: Choice) -> int:
 
 
 def _none(name: str, choice: Choice) -> str:
-    return f"consumer {name}: no dead letters{' that fit' if choice.chosen else ''}"
+    from orthanc_events_bridge.consumers.routes import near
+
+    meant = near(choice.type)
+    hint = f" (did you mean --type {meant}?)" if meant else ""
+    return f"consumer {name}: no dead letters{' that fit' if choice.chosen else ''}{hint}"
+
+
+def _check_ids(name: str, choice: Choice, found: set[str]) -> None:
+    """Were those there that are named?
+
+    :raises BridgeError: no. What else was meant is done.
+    """
+    if missing := [one for one in choice.ids if one not in found]:
+        raise BridgeError(
+            f"consumer {name} has no dead letter that fits with the id {', '.join(missing)}",
+            f"see orthanc-events dlq list --consumer {name}",
+        )
 
 
 async def _print_rows(letters: DeadLetters, choice: Choice) -> int:
@@ -215,13 +249,14 @@ async def _show(options: argparse.Namespace, choice: Choice) -> int:
     async with _dead_letters(options) as (_, letters, name):
         if options.json:
             return await _print_json(letters, choice, lambda one: _whole(one, data=options.data))
-        found = False
+        found: set[str] = set()
         with Meter("dead letters read") as meter:
             async for part in _parts(letters, choice, meter):
                 meter.clear()
                 for one in part:
                     _print_whole(one, data=options.data)
-                found = True
+                found |= {one.id for one in part}
+        _check_ids(name, choice, found)
         if not found:
             print(_none(name, choice))
     return 0
@@ -255,16 +290,18 @@ async def _redrive(options: argparse.Namespace, choice: Choice) -> int:
         if options.dry_run:
             print(f"{await _print_rows(letters, choice)} would be given to consumer {name} again")
             return 0
-        inbox, done = transport.inbox(name), 0
+        inbox, done, found = transport.inbox(name), 0, set[str]()
         try:
             with Meter("dead letters given again") as meter:
                 async for part in _parts(letters, choice, meter):
                     await inbox.connect()
                     await redrive(letters, inbox, part)
                     done += len(part)
+                    found |= {one.id for one in part}
         finally:
             await inbox.close()
     print(f"{done} given to consumer {name} again")
+    _check_ids(name, choice, found)
     return 0
 
 
@@ -276,9 +313,11 @@ async def _discard(options: argparse.Namespace, choice: Choice) -> int:
             print(f"{await _print_rows(letters, choice)} of consumer {name} would be deleted")
             return 0
         chosen: list[DeadLetter] = []  # just those are deleted that were counted
+        found: set[str] = set()
         with Meter("dead letters read") as meter:
             async for part in _parts(letters, choice, meter):
                 chosen += [marked(one) for one in part]
+                found |= {one.id for one in part}
         if chosen and not options.yes and not await asyncio.to_thread(_sure, len(chosen), name):
             print("nothing is deleted")
             return 1
@@ -287,6 +326,7 @@ async def _discard(options: argparse.Namespace, choice: Choice) -> int:
                 await letters.remove(chosen[begin : begin + _BATCH])
                 meter.show(begin, len(chosen))
     print(f"{len(chosen)} of consumer {name} deleted")
+    _check_ids(name, choice, found)
     return 0
 
 

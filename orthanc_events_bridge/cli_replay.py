@@ -20,7 +20,8 @@ from orthanc_events_bridge.cli_options import (
 )
 from orthanc_events_bridge.cli_status import table
 from orthanc_events_bridge.errors import BridgeError
-from orthanc_events_bridge.status import BridgeView, iso
+from orthanc_events_bridge.moments import iso
+from orthanc_events_bridge.status import BridgeView
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.bridge.replays import Kept, Run

@@ -58,6 +58,4 @@ def _retry(options: argparse.Namespace) -> int:
     given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
     line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
     retry = JobRetry(configure_as(JobRetrySettings, {}, given=line))
-    if options.worker is not None:
-        retry.app.numbered(options.worker)
     return work(options, retry)

@@ -52,6 +52,9 @@ def define(commands: Commands) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", help="tell health and metrics there; each further worker at the next port"
+    )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
@@ -72,7 +75,7 @@ def _route(options: argparse.Namespace) -> int:
         raise UsageError("--json says how to explain", "say --explain ID too")
     if options.workers > 1 and not (options.check or options.dry_run or options.explain):
         logs(options.log_level or "info")
-        return supervise(["route", *again(options, "config", "broker", "log_level")], options.workers)
+        return supervise(["route", *again(options, "config", "broker", "http", "log_level")], options.workers)
     router = _router(options)
     if options.explain is not None:
         return asyncio.run(_explain(router, options.explain, as_json=options.json))
@@ -81,9 +84,10 @@ def _route(options: argparse.Namespace) -> int:
 
 def _router(options: argparse.Namespace) -> Router:
     from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
-    from orthanc_events_bridge.workflows.router import Router, RouterSettings
+    from orthanc_events_bridge.workflows.router import Router
+    from orthanc_events_bridge.workflows.router_settings import RouterSettings
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
     line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
     return Router(configure_as(RouterSettings, {}, given=line), dry=options.dry_run)
 

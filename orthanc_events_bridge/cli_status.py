@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from orthanc_events_bridge import status
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command, outbox_folder, outbox_options
+from orthanc_events_bridge.moments import iso
 
 #: The states in which something is wrong now.
 _FAULTS: Final = ("not connected", "refused", "needs attention")
@@ -158,7 +159,7 @@ def _set_aside(options: argparse.Namespace) -> int:
         print(json.dumps(entries, indent=2))
         return 0
     for entry in entries:
-        columns = [entry["transport"], entry["position"], status.iso(entry["at"])]
+        columns = [entry["transport"], entry["position"], iso(entry["at"])]
         print(*columns, entry["type"], entry["event"], entry["reason"], sep="  ")
     asked = "; the bridge was asked to send them again" if options.resend and entries else ""
     if asked and not status.running(place):

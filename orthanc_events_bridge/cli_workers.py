@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from orthanc_events_bridge.cli_options import UsageError
 
@@ -46,8 +46,9 @@ def supervise(arguments: list[str], count: int) -> int:
     from orthanc_events_bridge.consumers.workers import Workers
 
     command = [sys.executable, "-m", "orthanc_events_bridge", *arguments]
-    # Once, and not by each worker: what keeps it from beginning is said one time.
-    code = subprocess.run([*command, "--only-load"], stdin=subprocess.DEVNULL, check=False).returncode
+    # Once, and not by each worker: what keeps it from beginning is said one time. As the last of them, for its port.
+    trial = [*command, "--worker", str(count - 1), "--only-load"]
+    code = subprocess.run(trial, stdin=subprocess.DEVNULL, check=False).returncode
     if code:
         return code
     asked = threading.Event()
@@ -74,6 +75,12 @@ def supervise(arguments: list[str], count: int) -> int:
 class Working(Protocol):
     """What a worker runs."""
 
+    def numbered(self, number: int) -> Self:
+        """Be one of several, each with a port of its own for health and metrics."""
+
+    def complete(self) -> None:
+        """Is all said that it needs to begin? Nothing is connected."""
+
     async def check(self) -> list[str]:
         """Connect everywhere, and leave again; what was found, in a few lines."""
 
@@ -86,7 +93,10 @@ def work(options: argparse.Namespace, one: Working) -> int:
 
     :return: the exit code.
     """
+    if options.worker is not None:
+        one.numbered(options.worker)
     if options.only_load:
+        one.complete()
         return 0
     if options.check:
         print("\n".join(asyncio.run(one.check())))

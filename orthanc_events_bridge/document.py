@@ -196,7 +196,7 @@ class _Reader:
                 node,
                 place,
                 f"the environment variable {name} is not set",
-                f"set it for Orthanc's process, or give a default: ${{{name}:-…}}",
+                f"set it where the process is started, or give a default: ${{{name}:-…}}",
             )
         if broken:
             wrong = "holds a variable that is not written as one"

@@ -23,6 +23,7 @@ from orthanc_events_bridge.errors import (
     OrthancError,
     TransportConfigurationError,
 )
+from orthanc_events_bridge.secret import from_file
 from orthanc_events_bridge.transports.reasons import causes, reason, tls_failure
 from orthanc_events_bridge.transports.tls import client_context
 
@@ -127,23 +128,17 @@ class OrthancOptions:
             raise OrthancError(f"{self.place}: a certificate needs its key", "give both files, or none")
 
     def secret(self, name: str) -> str | None:
-        """The password or the token, whichever way it is given. One line break at a file's end is no part of it.
+        """The password or the token, whichever way it is given.
 
+        :param name: ``password`` or ``token``.
+        :return: none where neither form is given.
         :raises OrthancError: its file can't be read, or is empty.
         """
         inline: str | None = getattr(self, name)
         path: Path | None = getattr(self, f"{name}_file")
         if inline is not None or path is None:
             return inline
-        try:
-            text = path.read_bytes().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except OSError as error:
-            raise OrthancError(f"{name}_file {path} can't be read: {error.strerror}", "let our user read it") from error
-        except UnicodeDecodeError:  # chained, it would hold the secret
-            raise OrthancError(f"{name}_file {path} is not UTF-8 text", "save it as UTF-8") from None
-        if not text:
-            raise OrthancError(f"{name}_file {path} is empty", "write the secret into it")
-        return text
+        return from_file(f"{name}_file", path, OrthancError, "let our user read it")
 
 
 def client_settings(options: OrthancOptions) -> dict[str, Any]:

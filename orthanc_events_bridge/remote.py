@@ -25,13 +25,13 @@ from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.changes.rounds import SURE, Rounds
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, NotAnsweredError, OrthancError, OutboxError
 from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.capture import Capture, Waiting
 from orthanc_events_bridge.plugin.continuity import Break
 from orthanc_events_bridge.plugin.joining import AnyMerge, is_joined, join
 from orthanc_events_bridge.plugin.lookup import job_snapshot
-from orthanc_events_bridge.status import iso
 
 log = logging.getLogger(__name__)
 

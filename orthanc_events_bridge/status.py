@@ -10,13 +10,13 @@ import json
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from orthanc_events_bridge import __version__
 from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.outbox_schema import translated
 
@@ -229,9 +229,3 @@ def _state(
     if name in paused:
         return "paused", {**live, "since": iso(paused[name])}
     return (live.get("state", "connecting") if running else "bridge not running"), live
-
-
-def iso(milliseconds: float) -> str:
-    """Milliseconds since the epoch as RFC 3339, UTC."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -27,8 +27,8 @@ from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.errors import BridgeError, DamagedError, OutboxError
 from orthanc_events_bridge.folder import Folder, identity, set_aside
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_reader import OutboxReader
-from orthanc_events_bridge.status import iso
 
 log = logging.getLogger(__name__)
 

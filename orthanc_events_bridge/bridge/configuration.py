@@ -9,7 +9,7 @@ from typing import Any
 
 from orthanc_events_bridge.bridge.config import ConfigError, load
 from orthanc_events_bridge.bridge.settings import Settings
-from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.moments import iso
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from orthanc_events_bridge.bridge.relay import Relay
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.bridge.state import State
 from orthanc_events_bridge.errors import DamagedError
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.outbox_schema import OutboxRow
-from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
 

@@ -26,8 +26,8 @@ from orthanc_events_bridge.errors import (
 )
 from orthanc_events_bridge.events.mapping import short_name, to_outgoing
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_schema import OutboxRow
-from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from orthanc_events_bridge.events.mapping import partition_key, short_name
 from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
+from orthanc_events_bridge.transports.headers import EVENT_ID, OPERATION
 from orthanc_events_bridge.transports.options import TransportOptions
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Again(Place):
         self._count(events)
 
     def _marked(self, event: Outgoing) -> Outgoing:
-        headers = (("orthanc-event-id", event.id), ("orthanc-operation", "replay"))
+        headers = ((EVENT_ID, event.id), (OPERATION, "replay"))
         return event._replace(headers=(*event.headers, *headers), dedupe=self._run.dedupe_key(event.id))
 
     def _count(self, events: Sequence[Outgoing]) -> None:

@@ -16,20 +16,21 @@ from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.clients import Clients
 from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, Configuration, configure
 from orthanc_events_bridge.consumers.event import Event
-from orthanc_events_bridge.consumers.health import health
+from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns, only_once
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
 from orthanc_events_bridge.consumers.retry import RetryPolicy
-from orthanc_events_bridge.consumers.routes import Dead, Route, route
+from orthanc_events_bridge.consumers.routes import Dead, Route, check_terms, incomplete, no_handler, route
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY, ConsumerSettings
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
-from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.errors import BridgeError, OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancApi, OrthancOptions
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.subscriptions import boot_time
 
 if TYPE_CHECKING:
     import httpx
@@ -78,7 +79,8 @@ class Consumer:
     :param http: ``HOST:PORT`` at which health and metrics are told.
     :param store: where it is noted which effects are done (`once`): ``sqlite:////FOLDER/FILE`` for the workers of one
         machine, ``postgresql://USER@HOST/DATABASE``, ``nats://HOST:PORT`` (2.11 or newer), a block of NATS' options, or
-        ``broker``: the consumer's own NATS.
+        ``broker``: the consumer's own NATS, which it also is if nothing is said.
+    :param store_file: a file with the URL of a database, in place of `store`.
     :raises ConfigError: something of that makes no sense; with every mistake.
     """
 
@@ -99,27 +101,28 @@ class Consumer:
         drain: float | None = None,
         http: str | None = None,
         store: str | Mapping[str, Any] | None = None,
+        store_file: Path | str | None = None,
     ) -> None:
-        said = {name: value for name, value in locals().items() if name not in ("self", "config", "store")}
-        self._begin(configure(said, config), store)
+        said = {name: value for name, value in locals().items() if name not in ("self", "config")}
+        self._begin(configure(said, config))
 
     @classmethod
-    def configured(cls, found: Configuration[Any], store: str | Mapping[str, Any] | None = None) -> Self:
+    def configured(cls, found: Configuration[Any], *, inbox_only: bool = False) -> Self:
         """One whose configuration is put together already.
 
-        :param store: as in the constructor.
-        :raises ConfigError: the store makes no sense.
+        :param found: by `orthanc_events_bridge.consumers.configuration.configure`.
+        :param inbox_only: it gets what is sent to its inbox, and nothing of what everybody gets.
         """
         self = cls.__new__(cls)
-        self._begin(found, store)
+        self._begin(found, inbox_only)
         return self
 
-    def _begin(self, found: Configuration[Any], store: str | Mapping[str, Any] | None) -> None:
+    def _begin(self, found: Configuration[Any], inbox_only: bool = False) -> None:
         self.settings: ConsumerSettings = found.settings
         self.name = found.settings.name
         self.broker = found.settings.broker
         self.meter = Meter()
-        chosen = None if store is None else stores.check(store, self.broker)
+        chosen = self.settings.chosen_store()
         self._turns = Turns(self.name, None if chosen is None else lambda: stores.make(chosen))
         self._publisher = Publisher(self._connection)
         self._orthanc = found.orthanc
@@ -129,6 +132,7 @@ class Consumer:
             name=self.name,
             oldest=self.settings.start == "oldest",
             ordered=self.settings.ordered,
+            inbox_only=inbox_only,
             concurrency=self.settings.concurrency,
             prefetch=self.settings.prefetch or 2 * self.settings.concurrency,
             retry=self.settings.policy(),
@@ -141,6 +145,16 @@ class Consumer:
     def ready(self) -> bool:
         """Whether it is subscribed now."""
         return self._worker is not None and self._worker.ready
+
+    @property
+    def stuck(self) -> bool:
+        """Whether all that it may hold waits for a place of retries or dead letters that takes none."""
+        return self._worker is not None and self._worker.stuck
+
+    @property
+    def ticked(self) -> float:
+        """When it last looked at the clock, while it works (`orthanc_events_bridge.transports.subscriptions`)."""
+        return self._worker.ticked if self._worker is not None else boot_time()
 
     @property
     def handlers(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -171,9 +185,9 @@ class Consumer:
             publishes, the event is held until it does; anything else that it raises is logged, and holds up nothing.
         :raises BridgeError: a pattern matches nothing, or the function can't be called so.
         """
+        check_terms(patterns, where, retry)
         if retry is not None:
             self._check_order(retry)
-
         if once is not None:
             self._turns.check(once, LEASE, KEEP)
 
@@ -253,6 +267,9 @@ class Consumer:
     def publish_and_wait(self, name: str, data: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> str:
         """`publish`, for handlers that run in threads.
 
+        :param name: the event's type.
+        :param data: its data.
+        :param more: what else `publish` takes.
         :raises BridgeError: as `publish`; or it is called elsewhere.
         """
         return self._turns.wait(self.publish(name, data, **more), "publish_and_wait", "await app.publish(…)")
@@ -307,11 +324,9 @@ class Consumer:
         """The same, as one of several workers on this machine: with a port of its own for health and metrics.
 
         :param number: of the worker, from 0.
+        :raises ConfigError: there is no such port.
         """
-        if self.settings.http is not None:
-            host, _, port = self.settings.http.rpartition(":")
-            if int(port):
-                self.settings = self.settings.model_copy(update={"http": f"{host}:{int(port) + number}"})
+        self.settings = self.settings.model_copy(update={"http": address_of(self.name, self.settings.http, number)})
         return self
 
     def run(self) -> None:
@@ -339,7 +354,7 @@ class Consumer:
         transport, system = self._transport(clients), self.broker.type if self.broker else ""
         self._worker = worker = Worker(transport, self._terms, self._routes, clients, self.meter, system=system)
         try:
-            async with health(self.settings.http, worker, self.meter, self.name):
+            async with health(self.settings.http, self):
                 await worker.run()
         finally:
             self._worker = None
@@ -360,7 +375,7 @@ class Consumer:
             await clients.close()
 
     async def check(self) -> list[str]:
-        """Connect to the broker, to the store, and to Orthanc where a handler asks it, and leave again.
+        """Connect to the broker, to the store where one is said, and to Orthanc where a handler asks it; leave again.
 
         :return: what was found, in a few lines.
         :raises BridgeError: it can't begin, or can't connect.
@@ -371,6 +386,9 @@ class Consumer:
         try:
             await transport.connect()
             found += [f"{transport.name}: {line}" for line in await transport.describe()]
+            if self.settings.model_fields_set & {"store", "store_file"}:
+                await self._turns.store()
+                found.append("store: it can be noted what is done once")
             if any(one.wants_orthanc for one in self._routes) and self._orthanc is not None:
                 found.append(await asyncio.to_thread(_ask, self._orthanc))
             if self._turns.any_store:
@@ -380,6 +398,7 @@ class Consumer:
             await self._turns.close()
             await transport.close()
             await clients.close()
+            await self._turns.close()
         return found
 
     def _transport(self, clients: Clients) -> Transport:
@@ -388,22 +407,35 @@ class Consumer:
         :raises BridgeError: something is.
         """
         if not self._routes:
-            raise BridgeError(f"consumer {self.name}: there is no handler", 'write @app.on("study.stable") above one')
+            raise no_handler(self.name)
         if any(one.wants_orthanc for one in self._routes):
-            clients.check()
+            try:
+                clients.check()
+            except OrthancError as error:
+                raise incomplete(self.name, "orthanc", error.message, error.remedy) from None
         return self._connection()
 
     def _connection(self) -> Transport:
         """To the broker, not connected yet.
 
-        :raises BridgeError: which one is not said, or its client is not installed.
+        :raises BridgeError: which one is not said, or it can't be consumed from, or its client is not installed.
         """
         if self.broker is None:
-            raise BridgeError(
-                f"consumer {self.name}: which broker its events come from is not said",
-                f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}",
-            )
-        return create(self.broker)
+            wrong = "which broker its events come from is not said"
+            right = f"give Consumer(broker=URL), `broker` in its file, or {BROKER_ENVIRONMENT}"
+            raise incomplete(self.name, "broker", wrong, right)
+        transport = create(self.broker)
+        if not transport.capabilities.subscribable:
+            wrong = f"there is nothing to be received from a transport of type {self.broker.type}"
+            raise incomplete(self.name, "broker", wrong, "use NATS, RabbitMQ or Kafka")
+        return transport
+
+    def complete(self) -> None:
+        """Is all said that it needs to begin? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._transport(Clients(self._orthanc))
 
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""

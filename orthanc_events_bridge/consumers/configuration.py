@@ -1,7 +1,7 @@
 """What applies to a consumer: the command line, the environment, its file, the code, in that order; option by option.
 
 The file is named by the command line, by ``ORTHANC_EVENTS_CONSUMER``, or by ``config=`` in the code. The blocks
-``retry`` and ``orthanc`` are put together from all of them, ``broker`` comes from one.
+``retry`` and ``orthanc`` are put together from all of them, ``broker`` and ``store`` each come from one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ _S = TypeVar("_S", bound=ConsumerSettings)
 ENVIRONMENT: Final = "ORTHANC_EVENTS_CONSUMER"
 #: Names the broker, by its URL.
 BROKER_ENVIRONMENT: Final = "ORTHANC_EVENTS_BROKER"
+#: Options that the environment can give as they are → the variables.
+_OUTSIDE: Final = {
+    "broker": BROKER_ENVIRONMENT,
+    "store": "ORTHANC_EVENTS_STORE",
+    "store_file": "ORTHANC_EVENTS_STORE_FILE",
+}
+#: Options that the command line calls otherwise.
+_FLAGS: Final = {"name": "--consumer"}
 _ADVICE: Final = Advice(
     missing=f"write one (docs/consumer-configuration.md), or name another in {ENVIRONMENT}",
     name="consumer.yaml",
@@ -111,17 +119,23 @@ def configure_as(
     if isinstance(said.get("retry"), RetryPolicy):
         # In a file an option without a value counts as left out, so that no limit is written as 0 there.
         said["retry"] = {name: 0 if value is None else value for name, value in asdict(said["retry"]).items()}
-    outside: dict[str, Any] = {}
-    if environment.get(BROKER_ENVIRONMENT):
-        outside["broker"] = environment[BROKER_ENVIRONMENT]
+    outside = {option: environment[name] for option, name in _OUTSIDE.items() if environment.get(name)}
+    if "store_file" in outside:
+        outside["store_file"] = str(Path(outside["store_file"]).absolute())  # not from the file's folder
     line = dict(given.options or {})
     in_file = dict(document.data)
-    document.data = {**said, **in_file, **outside, **line}
+    document.data = {}
+    for layer in (said, in_file, outside, line):
+        if "store" in layer or "store_file" in layer:  # one place says it, whichever way
+            document.data = {name: value for name, value in document.data.items() if not name.startswith("store")}
+        document.data |= layer
+    over = outside.keys() | line.keys()
+    document.lines = {place: number for place, number in document.lines.items() if not over & set(place[:1])}
     if isinstance(said.get("retry"), dict) and isinstance(in_file.get("retry"), dict):
         document.data["retry"] = {**said["retry"], **in_file["retry"]}
     where = {option: f"the consumer {said.get('name', '')}".strip() for option in said}
-    where |= dict.fromkeys(in_file, str(path)) | dict.fromkeys(outside, BROKER_ENVIRONMENT)
-    where |= {option: f"--{option.replace('_', '-')}" for option in line}
+    where |= dict.fromkeys(in_file, str(path)) | {option: _OUTSIDE[option] for option in outside}
+    where |= {option: _FLAGS.get(option, f"--{option.replace('_', '-')}") for option in line}
 
     settings, errors = validate(kind, document, path.parent if path else Path())
     for place, number, wrong, right in explain(document, errors, kind):
@@ -155,5 +169,7 @@ def _orthanc(
     try:
         return OrthancOptions.find({}, environment, *layers)
     except OrthancError as error:
-        source = file if in_file else f"the consumer {settings.name}"
+        outside = [name for name in environment if name.startswith(ORTHANC_ENVIRONMENT) and environment[name]]
+        said_here = [file if in_file else f"the consumer {settings.name}"] if layers else []
+        source = " and ".join([*said_here, *sorted(outside)])
         raise ConfigError([Problem(source, None, "orthanc", error.message, error.remedy)]) from None

@@ -8,12 +8,12 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any, Final
 
 from orthanc_events_bridge.consumers.event import UnreadableError, address_parts, read
 from orthanc_events_bridge.events.mapping import partition
 from orthanc_events_bridge.events.reading import event_of
+from orthanc_events_bridge.moments import seconds_of
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming, Outgoing, Place, PublishError
 from orthanc_events_bridge.transports.headers import (
     ADDRESS,
@@ -67,10 +67,8 @@ class Letter:
 
         :param now: seconds since the epoch.
         """
-        try:
-            return now - datetime.fromisoformat(self.last).timestamp()
-        except ValueError:
-            return None
+        last = seconds_of(self.last)
+        return None if last is None else now - last
 
     def row(self) -> dict[str, Any]:
         """For programs; nothing of its content."""

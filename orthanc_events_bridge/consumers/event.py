@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orthanc_events_bridge.events.catalog import VERSION
 from orthanc_events_bridge.events.derived import NAMES
 from orthanc_events_bridge.events.reading import event_of
-from orthanc_events_bridge.transports.headers import ADDRESS, SITE
+from orthanc_events_bridge.transports.headers import ADDRESS, OPERATION, SITE
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming
@@ -206,7 +206,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
         data=data or {},
         attributes=found,
         attempt=attempt,
-        operation=message.headers.get("orthanc-operation", ""),
+        operation=message.headers.get(OPERATION, ""),
         site=message.headers.get(SITE) or address_parts(message.headers.get(ADDRESS, message.address))[0],
     )
 

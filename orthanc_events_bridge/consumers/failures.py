@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -41,19 +40,3 @@ def ascii_text(text: str) -> str:
     """As a header of any broker can hold it."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text)
     return plain.encode("ascii", "backslashreplace").decode()[:_LONGEST_TEXT]
-
-
-def time_text(seconds: float) -> str:
-    """As headers have it.
-
-    :param seconds: of the epoch.
-    """
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def read_time(text: str, default: float) -> float:
-    """The reverse; never later than the default, which also stands for what is none."""
-    try:
-        return min(datetime.fromisoformat(text).timestamp(), default)
-    except ValueError:
-        return default

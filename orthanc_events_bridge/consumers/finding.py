@@ -10,11 +10,16 @@ import traceback
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.loading import ConfigError
 
 log = logging.getLogger(__name__)
+
+#: Of these Python itself says what is wrong: names and signatures, and nothing of what a program has read.
+_PYTHONS: Final = (AttributeError, ImportError, NameError, SyntaxError, TypeError)
 
 
 class TargetError(BridgeError):
@@ -35,10 +40,15 @@ def find(target: str, folder: Path) -> Consumer:
             f"{target!r} names no consumer", "write module:name, such as router:app; without .py, and dots for slashes"
         )
     module = _import(name, folder)
-    consumers = [key for key, value in vars(module).items() if isinstance(value, Consumer)]
+    # By themselves: one that has two names is one.
+    consumers = [*{id(value): key for key, value in vars(module).items() if isinstance(value, Consumer)}.values()]
     listed = f"there are: {', '.join(consumers)}" if consumers else "there is no Consumer in it"
     if not attribute:
-        if len(consumers) != 1:
+        if not consumers:
+            raise TargetError(
+                f"there is no consumer in {_file(module)}", 'make one: app = Consumer("NAME", broker=URL)'
+            )
+        if len(consumers) > 1:
             raise TargetError(f"which consumer of {name} is meant is not said", f"write {name}:name; {listed}")
         attribute = consumers[0]
     if not hasattr(module, attribute):
@@ -67,12 +77,15 @@ def _import(name: str, folder: Path) -> ModuleType:
         raise TargetError(
             f"{name} can't be imported: {_where(error)} needs the module {missing}", "install it"
         ) from None
-    except BridgeError:
+    except ConfigError:  # which says where each mistake is
         raise
+    except BridgeError as error:
+        raise TargetError(f"{_where(error)}: {error.message}", error.remedy) from None
     except (Exception, SystemExit) as error:
         log.debug("importing %s failed", name, exc_info=error)
+        said = f": {error.msg if isinstance(error, SyntaxError) else error}" if isinstance(error, _PYTHONS) else ""
         raise TargetError(
-            f"{name} can't be imported: {_where(error)} raises {type(error).__name__}",
+            f"{name} can't be imported: {_where(error)} raises {type(error).__name__}{said}",
             "--log-level debug shows all of it",
         ) from None
 
@@ -81,7 +94,7 @@ def _where(error: BaseException) -> str:
     """File and line: of a mistake in writing, else the deepest of the user's own, else of whoever raised."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<frozen")]
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
     libraries = (str(Path(importlib.__file__ or "").parents[1]), str(Path(__file__).parents[1]), "site-packages")
     own = [one for one in frames if not any(part in one.filename for part in libraries)]
     frame = (own or frames)[-1]

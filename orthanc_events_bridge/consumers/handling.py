@@ -19,13 +19,14 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.consumers.failures import ascii_text, kind_of, place, read_time, spell, time_text
+from orthanc_events_bridge.consumers.failures import ascii_text, kind_of, place, spell
 from orthanc_events_bridge.consumers.retry import Again, Dead, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.settings import LONGEST_ORDERED_RETRY
 from orthanc_events_bridge.consumers.threads import DaemonThreads
 from orthanc_events_bridge.consumers.tracing import Spans
 from orthanc_events_bridge.errors import BridgeError, NotConnectedError, RefusedError, TransportError
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso, seconds_of
 from orthanc_events_bridge.transports.headers import EXCEPTION, FIRST_FAILURE, LAST_FAILURE, REASON
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class Handling:
 
     async def _failed(self, held: Held, problem: BaseException) -> None:
         event, now, name = held.event, self._now(), held.at.name if held.at is not None else ""
-        first = read_time(held.delivery.message.headers.get(FIRST_FAILURE, ""), now)
+        first = seconds_of(held.delivery.message.headers.get(FIRST_FAILURE, ""))
+        first = now if first is None else min(first, now)  # clocks differ
         outcome: Again | Dead
         if isinstance(problem, Reject):
             outcome = Dead(problem.reason)
@@ -169,7 +171,9 @@ class Handling:
             asked = problem.after if isinstance(problem, Retry) else None
             outcome = self._policy(held.at).after(event.attempt, now - first, self._chance, asked)
         kind = "" if isinstance(problem, Retry | Reject) else kind_of(problem)
-        headers = {FIRST_FAILURE: time_text(first), LAST_FAILURE: time_text(now)} | ({EXCEPTION: kind} if kind else {})
+        headers = {FIRST_FAILURE: iso(first * 1000), LAST_FAILURE: iso(now * 1000)}
+        if kind:
+            headers[EXCEPTION] = kind
         why = f"{kind} in {place(problem, held.at)}" if kind else f"{type(problem).__name__} of {name}"
         # Our own errors hold no patient data, and say what to do; what others say nobody knows.
         said = f": {problem}" if isinstance(problem, BridgeError) else ""
@@ -192,7 +196,7 @@ class Handling:
         Where their place takes nothing it is held, and waits beside.
         """
         log.error("%s goes among the dead letters: %s%s", spell(held), reason, f"; {why}" if why else "")
-        said = {REASON: ascii_text(reason), LAST_FAILURE: time_text(self._now())} | (headers or {})
+        said = {REASON: ascii_text(reason), LAST_FAILURE: iso(self._now() * 1000)} | (headers or {})
         said.setdefault(FIRST_FAILURE, said[LAST_FAILURE])
         await self._store(held, lambda: self._reject(held, said), "dead")
 

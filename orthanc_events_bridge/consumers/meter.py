@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from datetime import datetime
 from typing import Final
 
 from orthanc_events_bridge.events.derived import NAMES
+from orthanc_events_bridge.moments import seconds_of
 
 #: Upper bounds of the classes of durations, in seconds.
 BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0, 1800.0)
@@ -68,11 +68,8 @@ class Meter:
         :param recorded: the event's ``recordedtime``; of a retry or replay nothing is to be learned.
         :param now: seconds since the epoch.
         """
-        try:
-            moment = datetime.fromisoformat(recorded).timestamp()
-        except ValueError:
-            return
-        if self.newest is None or moment >= self.newest:
+        moment = seconds_of(recorded)
+        if moment is not None and (self.newest is None or moment >= self.newest):
             self.newest, self.lag = moment, max(0.0, now - moment)
 
     def total(self, outcome: str) -> int:

@@ -1,8 +1,8 @@
-"""What a worker counts, in Prometheus' format. Needs the extra ``metrics``."""
+"""What the consumers of a worker count, in Prometheus' format. Needs the extra ``metrics``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
@@ -11,17 +11,18 @@ from orthanc_events_bridge.consumers.meter import BUCKETS, OUTCOMES, Meter
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
+    from orthanc_events_bridge.consumers.health import Watched
+
 #: What the answer is written in.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX: Final = "orthanc_consumer"
 
 
 class Collector:
-    """Reads the meter when it is asked: nothing is counted twice."""
+    """Reads the meters when it is asked: nothing is counted twice."""
 
-    def __init__(self, meter: Meter, consumer: str) -> None:
-        self._meter = meter
-        self._consumer = consumer
+    def __init__(self, consumers: Sequence[Watched]) -> None:
+        self._consumers = consumers
 
     def collect(self) -> Iterator[Metric]:
         """The numbers of now."""
@@ -31,46 +32,53 @@ class Collector:
             HistogramMetricFamily,
         )
 
-        meter, one, typed = self._meter, ["consumer"], ["consumer", "type"]
+        one, typed = ["consumer"], ["consumer", "type"]
         for outcome, text in OUTCOMES.items():
             counter = CounterMetricFamily(f"{_PREFIX}_{outcome}", text, labels=typed)
-            for (kind, name), number in sorted(meter.counts.items()):
-                if kind == outcome:
-                    counter.add_metric([self._consumer, name], number)
+            for name, meter in self._meters():
+                for (kind, event), number in sorted(meter.counts.items()):
+                    if kind == outcome:
+                        counter.add_metric([name, event], number)
             yield counter
-        gauge = GaugeMetricFamily(f"{_PREFIX}_in_flight", "Events whose handlers run.", labels=one)
-        gauge.add_metric([self._consumer], meter.in_flight)
-        yield gauge
-        gauge = GaugeMetricFamily(
-            f"{_PREFIX}_waiting", "Events that wait for a place of retries or dead letters that takes none.", labels=one
-        )
-        gauge.add_metric([self._consumer], meter.waiting)
-        yield gauge
         histogram = HistogramMetricFamily(
             f"{_PREFIX}_duration_seconds", "Time in the handlers of an event.", labels=typed
         )
-        for name, classes in sorted(meter.durations.items()):
-            bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
-            histogram.add_metric(
-                [self._consumer, name], list(zip(bounds, accumulate(classes), strict=True)), meter.seconds[name]
-            )
+        bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
+        for name, meter in self._meters():
+            for event, classes in sorted(meter.durations.items()):
+                buckets = list(zip(bounds, accumulate(classes), strict=True))
+                histogram.add_metric([name, event], buckets, meter.seconds[event])
         yield histogram
-        if meter.newest is not None:
-            newest = GaugeMetricFamily(
-                f"{_PREFIX}_newest_recorded_timestamp_seconds",
-                "When the newest event that is handled was recorded, since the epoch.",
-                labels=one,
-            )
-            newest.add_metric([self._consumer], meter.newest)
-            yield newest
-            lag = GaugeMetricFamily(
-                f"{_PREFIX}_lag_seconds", "Between recording and the end of handling, of the newest event.", labels=one
-            )
-            lag.add_metric([self._consumer], meter.lag)
-            yield lag
+        for what, (text, read) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"{_PREFIX}_{what}", text, labels=one)
+            for name, meter in self._meters():
+                if (value := read(meter)) is not None:
+                    gauge.add_metric([name], value)
+            yield gauge
+
+    def _meters(self) -> Iterator[tuple[str, Meter]]:
+        return ((one.name, one.meter) for one in self._consumers)
 
 
-def metrics_text(meter: Meter, consumer: str) -> bytes:
+#: What each gauge tells, and where that is found; none: nothing is known yet.
+_GAUGES: Final[dict[str, tuple[str, Callable[[Meter], float | None]]]] = {
+    "in_flight": ("Events whose handlers run.", lambda meter: meter.in_flight),
+    "waiting": (
+        "Events that wait for a place of retries or dead letters that takes none.",
+        lambda meter: meter.waiting,
+    ),
+    "newest_recorded_timestamp_seconds": (
+        "When the newest event that is handled was recorded, since the epoch.",
+        lambda meter: meter.newest,
+    ),
+    "lag_seconds": (
+        "Between recording and the end of handling, of the newest event.",
+        lambda meter: None if meter.newest is None else meter.lag,
+    ),
+}
+
+
+def metrics_text(consumers: Sequence[Watched]) -> bytes:
     """All of them.
 
     :raises ImportError: ``prometheus_client`` is not installed.
@@ -78,5 +86,5 @@ def metrics_text(meter: Meter, consumer: str) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector(meter, consumer))
+    registry.register(Collector(consumers))
     return generate_latest(registry)

@@ -69,13 +69,13 @@ class Turns:
         self.sleep = sleep
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def check(self, effect: str, lease: float, keep: float) -> None:
+    def check(self, effect: object, lease: float, keep: float) -> None:
         """Can there be such an effect?
 
         :raises BridgeError: no.
         """
         self.check_store()
-        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", effect) is None:
+        if not isinstance(effect, str) or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", effect) is None:
             raise BridgeError(f"{effect!r} can't be the name of an effect", "use letters, digits, _ and -, at most 64")
         if not 1 <= lease <= 86400:
             raise BridgeError(f"the effect {effect}: lease={lease!r} makes no sense", "give 1 to 86400 seconds")

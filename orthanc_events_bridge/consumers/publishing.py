@@ -27,7 +27,7 @@ from orthanc_events_bridge.events.mapping import (
     partition_key,
     trace_parent,
 )
-from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
 
 if TYPE_CHECKING:

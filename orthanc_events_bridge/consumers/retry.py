@@ -79,6 +79,10 @@ class RetryPolicy:
     max_age: float | None = 7 * 86400.0
 
     def __post_init__(self) -> None:
+        for name in ("max_attempts", "initial", "maximum", "jitter", "max_age"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) or (value is None and name.startswith("max_"))):
+                raise BridgeError(f"RetryPolicy: {name}={value!r} is no number", _RIGHT[name])
         for name, right in (
             ("max_attempts", self.max_attempts is None or self.max_attempts >= 1),
             ("backoff", self.backoff in ("exponential", "constant")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import inspect
 import re
@@ -13,6 +14,7 @@ from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.derived import NAMES
+from orthanc_events_bridge.loading import ConfigError, Problem
 
 #: ``handler(event)`` or ``handler(event, orthanc)``, sync or async. What it returns is ignored.
 Handler = Callable[..., Any] | Callable[..., Awaitable[Any]]
@@ -61,27 +63,69 @@ def route(
     retry: RetryPolicy | None = None,
     on_dead: Dead | None = None,
 ) -> Route:
-    """Check a handler and its patterns.
+    """Check a handler.
 
-    :raises BridgeError: a pattern matches no event, or the handler can't be called with one.
+    :param patterns: `check_terms` has looked at them, and at `where` and `retry`.
+    :raises BridgeError: it can't be called with an event.
+    """
+    count, called = _arguments(handler), _called(handler)
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+        raise BridgeError(f"the handler {_name(handler)} has `yield` in it: it would never run", "leave the yield out")
+    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
+        raise BridgeError(f"on_dead={on_dead!r} can't be awaited", "give a coroutine function of (event, reason)")
+    return Route(patterns, handler, where, retry, count == 2, inspect.iscoroutinefunction(called), on_dead)
+
+
+def check_terms(patterns: tuple[str, ...], where: object = None, retry: object = None) -> None:
+    """Check what a handler is to be called for.
+
+    :raises BridgeError: a pattern matches no event, or something is not what it has to be.
     """
     if not patterns:
         raise BridgeError("a handler is for no event", 'name types: @app.on("study.stable")')
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise BridgeError("@app.on is given something that is no text", 'write @app.on("study.stable")')
-        foreign = pattern.count(".") > 1 and not _WILD.search(pattern)  # a whole type: of others too
-        if not foreign and not fnmatch.filter(NAMES, pattern):
-            raise BridgeError(
-                f"no event is called {pattern!r}",
-                "see docs/events.md; study.stable, *.stable and job.* are such names, without prefix and version",
-            )
-    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
-        raise BridgeError(f"on_dead={on_dead!r} can't be awaited", "give a coroutine function of (event, reason)")
-    called = handler if inspect.isroutine(handler) else getattr(handler, "__call__", handler)  # noqa: B004
-    return Route(
-        patterns, handler, where, retry, _arguments(handler) == 2, inspect.iscoroutinefunction(called), on_dead
-    )
+        check_pattern(pattern)
+    if where is not None and (not callable(where) or inspect.iscoroutinefunction(_called(where))):
+        raise BridgeError("@app.on: where is no function that says at once", "write where=lambda event: …")
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise BridgeError("@app.on: retry is no policy", "write retry=RetryPolicy(max_attempts=…)")
+
+
+def check_pattern(pattern: str) -> None:
+    """Can there be an event of that name?
+
+    :raises BridgeError: no.
+    """
+    foreign = pattern.count(".") > 1 and not _WILD.search(pattern)  # a whole type: of others too
+    if not foreign and not fnmatch.filter(NAMES, pattern):
+        right = "see docs/events.md; study.stable, *.stable and job.* are such names, without prefix and version"
+        meant = near(pattern)
+        raise BridgeError(f"no event is called {pattern!r}", f"did you mean {meant}?" if meant else right)
+
+
+def near(pattern: str) -> str:
+    """The event that is meant by a name that none has; empty where that is not to be seen."""
+    return "" if fnmatch.filter(NAMES, pattern) else "".join(difflib.get_close_matches(pattern, NAMES, 1))
+
+
+def incomplete(consumer: str, option: str, wrong: str, right: str) -> ConfigError:
+    """What to raise where a consumer can't begin as it is."""
+    return ConfigError([Problem(f"consumer {consumer}", None, option, wrong, right)])
+
+
+def no_handler(consumer: str) -> ConfigError:
+    """What to raise where it has no handler."""
+    return incomplete(consumer, "", "there is no handler", 'write @app.on("study.stable") above one')
+
+
+def _called(handler: Any) -> Any:
+    return handler if inspect.isroutine(handler) else getattr(handler, "__call__", handler)  # noqa: B004
+
+
+def _name(handler: Any) -> str:
+    return str(getattr(handler, "__qualname__", repr(handler)))
 
 
 def _arguments(handler: Handler) -> int:
@@ -101,5 +145,6 @@ def _arguments(handler: Handler) -> int:
         except TypeError:
             continue
         return count
-    name = getattr(handler, "__qualname__", repr(handler))
-    raise BridgeError(f"the handler {name}{signature} can't be called", "it takes (event) or (event, orthanc)")
+    raise BridgeError(
+        f"the handler {_name(handler)}{signature} can't be called", "it takes (event) or (event, orthanc)"
+    )

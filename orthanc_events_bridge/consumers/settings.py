@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -22,11 +23,14 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.broker import block_of
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions
+from orthanc_events_bridge.secret import given_twice
 from orthanc_events_bridge.transports.blocks import ByType, transport_of
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, format_duration, mistake
 
@@ -73,6 +77,13 @@ def _http(value: str) -> str:
     if int(port) > 65535:
         raise mistake("has a port that there isn't", "write one of 1 to 65535, or 0 for any free one", shown=value)
     return value
+
+
+class _Store:
+    """A URL, or a block of NATS' options."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(NatsOptions.__pydantic_core_schema__)]}
 
 
 class OrthancSettings(Options):
@@ -243,14 +254,34 @@ class ConsumerSettings(Options):
         "its own: this one, and those behind it.",
         examples=["127.0.0.1:9100"],
     )
+    store: Annotated[SecretStr | SerializeAsAny[TransportOptions], BeforeValidator(stores.option), _Store()] | None = (
+        Field(
+            default=None,
+            description="Where it is noted what is done once ([stores](once.md#stores)): `broker`, "
+            "`sqlite:////FOLDER/FILE`, `postgresql://USER@HOST/DATABASE`, `nats://HOST:4222`, or a block of NATS' "
+            "options. Left out: the broker, where that is NATS. Also `ORTHANC_EVENTS_STORE`.",
+            examples=["sqlite:////var/lib/orthanc-events/once.db"],
+        )
+    )
+    store_file: FileName | None = Field(
+        default=None,
+        description="A file with the URL of a database, in place of `store`: the safer way for one that holds a "
+        "password. Also `ORTHANC_EVENTS_STORE_FILE`.",
+        examples=["/run/secrets/once-url"],
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",
         description="The least severe messages that are logged. `debug` shows what handlers raised, which can hold "
         "patient data.",
     )
 
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """A store is given as it is, or by a file."""
+        yield from given_twice(given)
+
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
-        """Fewer events held than handled; a retry that would hold up an order."""
+        """Fewer events held than handled; a retry that would hold up an order; a store that the broker is not."""
         if self.prefetch and self.prefetch < self.concurrency:
             options: tuple[Place, ...] = (("prefetch",), ("concurrency",))
             right = "give at least as many, or 0 for twice as many"
@@ -259,6 +290,31 @@ class ConsumerSettings(Options):
         if self.ordered and longest > LONGEST_ORDERED_RETRY:
             wrong = f"in order, a retry of {format_duration(longest)} would hold up 1/64 of all events"
             yield ("retry", "maximum"), mistake(wrong, f"give {format_duration(LONGEST_ORDERED_RETRY)} at most")
+        if self._store_is_broker and not isinstance(self.broker, NatsOptions):
+            wrong = f"{self.broker.type if self.broker else 'no broker'} can't note what is done once"
+            yield ("store",), mistake(wrong, stores.STORES)
+
+    def without_store(self, what: str) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """What is wrong where something has to be noted, and there is nowhere to.
+
+        :param what: has to be noted.
+        """
+        if self.broker is not None and self.chosen_store() is None:
+            wrong = f"where to note {what} is not said, and {self.broker.type} can't note it"
+            yield ("store",), mistake(wrong, stores.STORES)
+
+    @property
+    def _store_is_broker(self) -> bool:
+        return isinstance(self.store, SecretStr) and self.store.get_secret_value() == stores.BROKER
+
+    def chosen_store(self) -> SecretStr | Path | NatsOptions | None:
+        """Where it is noted what is done once, as `stores.make` takes it; none where that is not said."""
+        if self.store_file is not None:
+            return self.store_file
+        if self.store is not None and not self._store_is_broker:
+            assert isinstance(self.store, SecretStr | NatsOptions)
+            return self.store
+        return self.broker if isinstance(self.broker, NatsOptions) else None
 
     def policy(self) -> RetryPolicy:
         """What `retry` says."""

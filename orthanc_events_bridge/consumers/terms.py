@@ -19,12 +19,14 @@ class Terms:
     :ivar retry: for handlers without a policy of their own.
     :ivar ack_wait: seconds without a word from us behind which the broker may give a delivery to another.
     :ivar longest: seconds that a handler may take, with its waits; 0: what the broker allows by itself.
+    :ivar inbox_only: whether it gets nothing of what everybody gets, only what is sent to its inbox.
     :ivar drain: seconds that handlers have to end when the worker stops.
     """
 
     name: str
     oldest: bool = False
     ordered: bool = False
+    inbox_only: bool = False
     concurrency: int = 16
     prefetch: int = 64
     retry: RetryPolicy = field(default_factory=RetryPolicy)

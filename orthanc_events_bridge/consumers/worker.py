@@ -169,6 +169,7 @@ class Worker:
             ack_wait=terms.ack_wait,
             ordered=terms.ordered,
             longest=terms.longest,
+            inbox_only=terms.inbox_only,
         )
 
     async def _pause(self, error: TransportError, failures: int) -> None:

@@ -7,7 +7,6 @@ import json
 import uuid
 import zlib
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from orthanc_events_bridge.events.catalog import VERSION, verb
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.transports.subscriptions import PARTITIONS
@@ -49,8 +49,7 @@ class Event(CloudEvent):
 @lru_cache(maxsize=1024)
 def _time(milliseconds: int, digits: bool) -> str:
     """RFC 3339, UTC: whole seconds, which is what the log knows, or always three digits behind them."""
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds" if digits else "seconds")[:-6] + "Z"
+    return iso(milliseconds, "milliseconds" if digits else "seconds")
 
 
 def partition(key: str) -> str:

@@ -18,6 +18,7 @@ from orthanc_events_bridge.changes.unlogged import Unlogged
 from orthanc_events_bridge.changes.unordered import REREAD
 from orthanc_events_bridge.errors import DamagedError, LogUnavailableError, NotAnsweredError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.chores import Chore
 from orthanc_events_bridge.plugin.continuity import EMPTIED, Break, Continuity
@@ -26,7 +27,6 @@ from orthanc_events_bridge.plugin.joining import AnyMerge, is_joined, join
 from orthanc_events_bridge.plugin.recorder import Recorder
 from orthanc_events_bridge.plugin.rescue import Rescue
 from orthanc_events_bridge.salvage import StoppedError
-from orthanc_events_bridge.status import iso
 
 #: Seconds that a first start waits for the bridge to say which settings apply.
 FIRST_SETTINGS: Final = 10.0

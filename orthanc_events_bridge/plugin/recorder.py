@@ -19,6 +19,7 @@ from orthanc_events_bridge.changes.repair import Repair
 from orthanc_events_bridge.errors import BridgeError, LogUnavailableError, OutboxFullError
 from orthanc_events_bridge.folder import Folder
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.backfilling import Backfilling
 from orthanc_events_bridge.plugin.continuity import Break
@@ -27,7 +28,6 @@ from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.joining import AnyMerge
 from orthanc_events_bridge.plugin.lookup import Lookup
 from orthanc_events_bridge.plugin.upkeep import Upkeep
-from orthanc_events_bridge.status import iso
 
 #: Callbacks that may wait in memory while the outbox can't be written.
 MAX_WAITING: Final = 100_000

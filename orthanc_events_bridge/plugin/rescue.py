@@ -17,11 +17,11 @@ from typing import Final
 from orthanc_events_bridge.errors import DamagedError, OutboxError
 from orthanc_events_bridge.folder import Folder, set_aside
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox import OutboxWriter
 from orthanc_events_bridge.plugin.host import Host
 from orthanc_events_bridge.plugin.upkeep import Upkeep
 from orthanc_events_bridge.salvage import Salvage, salvage
-from orthanc_events_bridge.status import iso
 
 #: Under which `OutboxWriter.note` keeps what became of the file before.
 NOTE: Final = "rescue"

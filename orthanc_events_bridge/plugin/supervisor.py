@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from orthanc_events_bridge.logs import Repeats
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.plugin.host import Host
-from orthanc_events_bridge.status import iso
 
 #: Seconds before the bridge is started again: the first time, at most, and at most when a person has to
 #: change something.

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
+
+from pydantic import SecretStr
 
 from orthanc_events_bridge.consumers import stores, worker
 from orthanc_events_bridge.consumers.event import Event, read
@@ -111,7 +114,7 @@ def _without_extending() -> None:
 def _with_stores(change: Callable[[stores.Store], None]) -> None:
     make = stores.make
 
-    def make_changed(store: str | NatsOptions) -> stores.Store:
+    def make_changed(store: SecretStr | Path | NatsOptions) -> stores.Store:
         made = make(store)
         change(made)
         return made

@@ -66,8 +66,9 @@ def event(
         event("job.failed", job={"type": "DicomModalityStore", "remoteAet": "PACS"})
 
     :param name: the type without prefix and version (docs/events.md).
-    :param patient: Orthanc's ids of what has changed and of what is above it; any text. Those that are left out are
-        `orthanc_id` of their level: ``event("series.stable").study_id == orthanc_id("study")``.
+    :param patient: with `study`, `series` and `instance`: Orthanc's ids of what has changed and of what is above it;
+        any text. Those that are left out are `orthanc_id` of their level:
+        ``event("series.stable").study_id == orthanc_id("study")``.
     :param job_id: Orthanc's id of the job, where it is about one.
     :param tags: as if they were allow-listed.
     :param metadata: the same.
@@ -123,9 +124,10 @@ def derived(
         ready = {"rule": "mr", "complete": True, "series": 2, "instances": 40}
         derived("study.ready", ready, cause=event("study.stable", study="study-1"))
 
+    :param name: its type, as `Consumer.publish` takes it; so are `data`, `cause`, `of` and `linked`.
     :param producer: the name of the consumer that publishes it.
     :param at: when it is published, with a time zone.
-    :raises BridgeError: there can be no such event. The others: as `Consumer.publish`.
+    :raises BridgeError: there can be no such event.
     """
     sent = derive(name, data, cause, producer=producer, now=at.timestamp(), of=of, linked=linked)
     return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.once import Turns
 from orthanc_events_bridge.consumers.publishing import Publisher
-from orthanc_events_bridge.consumers.routes import Handler, Route
+from orthanc_events_bridge.consumers.routes import Handler, Route, no_handler
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.consumers.terms import Terms
 from orthanc_events_bridge.consumers.worker import Worker
@@ -257,7 +257,7 @@ class Kit(_Kit):
         self._run(self._settle)
 
     def advance(self, *, days: float = 0.0, hours: float = 0.0, minutes: float = 0.0, seconds: float = 0.0) -> None:
-        """Let time pass: what becomes due meanwhile is handled when it does.
+        """Let time pass, so many days, hours, minutes and seconds: what becomes due meanwhile is handled when it does.
 
         :raises AssertionError: see the class.
         """
@@ -306,7 +306,7 @@ class Trial:
         publisher: Publisher,
     ) -> None:
         if not routes:
-            raise BridgeError(f"consumer {terms.name}: there is no handler", 'write @app.on("study.stable") above one')
+            raise no_handler(terms.name)
         self._make = terms, routes, options, turns, publisher
         self._kit: Kit | None = None
         self._async: AsyncKit | None = None

@@ -116,6 +116,7 @@ class FakeOrthanc:
 
         :param change: `ChangeType`.
         :param level: `ResourceType`.
+        :param resource: Orthanc's id of it.
         :return: what the callback returned, if there is one.
         """
         return None if self._on_change is None else self._on_change(int(change), int(level), resource)
@@ -123,6 +124,9 @@ class FakeOrthanc:
     def request(self, path: str, method: str = "GET", body: bytes = b"", **more: Any) -> Answer:
         """Ask the script's own REST callbacks.
 
+        :param path: that it is asked for.
+        :param method: ``GET`` and so on.
+        :param body: of the request.
         :param more: further keywords for the callback: ``headers``, ``get`` …
         :return: 404 where it has none for that path.
         """
@@ -185,46 +189,64 @@ class FakeOrthanc:
     # What the script finds in the module.
 
     def RegisterOnChangeCallback(self, callback: Callable[[int, int, str], None], /) -> None:  # noqa: N802
+        """`change` calls the callback from then on.
+
+        :raises RuntimeError: there is one already, as Orthanc says it.
+        """
         if self._on_change is not None:
             raise RuntimeError("Can only register one Python on-changes callback")
         self._on_change = callback
 
     def RegisterRestCallback(self, pattern: str, callback: Callable[..., None], /) -> None:  # noqa: N802
+        """`request` calls the callback for paths that fit the pattern."""
         self._routes.append((pattern, callback))
 
     def RegisterStorageArea(  # noqa: N802
         self, create: Callable[..., Any], read: Callable[..., Any], remove: Callable[..., Any], /
     ) -> None:
-        """Nothing is stored here."""
+        """None of create, read and remove is ever called: nothing is stored here."""
 
     def LogInfo(self, message: str, /) -> None:  # noqa: N802
+        """The message is in `log`."""
         self.log.append(f"I {message}")
 
     def LogWarning(self, message: str, /) -> None:  # noqa: N802
+        """The message is in `log`."""
         self.log.append(f"W {message}")
 
     def LogError(self, message: str, /) -> None:  # noqa: N802
+        """The message is in `log`."""
         self.log.append(f"E {message}")
 
     def GetConfiguration(self) -> str:  # noqa: N802
+        """What the stand-in was made with, as JSON."""
         return json.dumps(self.configuration)
 
     def GetConfigurationPath(self) -> str:  # noqa: N802
+        """A folder that is there until the end."""
         return str(self.configuration["IndexDirectory"])
 
     def GenerateRestApiAuthorizationToken(self) -> str:  # noqa: N802
+        """Another one each time; nobody checks it."""
         return f"Bearer {uuid.uuid4()}"
 
     def RestApiGet(self, path: str, /) -> bytes:  # noqa: N802
+        """What `rest` has for GET and the path.
+
+        :raises OrthancException: it has nothing.
+        """
         return self._ask("GET", path)
 
     def RestApiPost(self, path: str, body: str | bytes, /) -> bytes:  # noqa: N802
+        """The same for POST, with a body; see `RestApiGet` for the path."""
         return self._ask("POST", path, body)
 
     def RestApiPut(self, path: str, body: str | bytes, /) -> bytes:  # noqa: N802
+        """The same for PUT, with a body; see `RestApiGet` for the path."""
         return self._ask("PUT", path, body)
 
     def RestApiDelete(self, path: str, /) -> None:  # noqa: N802
+        """The same for DELETE; see `RestApiGet` for the path."""
         self._ask("DELETE", path)
 
     def _ask(self, method: str, path: str, body: str | bytes = b"") -> bytes:

@@ -167,6 +167,7 @@ class Outcomes:
     def assert_handled(self, *events: Event) -> None:
         """Each of these was handled; without any: every event that was sent was, or was ignored.
 
+        :param events: as they were sent.
         :raises AssertionError: no, with the story.
         """
         __tracebackhide__ = True
@@ -180,6 +181,8 @@ class Outcomes:
     def assert_retried(self, event: Event, *delays: float) -> None:
         """It was given back, with these delays where any are given.
 
+        :param event: as it was sent.
+        :param delays: seconds, of each time that it was given back.
         :raises AssertionError: no, with the story.
         """
         __tracebackhide__ = True
@@ -193,6 +196,8 @@ class Outcomes:
     def assert_dead(self, event: Event, reason: str = "") -> None:
         """It is among the dead letters, with a reason that holds this.
 
+        :param event: as it was sent.
+        :param reason: a part of it.
         :raises AssertionError: no, with the story.
         """
         __tracebackhide__ = True

@@ -30,7 +30,8 @@ What a consumer may rely on
 Sharing
     Subscribers of one name share its events: each is given to one of them. Another name gets all of them too. What
     is sent to a name's inbox (`Transport.inbox`) its subscribers share as well, under the address that everybody got it
-    by; neither waits for the other.
+    by; neither waits for the other. A name can have its inbox alone: what it is to do is then told to it, and to
+    nobody else.
 Beginning
     A name's very first subscription begins with the next event, or with the oldest kept one. Every later one begins
     with what the name has not settled yet, however long nobody was there. Where the place was deleted and made again,
@@ -387,6 +388,7 @@ class Transport(Place):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> Subscription:
         """Begin to share a name's events; what it needs at the broker is made, or checked where ``declare`` is off.
 
@@ -400,6 +402,10 @@ class Transport(Place):
             inbox stands outside the order. A name is ordered or not for good.
         :param longest: for how many seconds deliveries may be held, by extending them, where the broker has a limit
             of its own; 0: what it allows by itself.
+        :param inbox_only: only what is sent to the name's inbox comes, nothing of what everybody gets; ``oldest`` and
+            ``ordered`` then mean nothing. What an earlier subscription to everything has left of that for the name is
+            given up, and where topology is declared it is removed from the broker. A later subscription to everything
+            begins as the name's very first does. All that subscribe at one time do it alike.
         :raises NotConnectedError: not connected.
         :raises TransportConfigurationError: the broker does not permit it, its topology differs, the name exists with
             the other ``ordered``, the broker has a limit below ``longest``, or the transport has no subscribers (see

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Final
+
+from orthanc_events_bridge.moments import iso, seconds_of
 
 #: The event's id, where the broker's own key against duplicates is another.
 EVENT_ID: Final = "orthanc-event-id"
@@ -24,3 +28,22 @@ REASON: Final = "orthanc-reason"
 EXCEPTION: Final = "orthanc-exception"
 FIRST_FAILURE: Final = "orthanc-first-failure"
 LAST_FAILURE: Final = "orthanc-last-failure"
+
+
+def due_text(seconds: float) -> str:
+    """When something is to be given again, for `DUE`: never earlier than that.
+
+    :param seconds: of the epoch.
+    """
+    return iso(math.ceil(seconds * 1000))
+
+
+def due_of(headers: Mapping[str, str]) -> float:
+    """The reverse, in seconds of the epoch; 0, which is now, where nothing, or nothing of ours, is said."""
+    return seconds_of(headers.get(DUE, "")) or 0.0
+
+
+def attempts_before(headers: Mapping[str, str], consumer: str) -> int:
+    """How often a consumer was given it before, as far as its copies say."""
+    attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == consumer else ""
+    return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0

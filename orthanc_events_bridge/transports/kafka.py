@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import (
     Capabilities,
     DeadLetters,
@@ -28,6 +28,7 @@ from orthanc_events_bridge.transports.kafka_retries import Retries, inbox_topic
 from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from orthanc_events_bridge.transports.kafka_topic import Topic, open_topic
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.servers import InTurn
 from orthanc_events_bridge.transports.subscriptions import check_name
 
 
@@ -65,39 +66,23 @@ class KafkaTransport(Transport):
         self._subscriptions: set[KafkaSubscription] = set()
         self._begun: set[str] = set()  # names that are not new, even if Kafka has forgotten all
         self._behind: dict[str, set[str]] = {}  # members of each name that could not say that they go
-        self._server = 0
+        self._servers = InTurn(options.servers, lambda server: Cluster.open(self._options, server))
         self._publisher = Publisher(options, self.without)
 
     async def connect(self) -> str:
         cluster = self._cluster
         if cluster is None or not cluster.connected:
             await self.close()
-            cluster = self._cluster = await self._open()
+            cluster = self._cluster = await self._servers.open()
         if self._consumer:
             main = await open_topic(cluster, self._everybodys)
-            await Retries(cluster, self._everybodys, self._consumer, main.metadata, main.largest).need(
-                self._options.topic
-            )
+            options = main.limits_of(self._everybodys)
+            await Retries(cluster, options, self._consumer, main.metadata, main.largest).need(self._options.topic)
         topic = await open_topic(cluster, self._options)
         if self._topic is None or self._topic.metadata != topic.metadata:
             topic = await self._publisher.begin(cluster, topic)
         self._topic = topic
         return topic.metadata.id
-
-    async def _open(self) -> Cluster:
-        """Try the servers in turn, beginning with the last that worked."""
-        problem: TransportError | None = None
-        for _ in self._options.servers:
-            try:
-                return await Cluster.open(
-                    self._options, self._options.servers[self._server % len(self._options.servers)]
-                )
-            except TransportError as error:
-                self._server += 1
-                if not isinstance(problem, TransportConfigurationError):  # what a person has to mend is said first
-                    problem = error
-        assert problem is not None
-        raise problem
 
     async def close(self) -> None:
         clusters = [*self._readers, *([self._cluster] if self._cluster else [])]
@@ -136,21 +121,22 @@ class KafkaTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,  # Kafka has no limit for it: it hears of the subscriber, and not of what that holds
+        inbox_only: bool = False,
     ) -> Subscription:
         check_name(self.name, name)
         _, topic = self._connected()
         subscription = await KafkaSubscription.open(
-            self._options,
+            topic.limits_of(self._options),
             topic,
-            self._open,
+            self._servers.open,
             name,
             oldest=oldest or name in self._begun,
             in_flight=in_flight,
             ack_wait=ack_wait,
             behind=self._behind.setdefault(name, set()),
-            ordered=ordered,
+            kind="inbox" if inbox_only else "ordered" if ordered else "unordered",
         )
-        self._begun.add(name)
+        (self._begun.discard if inbox_only else self._begun.add)(name)
         self._subscriptions = {one for one in self._subscriptions if not one.closed} | {subscription}
         return subscription
 
@@ -164,7 +150,7 @@ class KafkaTransport(Transport):
     async def tail(self, *, oldest: bool = False) -> AsyncGenerator[Incoming]:
         _, topic = self._connected()
         # Connections of its own: a node answers one request after the other, and this one waits for events.
-        cluster = await self._open()
+        cluster = await self._servers.open()
         self._readers.add(cluster)
         try:
             if self._topic is None:

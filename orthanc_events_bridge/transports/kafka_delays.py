@@ -7,14 +7,12 @@ behind another for longer than the shortest step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from orthanc_events_bridge.transports.base import Incoming
-from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE
+from orthanc_events_bridge.transports.headers import ADDRESS, DUE, due_of
 
 #: Seconds that an event waits in each topic of delays. Delays below the first wait there too, each for itself.
 STEPS: Final = (1, 5, 30, 120, 600, 3600)
@@ -28,25 +26,14 @@ def retry_topic(name: str, step: int) -> str:
     return f"orthanc.retry.{name}.{step}"
 
 
+def is_retry_topic(name: str, topic: str) -> bool:
+    """Whether it is one of a consumer's."""
+    return topic in {retry_topic(name, step) for step in STEPS}
+
+
 def step_for(delay: float) -> int:
     """The step of the topic in which so many seconds are waited for."""
     return max((step for step in STEPS if step <= delay), default=STEPS[0])
-
-
-def format_time(seconds: float) -> str:
-    """A time of the epoch as RFC 3339, never earlier than it is."""
-    milliseconds = math.ceil(seconds * 1000)
-    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{milliseconds % 1000:03d}Z"
-
-
-def read_time(text: str) -> float:
-    """The reverse; 0 for what is no time, which is due."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return 0.0
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +78,6 @@ def message_of(record: Any, topic: str, number: int) -> Incoming:
     return Incoming(headers.get(ADDRESS, topic), record.value or b"", headers, f"{number}:{record.offset}")
 
 
-def attempts_of(headers: Mapping[str, str], name: str) -> int:
-    """How often a consumer was given it before, as far as its copies say."""
-    attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == name else ""
-    return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0
-
-
 def waiting_time(record: Any, step: int) -> tuple[float, float]:
     """When a record has waited in a topic of delays for as long as it does there, and when it is due.
 
@@ -106,6 +87,6 @@ def waiting_time(record: Any, step: int) -> tuple[float, float]:
     due = 0.0
     for name, value in record.headers:
         if name == DUE:
-            due = read_time((value or b"").decode("utf-8", "replace"))
+            due = due_of({DUE: (value or b"").decode("utf-8", "replace")})
     over = min(due, record.timestamp / 1000 + step)
     return (due if due - over < STEPS[0] < step else over), due

@@ -10,12 +10,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery
-from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE, OPERATION
+from orthanc_events_bridge.transports.headers import (
+    ADDRESS,
+    ATTEMPTS,
+    CONSUMER,
+    DUE,
+    OPERATION,
+    attempts_before,
+    due_text,
+)
 from orthanc_events_bridge.transports.kafka_delays import (
     Copy,
-    attempts_of,
     copy_of,
-    format_time,
     message_of,
     retry_topic,
     step_for,
@@ -34,7 +40,7 @@ class KafkaDelivery(Delivery):
     def __init__(self, subscription: KafkaSubscription, partition: Partition, record: Any, name: str) -> None:
         """:param name: of the consumer whose delivery it is."""
         message = message_of(record, *partition.place)
-        attempts = attempts_of(message.headers, name)
+        attempts = attempts_before(message.headers, name)
         self._said: Mapping[str, str] = NO_HEADERS
         if (again := partition.again_of(record)) is not None:
             attempts, self._said = again.attempts, again.headers
@@ -88,7 +94,7 @@ class KafkaDelivery(Delivery):
         :param headers: to be added.
         """
         topic = inbox if delay <= 0 else retry_topic(self._name, step_for(delay))
-        due = format_time(time.time() + max(0.0, delay))
+        due = due_text(time.time() + max(0.0, delay))
         return copy_of(self.record, topic, {**headers, **self._told(), OPERATION: "retry", DUE: due})
 
     def dead_headers(self, headers: Mapping[str, str]) -> dict[str, str]:

@@ -21,12 +21,13 @@ from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest, LeaveGro
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_ordered import Kind
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place, by_topic, share_out
 from orthanc_events_bridge.transports.subscriptions import boot_time
 
-#: How members of ours share, without an order and with one; Kafka lets nobody in who knows another way.
+#: How members of ours share. Kafka lets nobody in who knows another way than those who are there: with another topic,
+#: or of another kind, so that who shares out knows all that there is.
 _PROTOCOL: Final = "orthanc-events-1"
-_ORDERED: Final = "orthanc-events-1-ordered"
 #: Seconds that a server may take to find, load or move a group, beside what it takes to answer.
 _LOADING: Final = 15.0
 #: Seconds between two tries meanwhile.
@@ -46,8 +47,9 @@ HAS_MEMBERS: Final = _STRANGER
 NOTE_TOO_LONG: Final = frozenset({errors.OffsetMetadataTooLargeError.errno, errors.InvalidCommitOffsetSizeError.errno})
 #: What a person has to change.
 _MISTAKES: Final[Mapping[int, str]] = {
-    errors.InconsistentGroupProtocolError.errno: "another program has a consumer group of this name, or a subscriber "
-    "with another `ordered`; use another name",
+    errors.InconsistentGroupProtocolError.errno: "a subscriber of this name reads another topic, or is of another kind "
+    "(ordered, or with its inbox alone), or another program has a consumer group of this name; end that first, or use "
+    "another name",
     errors.InvalidSessionTimeoutError.errno: "choose an ack_wait that group.min.session.timeout.ms and "
     "group.max.session.timeout.ms of the server allow",
     errors.GroupAuthorizationFailedError.errno: "let the user read the consumer group",
@@ -87,20 +89,20 @@ class Group:
     :param cluster: for joining alone: a server that has all members wait answers nothing else meanwhile.
     :param beside: for everything else.
     :param session: after so many seconds without a word of a member, its places are given to others.
-    :param ordered: whether its members keep an order.
+    :param kind: that its members are of.
     :ivar name: of the group.
     :ivar member: our id; empty before we have one.
     :ivar lease: until then, on the clock `boot_time`, we are certainly a member.
     """
 
     def __init__(
-        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float, *, ordered: bool
+        self, cluster: Cluster, beside: Cluster, options: KafkaOptions, name: str, session: float, kind: Kind
     ) -> None:
         self._cluster = cluster
         self._beside = beside
         self._patience = options.ack_timeout
         self.name = name
-        self._protocol = _ORDERED if ordered else _PROTOCOL
+        self._protocol = f"{_PROTOCOL}-{kind}:{options.topic}"
         self._session = session
         self.member = ""
         self._generation = -1
@@ -220,24 +222,26 @@ class Group:
 
     # Places.
 
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
+    async def stored(self, places: Iterable[Place] | None = None) -> dict[Place, tuple[int, str]]:
         """Where the group has got to, and its note on it; places that it has never begun with are left out.
 
+        :param places: none: all that we may see.
         :raises TransportError: it can't be had.
         """
-        request = OffsetFetchRequest(self.name, list(by_topic((place, place[1]) for place in places).items()))
+        rows = None if places is None else list(by_topic((place, place[1]) for place in places).items())
+        request = OffsetFetchRequest(self.name, rows)
         tries = _Tries()
         while True:
             answer = await self._ask(self._beside, request, self._patience)
-            rows = [(topic, *row) for topic, those in answer.topics for row in those]
-            code = answer.error_code or next((row[4] for row in rows if row[4]), 0)
+            found = [(topic, *row) for topic, those in answer.topics for row in those]
+            code = answer.error_code or next((row[4] for row in found if row[4]), 0)
             if code not in (_LOADS, *_MOVED) or not await tries.again():
                 break
             if code in _MOVED:
                 await self.find()
         if code:
             raise self._refused(code)
-        return {(topic, one): (offset, note or "") for topic, one, offset, note, _ in rows if offset != _NONE}
+        return {(topic, one): (offset, note or "") for topic, one, offset, note, _ in found if offset != _NONE}
 
     async def store(self, places: Mapping[Place, tuple[int, str]], *, outside: bool = False) -> set[int]:
         """Note where the group has got to.

@@ -11,7 +11,7 @@ from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
 from orthanc_events_bridge.transports.kafka_group import NOTE_TOO_LONG, Group, Share
-from orthanc_events_bridge.transports.kafka_ordered import begun_as
+from orthanc_events_bridge.transports.kafka_ordered import Kind, begun_as
 from orthanc_events_bridge.transports.kafka_partition import NOTE, Partition, mark_of
 from orthanc_events_bridge.transports.kafka_retries import Retries
 from orthanc_events_bridge.transports.kafka_sharing import Claim, Place
@@ -33,7 +33,7 @@ class Membership:
     :param topic: the one that events go to.
     :param lost: told of a partition that goes to another member although something of it is in hand: it is too late
         for that.
-    :param ordered: whether of a partition of that topic one event is in hand at a time.
+    :param kind: ``ordered``: of a partition of that topic one event is in hand at a time; ``inbox``: none is.
     :ivar partitions: those that are ours.
     :ivar joined: set once we are a member.
     """
@@ -47,8 +47,7 @@ class Membership:
         fetcher: Fetcher,
         ack_wait: float,
         lost: Callable[[Partition], None],
-        *,
-        ordered: bool,
+        kind: Kind,
     ) -> None:
         self.partitions: dict[Place, Partition] = {}
         self.joined = asyncio.Event()
@@ -59,7 +58,7 @@ class Membership:
         self._fetcher = fetcher
         self._ack_wait = ack_wait
         self._lost = lost
-        self._ordered = ordered
+        self._kind = kind
         self._told: frozenset[str] = frozenset()
         self._leaves = self._leaves_told = False
         self._stirred = asyncio.Event()
@@ -79,7 +78,8 @@ class Membership:
             self._told = frozenset(self._retries.made)
             held = frozenset(self.partitions)
             busy = frozenset(place for place, one in self.partitions.items() if one.held)
-            topics = {self._topic.name, self._retries.inbox, *self._told}
+            shared = set() if self._kind == "inbox" else {self._topic.name}
+            topics = {*shared, self._retries.inbox, *self._told}
             self._leaves_told = self._leaves
             share = await self._group.join(Claim(held, busy, self._leaves), topics, self._count)
             await self._apply(share)
@@ -88,7 +88,8 @@ class Membership:
 
     async def _count(self) -> dict[str, int]:
         """The topics to share, and how many partitions each has."""
-        return {self._topic.name: await self._look(), **await self._retries.counts()}
+        counts = await self._retries.counts()
+        return counts if self._kind == "inbox" else {self._topic.name: await self._look(), **counts}
 
     async def _look(self) -> int:
         """How many partitions the events' topic has; it also keeps a connection in use that Kafka would close.
@@ -114,13 +115,13 @@ class Membership:
             events = place[0] == self._topic.name
             step = self._retries.steps.get(place[0])
             row, mark = stored.get(place), self._mark(place)
-            self.partitions[place] = Partition.begin(place, step, row, mark, ordered=self._ordered and events)
+            self.partitions[place] = Partition.begin(place, step, row, mark, ordered=self._kind == "ordered" and events)
         self._fetcher.use(self.partitions.values())
 
     def _mark(self, place: Place) -> str:
         """With what the notes on a partition begin."""
         if place == (self._retries.inbox, 0):
-            return begun_as(self._ordered)
+            return begun_as(self._kind)
         return mark_of(self._topic.metadata.id) if place[0] == self._topic.name else ""
 
     async def _keep(self, share: Share) -> None:

@@ -1,4 +1,4 @@
-"""What keeps the order of a Kafka consumer: whether it wants one, and what its partitions wait for.
+"""What kind of Kafka consumer one is; and what keeps the order of one that wants it: what its partitions wait for.
 
 Of a partition of the events' topic one event is in hand at a time. One that is given back stays where it is, at the
 head of its partition; when it is due and how often it was given stands in the note that Kafka keeps beside the group's
@@ -10,19 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+#: Whether what everybody gets comes to it in order; or whether it has its inbox alone.
+Kind = Literal["ordered", "unordered", "inbox"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
-def begun_as(ordered: bool) -> str:
-    """With what the notes on the first partition of a consumer's inbox begin: it is ordered or not for good.
+def begun_as(kind: Kind) -> str:
+    """With what the notes on the first partition of a consumer's inbox begin.
 
     There, because Kafka forgets the notes on the events' topic with that topic.
     """
-    return "ordered:" if ordered else "unordered:"
+    return f"{kind}:"
 
 
-def was_begun_as(note: str) -> bool | None:
+def was_begun_as(note: str) -> Kind | None:
     """The reverse; none where nobody has said it: an administrator has set the offset, or the server keeps no notes."""
-    return next((ordered for ordered in (True, False) if note.startswith(begun_as(ordered))), None)
+    return next((kind for kind in KINDS if note.startswith(begun_as(kind))), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Bytes of a note that every server takes, unless its offset.metadata.max.bytes was lowered.
 NOTE: Final = 4096
 #: What notes of ours can begin with.
-_MARK: Final = re.compile(r"[0-9a-f]{8}:|(un)?ordered:")
+_MARK: Final = re.compile(r"[0-9a-f]{8}:|(un)?ordered:|inbox:")
 #: So many events of a partition wait here before no more are fetched.
 _ENOUGH: Final = 500
 

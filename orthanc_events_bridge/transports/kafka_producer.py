@@ -18,6 +18,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from orthanc_events_bridge.transports.base import Outgoing
+from orthanc_events_bridge.transports.headers import EVENT_ID, SITE
 
 #: Bytes of a request, about, so that each is answered soon even on a slow line. A larger event has one of its own.
 _REQUEST: Final = 256 * 1024
@@ -157,8 +158,8 @@ class Producer:
         for offset, event in enumerate(events):
             headers = {
                 "content-type": event.content_type,
-                "orthanc-event-id": event.id,
-                "orthanc-site": event.site,
+                EVENT_ID: event.id,
+                SITE: event.site,
             }
             if event.headers or event.attributes:
                 headers |= dict(event.headers) | {f"ce_{name}": value for name, value in event.attributes}

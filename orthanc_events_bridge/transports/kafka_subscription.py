@@ -27,6 +27,7 @@ from orthanc_events_bridge.transports.kafka_fetcher import Fetcher
 from orthanc_events_bridge.transports.kafka_group import Group
 from orthanc_events_bridge.transports.kafka_membership import Membership
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from orthanc_events_bridge.transports.kafka_ordered import Kind
 from orthanc_events_bridge.transports.kafka_partition import Partition
 from orthanc_events_bridge.transports.kafka_queue import Queue
 from orthanc_events_bridge.transports.kafka_retries import Retries
@@ -56,7 +57,7 @@ class KafkaSubscription(Subscription):
         in_flight: int,
         ack_wait: float,
         behind: set[str],
-        ordered: bool,
+        kind: Kind,
     ) -> None:
         self._options = options
         self._topic = topic
@@ -69,12 +70,12 @@ class KafkaSubscription(Subscription):
         joining, beside, fetching = clusters
         self._beside = beside
         session = max(_SHORTEST_SESSION, ack_wait + _MARGIN)
-        self._group = Group(joining, beside, options, name, session, ordered=ordered)
+        self._group = Group(joining, beside, options, name, session, kind)
         self._retries = Retries(beside, options, name, topic.metadata, topic.largest)
         self._dead = DeadTopic(beside, options, name, topic.largest)
         self._fetcher = Fetcher(fetching, beside, options, topic, self._arrived)
         self._membership = Membership(
-            self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose, ordered=ordered
+            self._group, beside, topic, self._retries, self._fetcher, ack_wait, self._lose, kind
         )
         self._queue = Queue(self._fetcher.wake)
         self._held: set[KafkaDelivery] = set()
@@ -95,7 +96,7 @@ class KafkaSubscription(Subscription):
         in_flight: int,
         ack_wait: float,
         behind: set[str],
-        ordered: bool,
+        kind: Kind,
     ) -> KafkaSubscription:
         """Fix where the name begins, make its inbox, and become a member.
 
@@ -111,13 +112,13 @@ class KafkaSubscription(Subscription):
         try:
             while len(clusters) < 3:
                 clusters.append(await connect())
-            self = cls(options, topic, connect, clusters, name, in_flight, ack_wait, behind, ordered)
+            self = cls(options, topic, connect, clusters, name, in_flight, ack_wait, behind, kind)
             await self._group.find()
             for member in sorted(behind):
                 await self._group.leave(member=member)
                 behind.discard(member)
             await self._retries.need(self._retries.inbox)
-            await begin(self._group, self._beside, options, topic, self._retries.inbox, oldest=oldest, ordered=ordered)
+            await begin(self._group, self._beside, options, topic, self._retries.inbox, oldest=oldest, kind=kind)
             membership = self._membership
             for work in (membership.run(), membership.follow(), self._fetcher.run(), self._retries.run()):
                 self._tasks.append(asyncio.create_task(self._guard(work)))

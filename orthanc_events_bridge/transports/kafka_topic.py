@@ -43,6 +43,17 @@ class Topic:
         """How many bytes an event can have, with what Kafka puts around it; none where we may not know."""
         return int(self.settings[_LARGEST]) if _LARGEST in self.settings else None
 
+    def limits_of(self, options: KafkaOptions) -> KafkaOptions:
+        """The options for topics of a consumer that says no limits: as safe, and kept for as long, as this one."""
+        if not options.limits_as_found:
+            return options
+        found: dict[str, Any] = {"replicas": min(self.metadata.replicas)}
+        if self.settings:
+            found["min_insync_replicas"] = int(self.settings["min.insync.replicas"])
+            found["max_age"] = max(0.0, int(self.settings["retention.ms"]) / 1000)
+            found["max_bytes"] = max(0, int(self.settings["retention.bytes"]))
+        return options.model_copy(update={"limits": options.limits.model_copy(update=found)})
+
     def describe(self, count: int) -> list[str]:
         """It in a few lines.
 

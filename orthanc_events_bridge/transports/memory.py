@@ -28,6 +28,7 @@ from orthanc_events_bridge.transports.base import (
     Subscription,
     Transport,
 )
+from orthanc_events_bridge.transports.headers import ADDRESS, CONSUMER, EVENT_ID
 from orthanc_events_bridge.transports.memory_dead import MemoryDeadLetters
 from orthanc_events_bridge.transports.memory_subscription import MemorySubscription, Name
 from orthanc_events_bridge.transports.options import TransportOptions
@@ -48,6 +49,7 @@ class Broker:
     :ivar inboxes: of consumers, what is stored for each alone, in order.
     :ivar dead: of consumers, their dead letters, in order.
     :ivar begun: consumers that have subscribed, and how far each has come in its inbox.
+    :ivar alone: those of them that have subscribed to their inbox only.
     :ivar up: whether it can be reached.
     :ivar frozen: whether it takes connections and answers nothing.
     :ivar deadline: for how many seconds a transport waits for an answer.
@@ -67,6 +69,7 @@ class Broker:
         self.inboxes: dict[str, list[Incoming]] = {}
         self.dead: dict[str, list[Incoming]] = {}
         self.begun: dict[str, Name] = {}
+        self.alone: set[str] = set()
         self.up = True
         self.frozen = False
         self.deadline = 5.0
@@ -90,7 +93,7 @@ class Broker:
         if consumer:
             event = event.in_inbox(consumer, address)
             address, messages = f"inbox.{consumer}", self.inboxes.setdefault(consumer, [])
-        headers = {"content-type": event.content_type, "orthanc-event-id": event.id}
+        headers = {"content-type": event.content_type, EVENT_ID: event.id}
         headers |= {"dedupe-key": event.dedupe} if event.dedupe else {}
         headers |= {f"ce-{name}": value for name, value in event.attributes} | dict(event.headers)
         messages.append(Incoming(address, event.body, headers, str(len(messages) + 1)))
@@ -103,7 +106,7 @@ class Broker:
         error = self.refuse_dead()
         if error is not None:
             raise error
-        named = {"orthanc-consumer": consumer, "orthanc-address": message.address}
+        named = {CONSUMER: consumer, ADDRESS: message.address}
         self.dead.setdefault(consumer, []).append(replace(message, headers={**message.headers, **named, **headers}))
 
     def recreate(self) -> None:
@@ -131,7 +134,7 @@ class Broker:
 
 
 def _key_of(message: Incoming) -> str:
-    return message.headers.get("dedupe-key", message.headers["orthanc-event-id"])
+    return message.headers.get("dedupe-key", message.headers[EVENT_ID])
 
 
 class MemoryTransport(Transport):
@@ -230,21 +233,18 @@ class MemoryTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> Subscription:
         check_name(self.name, name)
         self._check()
         await self._answer()
         self._check()
         broker, opened = self.broker, self._opened
-        # Who has begun before misses nothing of a place that was made again.
-        first = 0 if oldest or name in broker.begun else len(broker.messages)
-        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
-        if live.ordered != ordered:
-            raise TransportConfigurationError(
-                f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
-                "give the consumer another name, or subscribe as before",
-            )
+        live = None if inbox_only else self._live(name, oldest, ordered)
         inbox = broker.begun.setdefault(name, Name(broker.inboxes.setdefault(name, []), 0, clock=broker.clock))
+        if live is None:
+            broker.names.pop(name, None)
+            broker.alone.add(name)
 
         def connected() -> bool:
             there = broker.up and self._connection == broker.connections and self._opened == opened
@@ -253,7 +253,23 @@ class MemoryTransport(Transport):
         def bury(message: Incoming, headers: Mapping[str, str]) -> None:
             broker.bury(name, message, headers)
 
-        return MemorySubscription((live, inbox), connected, self._answer, in_flight, ack_wait, bury)
+        names = (inbox,) if live is None else (live, inbox)
+        return MemorySubscription(names, connected, self._answer, in_flight, ack_wait, bury)
+
+    def _live(self, name: str, oldest: bool, ordered: bool) -> Name:
+        """What the broker knows of a name where everybody gets events."""
+        broker = self.broker
+        # Who has begun before misses nothing of a place that was made again.
+        known = name in broker.begun and name not in broker.alone
+        first = 0 if oldest or known else len(broker.messages)
+        live = broker.names.setdefault(name, Name(broker.messages, first, ordered, broker.clock))
+        if live.ordered != ordered:
+            raise TransportConfigurationError(
+                f"the broker has the consumer {name}, and it is {'ordered' if live.ordered else 'not ordered'}",
+                "give the consumer another name, or subscribe as before",
+            )
+        broker.alone.discard(name)
+        return live
 
     async def dead_letters(self, consumer: str) -> DeadLetters:
         check_name(self.name, consumer)

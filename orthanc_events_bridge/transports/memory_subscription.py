@@ -13,6 +13,7 @@ from typing import Final
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, OPERATION
 
 #: Seconds between two looks at what there is.
 _LOOK: Final = 0.01
@@ -110,7 +111,7 @@ class MemoryDelivery(Delivery):
     """Settled at once."""
 
     def __init__(self, subscription: MemorySubscription, name: Name, message: Incoming, attempt: int) -> None:
-        address = message.headers.get("orthanc-address", message.address)  # in an inbox: where everybody gets it
+        address = message.headers.get(ADDRESS, message.address)  # in an inbox: where everybody gets it
         super().__init__(replace(message, address=address), attempt)
         self.subscription = subscription
         self._name = name
@@ -129,12 +130,12 @@ class MemoryDelivery(Delivery):
             self._settled = True
             due = self._clock() + delay
             await self._check()
-            self._name.give_again(self, due, {"orthanc-operation": "retry", **headers})
+            self._name.give_again(self, due, {OPERATION: "retry", **headers})
 
     async def reject(self, headers: Mapping[str, str]) -> None:
         if not self._settled:
             await self._check()
-            self.subscription.bury(self.message, {"orthanc-attempts": str(self.attempt), **headers})
+            self.subscription.bury(self.message, {ATTEMPTS: str(self.attempt), **headers})
             self._settled = True
             self._name.settled(self)
 
@@ -155,7 +156,7 @@ class MemoryDelivery(Delivery):
 class MemorySubscription(Subscription):
     """One subscriber.
 
-    :param names: its name where everybody gets events, and in its inbox: they take turns.
+    :param names: its name where everybody gets events, and in its inbox, or in that alone: they take turns.
     :param connected: whether the connection is still the one that it was made over.
     :param answer: waits until the broker answers.
     :param bury: puts a message among the dead letters, with further headers.
@@ -163,7 +164,7 @@ class MemorySubscription(Subscription):
 
     def __init__(
         self,
-        names: tuple[Name, Name],
+        names: Sequence[Name],
         connected: Callable[[], bool],
         answer: Callable[[], Awaitable[None]],
         in_flight: int,

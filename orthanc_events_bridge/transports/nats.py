@@ -18,7 +18,6 @@ from nats.aio.msg import Msg
 from orthanc_events_bridge.errors import (
     EventRejectedError,
     NotConnectedError,
-    TransportConfigurationError,
     TransportError,
 )
 from orthanc_events_bridge.transports.base import (
@@ -33,6 +32,7 @@ from orthanc_events_bridge.transports.base import (
 )
 from orthanc_events_bridge.transports.nats_batch import Batch, more_headers, size_of
 from orthanc_events_bridge.transports.nats_connection import Connection
+from orthanc_events_bridge.transports.nats_consumer import open_consumers, open_inbox_only
 from orthanc_events_bridge.transports.nats_dead import NatsDeadLetters
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_ordered import NatsOrderedSubscription
@@ -40,6 +40,7 @@ from orthanc_events_bridge.transports.nats_stream import open_stream, refused
 from orthanc_events_bridge.transports.nats_subscription import NatsSubscription
 from orthanc_events_bridge.transports.nats_tail import tail
 from orthanc_events_bridge.transports.options import TransportOptions
+from orthanc_events_bridge.transports.servers import InTurn
 from orthanc_events_bridge.transports.subscriptions import check_name
 from orthanc_events_bridge.values import format_duration, format_size
 
@@ -77,7 +78,7 @@ class NatsTransport(Transport):
         self._stream = options.inbox_stream if consumer else options.stream
         self._subjects = f"{options.inbox_prefix}.{consumer}" if consumer else f"{options.subject_prefix}.>"
         self._connection: Connection | None = None
-        self._server = 0
+        self._servers = InTurn(options.servers, lambda server: Connection.open(self._options, server))
         self._inbox = ""
         self._batches = 0
         self._batch: Batch | None = None
@@ -87,27 +88,12 @@ class NatsTransport(Transport):
         connection = self._connection
         if connection is None or connection.fault is not None or not connection.is_connected:
             await self.close()
-            connection = self._connection = await self._open()
+            connection = self._connection = await self._servers.open()
             self._inbox = connection.new_inbox()
             await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
         info = await open_stream(connection, self._options, "inbox" if self._consumer else "events")
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
-
-    async def _open(self) -> Connection:
-        """Try the servers in turn, beginning with the last that worked."""
-        problem: TransportError | None = None
-        for _ in self._options.servers:
-            try:
-                return await Connection.open(
-                    self._options, self._options.servers[self._server % len(self._options.servers)]
-                )
-            except TransportError as error:
-                self._server += 1
-                if not isinstance(problem, TransportConfigurationError):  # what a person has to mend is said first
-                    problem = error
-        assert problem is not None
-        raise problem
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -242,13 +228,18 @@ class NatsTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> Subscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. NATS has no limit below ``longest``."""
         check_name(self.name, name)
-        kind = NatsOrderedSubscription if ordered else NatsSubscription
-        return await kind.open(
-            self._connected(), self._options, name, oldest=oldest, in_flight=in_flight, ack_wait=ack_wait
+        connection, options = self._connected(), self._options
+        infos = await (
+            open_inbox_only(connection, options, name, ack_wait=ack_wait)
+            if inbox_only
+            else open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait, ordered=ordered)
         )
+        kind = NatsOrderedSubscription if ordered and not inbox_only else NatsSubscription
+        return await kind.open(connection, options, name, infos, in_flight=in_flight)
 
     async def dead_letters(self, consumer: str) -> DeadLetters:
         check_name(self.name, consumer)

@@ -16,6 +16,10 @@ from orthanc_events_bridge.transports.subscriptions import PARTITIONS
 #: JetStream's numbers for: no leader at the moment, or the stream has just been deleted.
 _NO_STREAM: Final = 10059
 _PASSING: Final = frozenset({10008, 10009, _NO_STREAM})
+#: What the description of an inbox's consumer begins with: there is one inbox for a name, which reads one stream; or
+#: that it is for a name that reads none.
+_BESIDE: Final = "Beside the stream "
+_INBOX_ONLY: Final = "Inbox only"
 #: Settings with which a consumer would lose events, or hold them up.
 _NEEDED: Final = ("ack_policy", "max_deliver", "max_ack_pending", "deliver_subject", "headers_only", "backoff")
 
@@ -41,28 +45,52 @@ async def open_consumers(
         )
     wanted = {name: _wanted(name, f"{options.subject_prefix}.>", ack_wait)}
     if ordered:
-        partitions = (
-            (_of_partition(name, one), f"{options.subject_prefix}.*.*.*.{one:02d}") for one in range(PARTITIONS)
-        )
+        partitions = ((_of_partition(name, one), _in_partition(options, one)) for one in range(PARTITIONS))
         wanted = {one: _wanted(one, subject, ack_wait, in_order=True) for one, subject in partitions}
     found = {one: await asking.find(options.stream, one) for one in wanted}
     await open_stream(connection, options, "inbox")
     inbox = await asking.find(options.inbox_stream, name)
-    begin = DeliverPolicy.ALL if oldest or inbox is not None else DeliverPolicy.NEW
+    if inbox is not None:
+        _check_stream(inbox, options, name)
+    known = inbox is not None and inbox.config.description != _INBOX_ONLY
+    begin = DeliverPolicy.ALL if oldest or known else DeliverPolicy.NEW
     made: list[ConsumerInfo] = []
     for one, config in wanted.items():
         info = found[one] or await asking.make(options.stream, config.evolve(deliver_policy=begin))
         _check(info, config, options.stream)
         made.append(info)
-    config = _wanted(name, f"{options.inbox_prefix}.{name}", ack_wait)
-    if inbox is None:
-        inbox = await asking.make(options.inbox_stream, config)
-    _check(inbox, config, options.inbox_stream)
-    return [*made, inbox]
+    return [*made, await asking.inbox(inbox, name, ack_wait, _BESIDE + options.stream)]
+
+
+async def open_inbox_only(
+    connection: Connection, options: NatsOptions, name: str, *, ack_wait: float
+) -> list[ConsumerInfo]:
+    """The same for a name that has its inbox alone; what it has of the stream for everybody is deleted.
+
+    :raises TransportError: as `open_consumers`.
+    """
+    asking = _Asking(connection, options)
+    await open_stream(connection, options, "inbox")
+    found = await asking.find(options.inbox_stream, name)
+    if found is not None:
+        _check_stream(found, options, name)
+    info = await asking.inbox(found, name, ack_wait, _INBOX_ONLY)
+    if options.declare:
+        if await asking.find(options.stream, name) is not None:  # only then one needs to be permitted to
+            await asking.delete(options.stream, name)
+        first = await asking.find(options.stream, _of_partition(name, 0))
+        if first is not None and first.config.filter_subject == _in_partition(options, 0):
+            for number in reversed(range(PARTITIONS)):  # the one that tells of the others last
+                await asking.delete(options.stream, _of_partition(name, number))
+    return [info]
 
 
 def _of_partition(name: str, number: int) -> str:
     return f"{name}-{number:02d}"
+
+
+def _in_partition(options: NatsOptions, number: int) -> str:
+    return f"{options.subject_prefix}.*.*.*.{number:02d}"
 
 
 def _wanted(name: str, subject: str, ack_wait: float, *, in_order: bool = False) -> ConsumerConfig:
@@ -85,6 +113,7 @@ class _Asking:
     def __init__(self, connection: Connection, options: NatsOptions) -> None:
         self._connection = connection
         self._manager = connection.jsm(timeout=options.connect_timeout * 2)  # the deadline is `ask`'s
+        self._options = options
         self._declare = options.declare
 
     async def find(self, stream: str, name: str, *, needed: bool = True) -> ConsumerInfo | None:
@@ -115,6 +144,29 @@ class _Asking:
                 raise _no_consumer(error, stream, str(wanted.name)) from error
             return info
 
+    async def inbox(self, found: ConsumerInfo | None, name: str, ack_wait: float, description: str) -> ConsumerInfo:
+        """Check or make a name's consumer of its inbox.
+
+        :param description: that it is to have.
+        """
+        stream = self._options.inbox_stream
+        wanted = _wanted(name, f"{self._options.inbox_prefix}.{name}", ack_wait)
+        if found is None:
+            found = await self.make(stream, wanted.evolve(description=description))
+        _check(found, wanted, stream)
+        if self._declare and found.config.description != description:
+            found = await self.make(stream, found.config.evolve(description=description))
+        return found
+
+    async def delete(self, stream: str, name: str) -> None:
+        """Delete one, if it is there."""
+        try:
+            await self._connection.ask(self._manager.delete_consumer(stream, name))
+        except nats.js.errors.NotFoundError:
+            pass
+        except nats.js.errors.APIError as error:
+            raise _no_consumer(error, stream, name) from error
+
 
 def _no_consumer(error: nats.js.errors.APIError, stream: str, name: str) -> TransportError:
     text = f"{error.description} ({error.err_code})"
@@ -141,6 +193,18 @@ def _check(info: ConsumerInfo, wanted: ConsumerConfig, stream: str) -> None:
         raise TransportConfigurationError(
             f"the consumer {info.name} of the NATS stream {stream} exists with other settings: {'; '.join(differing)}",
             "delete it or change it, or use another name",
+        )
+
+
+def _check_stream(inbox: ConsumerInfo, options: NatsOptions, name: str) -> None:
+    """A name reads one stream: it has one inbox and one place of dead letters, named after it alone."""
+    said = inbox.config.description or ""
+    if said.startswith(_BESIDE) and said != _BESIDE + options.stream:
+        other = said.removeprefix(_BESIDE)
+        raise TransportConfigurationError(
+            f"the consumer {name} reads the NATS stream {other}, and is to read {options.stream}",
+            "give one of the two consumers another name; if it has moved for good, delete the consumer "
+            f"{name} of the stream {options.inbox_stream}: what is in its inbox stays there",
         )
 
 

@@ -8,18 +8,25 @@ one of the same original.
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import nats.errors
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Incoming
-from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE, EVENT_ID, OPERATION
+from orthanc_events_bridge.transports.headers import (
+    ADDRESS,
+    ATTEMPTS,
+    CONSUMER,
+    DUE,
+    EVENT_ID,
+    OPERATION,
+    attempts_before,
+    due_text,
+)
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_stream import Which, open_stream, refused
@@ -32,23 +39,6 @@ _OURS: Final = re.compile(r":(retry|redrive|replay|dead):.*$")
 _NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 #: Bytes around the headers, about.
 _AROUND: Final = 64
-
-
-def due_in(headers: Mapping[str, str]) -> float:
-    """In how many seconds an event is to be given; 0 or less: now."""
-    text = headers.get(DUE)
-    if not text:
-        return 0.0
-    try:
-        return datetime.fromisoformat(text).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-
-
-def attempts_before(headers: Mapping[str, str], name: str) -> int:
-    """How often a name was given it before, as far as its copies say."""
-    attempts = headers.get(ATTEMPTS, "") if headers.get(CONSUMER) == name else ""
-    return int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0
 
 
 class Copies:
@@ -70,8 +60,7 @@ class Copies:
         """
         said = {OPERATION: "retry", **headers}
         if delay > 0:
-            due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
-            said[DUE] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            said[DUE] = due_text(time.time() + delay)
         await self._store("inbox", message, f"retry:{key}", attempt, said)
 
     async def anew(self, message: Incoming, key: str) -> None:

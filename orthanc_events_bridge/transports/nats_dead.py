@@ -12,6 +12,7 @@ from nats.js.api import RawStreamMsg
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming
+from orthanc_events_bridge.transports.headers import ADDRESS
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 
@@ -45,7 +46,7 @@ class NatsDeadLetters(DeadLetters):
             if message is None or message.seq is None or message.seq > last:
                 return
             headers = {name.lower(): str(value) for name, value in (message.headers or {}).items()}
-            address = headers.get("orthanc-address") or self._subject
+            address = headers.get(ADDRESS) or self._subject
             incoming = Incoming(address, message.data or b"", headers, str(message.seq))
             yield DeadLetter(incoming, message.seq)
             number = message.seq + 1

@@ -50,7 +50,7 @@ def login_of(options: NatsOptions) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise TransportConfigurationError(
             f"NATS: credentials_file can't be read: {reason}",
-            "put the file there, and let the bridge's user read it",
+            "put the file there, and let our user read it",
         ) from None
     found = _CREDENTIALS.search(text)
     if found is None:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nats.aio.msg import Msg
+from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery
+from orthanc_events_bridge.transports.headers import OPERATION
 from orthanc_events_bridge.transports.nats_connection import Connection
-from orthanc_events_bridge.transports.nats_consumer import open_consumers
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_pull import Durable, Pull, problem
 from orthanc_events_bridge.transports.nats_settling import NatsDelivery, Settling
@@ -47,15 +48,20 @@ class NatsOrderedSubscription(Settling):
 
     @classmethod
     async def open(
-        cls, connection: Connection, options: NatsOptions, name: str, *, oldest: bool, in_flight: int, ack_wait: float
+        cls,
+        connection: Connection,
+        options: NatsOptions,
+        name: str,
+        infos: Sequence[ConsumerInfo],
+        *,
+        in_flight: int,
     ) -> NatsOrderedSubscription:
-        """Find the durable consumers and check them, or make them.
+        """Begin to listen to durable consumers.
 
+        :param infos: of them, as `orthanc_events_bridge.transports.nats_consumer` found or made them.
         :raises NotConnectedError: NATS doesn't answer.
-        :raises TransportConfigurationError: they can't be used, or not be made.
         """
         self = cls(connection, options, name, in_flight)
-        infos = await open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait, ordered=True)
         self._idle.extend(await self._open(infos))
         self._inbox = self._idle[-1]
         return self
@@ -167,5 +173,5 @@ class NatsOrderedSubscription(Settling):
             await super().give_back(delivery, delay, headers)
             return
         said = {name: value for name, value in delivery.message.headers.items() if name.startswith("orthanc-")}
-        self._said[delivery.durable] = (delivery.key, {**said, "orthanc-operation": "retry", **headers})
+        self._said[delivery.durable] = (delivery.key, {**said, OPERATION: "retry", **headers})
         await self.settle(delivery, b"-NAK" + delivery.durable.delay(delay))

@@ -13,6 +13,7 @@ from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.headers import ADDRESS
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.nats_origin import Origin
@@ -91,7 +92,7 @@ def received(message: Msg) -> tuple[Incoming, int]:
     """An event as a consumer gets it, one of an inbox under its address for everybody; how often it was given."""
     headers = {name.lower(): value for name, value in (message.headers or {}).items()}
     attempt, position, *_ = _tokens(message.reply)
-    address = headers.get("orthanc-address") or message.subject
+    address = headers.get(ADDRESS) or message.subject
     return Incoming(address, message.data, headers, position), int(attempt)
 
 

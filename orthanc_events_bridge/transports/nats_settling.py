@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,9 @@ from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import NO_HEADERS, Delivery, Incoming, Subscription
-from orthanc_events_bridge.transports.headers import DUE
+from orthanc_events_bridge.transports.headers import DUE, attempts_before, due_of
 from orthanc_events_bridge.transports.nats_connection import Connection
-from orthanc_events_bridge.transports.nats_copies import Copies, attempts_before, due_in
+from orthanc_events_bridge.transports.nats_copies import Copies
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_origin import Origin
 from orthanc_events_bridge.transports.nats_pull import Durable, key_of, received, stored_at
@@ -144,7 +145,7 @@ class Settling(Subscription):
         :param since: when it was asked for.
         """
         incoming, given = received(message)
-        left = due_in(incoming.headers)
+        left = due_of(incoming.headers) - time.time()
         if left > 0:
             early = NatsDelivery(self, durable, incoming, given, message.reply, since)
             self._held[early] = None

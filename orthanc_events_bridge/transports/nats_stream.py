@@ -63,12 +63,30 @@ async def open_stream(connection: Connection, options: NatsOptions, which: Which
                     f"NATS has no stream {stream}, and declare is false",
                     "make it, or set declare to true",
                 ) from error
+            if which != "events" and options.limits_as_found:
+                wanted = await _beside(connection, manager, options, wanted)
             return await _make(connection, manager, wanted)
     except nats.js.errors.APIError as error:
         raise _no_stream(error, stream) from error
     ours = f"{options.subject_prefix}.*.*.*.*" if which == "events" else str((wanted.subjects or [])[0])
     _check(info.config, wanted, ours, declared=options.declare and not options.limits_as_found)
     return info
+
+
+async def _beside(
+    connection: Connection, manager: JetStreamManager, options: NatsOptions, wanted: StreamConfig
+) -> StreamConfig:
+    """A consumer's stream, of one that says no limits: kept as safely, and for as long, as the one for everybody."""
+    try:
+        found = (await connection.ask(manager.stream_info(options.stream))).config
+    except nats.js.errors.NotFoundError:
+        return wanted
+    return wanted.evolve(
+        storage=found.storage,
+        num_replicas=found.num_replicas,
+        duplicate_window=found.duplicate_window,
+        max_age=found.max_age if wanted.max_age else 0.0,
+    )
 
 
 async def _make(connection: Connection, manager: JetStreamManager, wanted: StreamConfig) -> StreamInfo:

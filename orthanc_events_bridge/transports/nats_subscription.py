@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from nats.aio.msg import Msg
+from nats.js.api import ConsumerInfo
 
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports.base import Delivery
 from orthanc_events_bridge.transports.nats_connection import Connection
-from orthanc_events_bridge.transports.nats_consumer import open_consumers
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.nats_pull import Durable, Pull, problem
 from orthanc_events_bridge.transports.nats_settling import Settling
@@ -37,22 +38,27 @@ class NatsSubscription(Settling):
 
     def __init__(self, connection: Connection, options: NatsOptions, name: str, in_flight: int) -> None:
         super().__init__(connection, options, name, in_flight)
-        self._durables: list[Durable] = []  # for everybody, and the inbox
+        self._durables: list[Durable] = []  # for everybody, and the inbox; or the inbox alone
         self._asked: Durable | None = None  # the one that was asked last
         self._pull: Pull | None = None
         self._news = False  # in the inbox, from ourselves
 
     @classmethod
     async def open(
-        cls, connection: Connection, options: NatsOptions, name: str, *, oldest: bool, in_flight: int, ack_wait: float
+        cls,
+        connection: Connection,
+        options: NatsOptions,
+        name: str,
+        infos: Sequence[ConsumerInfo],
+        *,
+        in_flight: int,
     ) -> NatsSubscription:
-        """Find the durable consumers and check them, or make them.
+        """Begin to listen to durable consumers.
 
+        :param infos: of them, as `orthanc_events_bridge.transports.nats_consumer` found or made them.
         :raises NotConnectedError: NATS doesn't answer.
-        :raises TransportConfigurationError: they can't be used, or not be made.
         """
         self = cls(connection, options, name, in_flight)
-        infos = await open_consumers(connection, options, name, oldest=oldest, ack_wait=ack_wait)
         self._durables = await self._open(infos)
         return self
 
@@ -87,7 +93,7 @@ class NatsSubscription(Settling):
 
     def _next(self) -> Durable:
         """The one to be asked now: neither waits for the other for longer than a moment."""
-        live, inbox = self._durables
+        live, inbox = self._durables[0], self._durables[-1]
         if self._news:
             self._news = False
             return inbox
@@ -98,8 +104,10 @@ class NatsSubscription(Settling):
 
     async def _ask(self, durable: Durable, batch: int, wait: float) -> None:
         """Ask for so many at most, and wait until something comes, or the server says that there is nothing."""
-        live, inbox = self._durables
-        expires = 0.0 if durable is inbox or inbox.filled else min(wait, live.ack_wait * _PULL, _PULL_SECONDS)
+        expires = min(wait, durable.ack_wait * _PULL)
+        if len(self._durables) > 1:  # neither is waited for at the cost of the other
+            inbox = self._durables[-1]
+            expires = 0.0 if durable is inbox or inbox.filled else min(expires, _PULL_SECONDS)
         future = asyncio.get_running_loop().create_future()
         pull = self._pull = Pull(durable, batch, boot_time(), expires, future)
         self._asked, durable.asked, durable.filled = durable, pull.sent, False

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr
 
 from orthanc_events_bridge.errors import TransportConfigurationError
-from orthanc_events_bridge.values import (
-    EventFilter,
-    FileName,
-    Options,
-    Place,
-    mistake,
-)
+from orthanc_events_bridge.secret import from_file, given_twice
+from orthanc_events_bridge.values import EventFilter, FileName, Options, Place, mistake
 
 if TYPE_CHECKING:
     from pydantic_core import PydanticCustomError
@@ -74,22 +69,12 @@ class TransportOptions(Options):
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
         """A secret is given either in the configuration or in a file."""
-        for option in given:
-            if f"{option}_file" in given:
-                yield (
-                    (f"{option}_file",),
-                    mistake(
-                        "{0} and {1} give the same secret twice",
-                        "keep one of them (the file is the safer one)",
-                        options=((option,), (f"{option}_file",)),
-                    ),
-                )
+        yield from given_twice(given)
 
     def secret(self, option: str) -> str | None:
         """Give a secret, from the configuration or from its file.
 
-        The file is read at every call, and that is when connecting, so that a secret can be replaced while
-        the bridge is running. One line break at its end is no part of the secret.
+        The file is read at every call, and that is when connecting.
 
         :param option: the secret's name without ``_file``.
         :return: the secret, or None where neither form is given.
@@ -101,21 +86,8 @@ class TransportOptions(Options):
         path = getattr(self, f"{option}_file")
         if path is None:
             return None
-        place = f"transport {self.name}: {option}_file {path}"
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise TransportConfigurationError(
-                f"{place} can't be read: {error.strerror}",
-                "put the file there, and let the bridge's user read it",
-            ) from error
-        except UnicodeDecodeError:
-            # The chained exception would hold the secret's bytes.
-            raise TransportConfigurationError(f"{place} is not UTF-8 text", "save it as UTF-8") from None
-        secret = str(text.removesuffix("\n").removesuffix("\r"))
-        if not secret:
-            raise TransportConfigurationError(f"{place} is empty", "write the secret into it")
-        return secret
+        place = f"transport {self.name}: {option}_file"
+        return from_file(place, path, TransportConfigurationError, "put the file there, and let our user read it")
 
 
 def one_way_to_log_in(

@@ -157,14 +157,15 @@ class RabbitTransport(Transport):
         ack_wait: float = 30.0,
         ordered: bool = False,
         longest: float = 0.0,
+        inbox_only: bool = False,
     ) -> RabbitSubscription:
         """See `orthanc_events_bridge.transports.base.Transport.subscribe`. RabbitMQ has no ``ack_wait``."""
         check_name(self.name, name)
         with self._servers.passing_on():
             connection = self._connected()
             check_longest(connection, self._options, longest)
-            kind = OrderedSubscription if ordered else RabbitSubscription
-            queues = Queues.of(name, self._options, ordered=ordered)
+            kind = OrderedSubscription if ordered and not inbox_only else RabbitSubscription
+            queues = Queues.of(name, self._options, ordered=ordered and not inbox_only, inbox_only=inbox_only)
             return await kind.open(connection, self._options, queues, oldest=oldest, in_flight=in_flight)
 
     # Looking at it.

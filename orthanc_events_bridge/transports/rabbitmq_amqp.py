@@ -25,13 +25,9 @@ import pamqp.frame
 import pamqp.header
 from aiormq.abc import ConfirmationFrameType, DeliveredMessage
 from aiormq.exceptions import AMQPError
-from yarl import URL
 
 #: Frames of a channel that can wait to be looked at.
 _FRAMES: Final = 1000
-#: Seconds until a name's next address is tried as well: one that swallows everything would take all the time there is
-#: (RFC 8305, section 8).
-_NEXT_ADDRESS: Final = 0.25
 
 # What it says is in our own errors, and at DEBUG it would write down whole events.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
@@ -53,33 +49,6 @@ class ClosedError(Exception):
     def missing(self) -> bool:
         """Whether there is no such queue or exchange. AMQP's number is the same where its node is only down."""
         return self.code == 404 and re.search(r"\bno (queue|exchange) '", self.text) is not None
-
-
-class Sockets(aiormq.connection.TransportFactory):
-    """Opens the socket, and keeps it: only so can it be written to in one go, and cut off."""
-
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, name: str | None) -> None:
-        self._arguments: dict[str, Any] = {"host": host, "port": port, "ssl": tls}
-        if tls is not None:
-            self._arguments["server_hostname"] = name or host
-        self.writer: asyncio.StreamWriter | None = None
-
-    async def create(self, url: URL, **arguments: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, self.writer = await asyncio.open_connection(**self._arguments, happy_eyeballs_delay=_NEXT_ADDRESS)
-        return reader, self.writer
-
-    @property
-    def encrypted(self) -> bool:
-        """Whether it is open, or was, and with TLS."""
-        return self.writer is not None and self._arguments["ssl"] is not None
-
-    @property
-    def waiting(self) -> int:
-        """How many bytes it has not taken yet."""
-        # A closed one of TLS can't be asked.
-        if self.writer is None or self.writer.transport.is_closing():
-            return 0
-        return self.writer.transport.get_write_buffer_size()
 
 
 class Amqp(aiormq.Connection):
@@ -119,12 +88,14 @@ class Amqp(aiormq.Connection):
 class Channel(aiormq.Channel):
     """aiormq's channel; hands over at once what the server says, without a task for each message.
 
-    A callback is called in the server's order, and must neither wait nor raise.
+    A callback is called in the server's order, and must not wait. What it raises is a defect: aiormq would end the
+    channel for it, and tell nobody.
 
     :ivar fault: why the server has closed it.
     :ivar on_confirm: called with delivery tag, whether all before it are meant too, and whether it is an ack.
     :ivar on_return: called with an unroutable message.
     :ivar on_fault: called when the server has closed it.
+    :ivar on_defect: called with what a callback has raised, or aiormq; nothing more is received.
     """
 
     fault: ClosedError | None = None
@@ -134,7 +105,9 @@ class Channel(aiormq.Channel):
         self.on_confirm: Callable[[int, bool, bool], None] = lambda tag, multiple, acked: None
         self.on_return: Callable[[DeliveredMessage], None] = lambda message: None
         self.on_fault: Callable[[ClosedError], None] = lambda fault: None
+        self.on_defect: Callable[[Exception], None] = lambda defect: None
         self._receivers: dict[str, Callable[[DeliveredMessage], None]] = {}
+        self._cancelled: dict[str, Callable[[], None]] = {}
 
     async def consume(
         self,
@@ -155,8 +128,7 @@ class Channel(aiormq.Channel):
         :raises ClosedError: see `Connection.ask`, with which this is to be awaited.
         """
         tag = tag or f"{self.number}.{len(self._receivers)}"
-        self._receivers[tag] = receive
-        self.on_consumer_cancel_callbacks.add(lambda frame: cancelled() if frame.consumer_tag == tag else None)
+        self._receivers[tag], self._cancelled[tag] = receive, cancelled
         await self.basic_consume(queue, _nothing, consumer_tag=tag, arguments=arguments, exclusive=exclusive)
         return tag
 
@@ -165,6 +137,12 @@ class Channel(aiormq.Channel):
         receive = self._receivers.get(frame.consumer_tag or "")
         if receive is not None:
             receive(message)
+
+    async def _on_cancel_frame(self, frame: pamqp.commands.Basic.Cancel | pamqp.commands.Basic.CancelOk) -> None:
+        await super()._on_cancel_frame(frame)
+        cancelled = self._cancelled.get(frame.consumer_tag or "")
+        if isinstance(frame, pamqp.commands.Basic.Cancel) and cancelled is not None:
+            cancelled()
 
     async def _on_return_frame(self, frame: pamqp.commands.Basic.Return) -> None:
         self.on_return(await self._content(frame))
@@ -189,8 +167,14 @@ class Channel(aiormq.Channel):
         if not closing.is_set():
             await super()._Channel__close_after_failure(frame)  # type: ignore[misc]  # aiormq's
 
+    async def _on_close(self, exc: Any = None) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, aiormq.exceptions.ChannelClosed):
+            self.on_defect(exc)
+        else:
+            await super()._on_close(exc)
+
     async def _reader(self) -> None:
-        with contextlib.suppress(Exception):  # it is in `fault`; nobody looks at how this task ends
+        with contextlib.suppress(Exception):  # it is told already; nobody looks at how this task ends
             await super()._reader()
 
 

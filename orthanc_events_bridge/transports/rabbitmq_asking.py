@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 
 _T = TypeVar("_T")
 
@@ -77,15 +78,19 @@ class Asking:
             raise refused(self._connection, name, error) from error
         return True
 
-    async def check(self, queues: Iterable[str]) -> None:
+    async def check(self, queues: Iterable[str], exchanges: Iterable[str] = ()) -> None:
         """Are they there?
 
         :raises TransportConfigurationError: no.
         """
-        missing = [queue for queue in queues if not await self.exists(queue)]
-        if missing:
+        missing = {
+            "queue": [queue for queue in queues if not await self.exists(queue)],
+            "exchange": [exchange for exchange in exchanges if not await self.leads(exchange)],
+        }
+        named = [f"no {kind} {', '.join(names)}" for kind, names in missing.items() if names]
+        if named:
             raise TransportConfigurationError(
-                f"RabbitMQ has no queue {', '.join(missing)}, and declare is false",
+                f"RabbitMQ has {' and '.join(named)}, and declare is false",
                 "make it, or set declare to true",
             )
 
@@ -117,6 +122,24 @@ class Asking:
             await self._connection.end(self._channel)
 
 
+def deleted(options: RabbitOptions, what: str) -> NotConnectedError:
+    """The error that says that something was that a subscription needs."""
+    return NotConnectedError(
+        f"the {what} was deleted",
+        "it is made again when subscribing"
+        if options.declare
+        else "make it again: it is waited for, since declare is false",
+    )
+
+
+def channel_closed(whose: str, fault: ClosedError) -> NotConnectedError:
+    """The error that says that RabbitMQ has closed the channel that something was received on."""
+    return NotConnectedError(
+        f"RabbitMQ has closed the channel of {whose}: {fault.text} ({fault.code})",
+        "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
+    )
+
+
 def refused(connection: Connection, name: str, error: ClosedError, kind: str = "queue") -> TransportError:
     """Which of our errors it is that RabbitMQ doesn't let us use a queue, or an exchange."""
     if error.code == 403:
@@ -124,12 +147,20 @@ def refused(connection: Connection, name: str, error: ClosedError, kind: str = "
             f"RabbitMQ does not permit this user to use the {kind} {name}: {error.text}",
             r"let it configure, write and read ^orthanc\..*, write to amq.default, and use amq.gen-*",
         )
+    if error.code == 406 and "'x-max-length'" in error.text:
+        return TransportConfigurationError(
+            f"RabbitMQ has the {kind} {name} with another limit: {error.text}",
+            "set limits.dead_letters back, or empty it with `orthanc-events dlq` and delete the queue "
+            f"{name}, so that it is made anew",
+        )
     if error.code in (405, 406):
         return TransportConfigurationError(
             f"RabbitMQ has the {kind} {name} with other settings: {error.text}",
             "delete it when it is empty, so that it is made anew, or give the consumer another name",
         )
-    if error.code == 404:  # deleted while we asked, or its node is down
+    if error.missing:  # while we asked
+        return NotConnectedError(f"the {kind} {name} of RabbitMQ was deleted", "subscribe again")
+    if error.code == 404:  # its node is down
         return connection.lost(error)
     return TransportConfigurationError(
         f"RabbitMQ refuses the {kind} {name}: {error.text} ({error.code})", "see the RabbitMQ server's log"

@@ -25,6 +25,7 @@ from typing import Any, Final
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_message import headers_of
@@ -39,6 +40,9 @@ _STEP: Final = 200
 _FETCH: Final = 10_000
 #: Seconds after which a history that shows nothing is empty.
 _EMPTY: Final = 1.0
+#: For so many seconds the message that says how far it has come is held at a time: behind ``consumer_timeout``, of a
+#: minute at the least, RabbitMQ would take it back and close the channel.
+_KEEP: Final = 30.0
 #: Seconds after which what was routed by the bindings of a moment ago has come to where it was sent.
 _MARGIN: Final = 0.1
 
@@ -92,17 +96,22 @@ class Beginning:
 
         :return: whether it has; not if it was stopped.
         :raises ClosedError: RabbitMQ does not permit something.
-        :raises TransportError: RabbitMQ doesn't answer.
+        :raises TransportError: RabbitMQ doesn't answer; or see `check_over`.
         """
         connection, queue = self._connection, self._queues.beginning
         channel = await connection.channel()
         try:
             await connection.ask(channel.basic_qos(prefetch_count=1))
             await connection.ask(channel.consume(queue, self._on_mark, self._on_deleted))
-            known = ""
-            while not self._deleted:
-                await self._until(lambda: self._mark or self._received or self._deleted or self._stopped)
+            channel.on_fault = lambda fault: self._news.set()
+            known, ended = "", False
+            while True:
+                await self._until(lambda: self._mark or self._ends(channel))
                 mark, self._mark = self._mark, None
+                if channel.fault is not None:
+                    raise channel_closed(queue, channel.fault)
+                if self._deleted:
+                    break
                 if self._received:
                     await connection.ask(channel.queue_delete(queue))
                     return True
@@ -114,30 +123,42 @@ class Beginning:
                 # Another than we have put there is one that its writer had not come to acknowledge.
                 if known in ("", state["id"]):
                     if "until" in state and state["next"] > state["until"]:
-                        await self._say_end()
-                        continue  # it is kept, so that nobody else does the same
+                        if not ended:
+                            await self._say_end()
+                        ended = True
+                        # It is kept, so that nobody else does the same; but it is given to us anew in time.
+                        if not await self._until(lambda: self._ends(channel), _KEEP):
+                            await connection.ask(channel.basic_nack(mark.delivery_tag or 0, requeue=True))
+                        continue
                     following = await self._step(state)
                     if following is None:
                         return False
                     known = await self._put(following)
                 await connection.ask(channel.basic_ack(mark.delivery_tag or 0))
-            return True
         except ClosedError as error:
-            if error.missing and channel.fault is not None:  # it is over already
-                return True
-            raise
+            if not (error.missing and channel.fault is not None):
+                raise
         finally:
             for one in (channel, self._reader):
                 if one is not None:
                     await connection.end(one)
+        await check_over(connection, self._options, self._queues)
+        return True
 
-    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> None:
-        """Wait for news, at most so long."""
+    def _ends(self, channel: Channel) -> bool:
+        return self._received or self._deleted or self._stopped or channel.fault is not None
+
+    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> bool:
+        """Wait for news, at most so long.
+
+        :return: whether it is so.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not condition() and loop.time() < end:
             self._news.clear()
             await self._connection.wait_for(self._news, end - loop.time() if seconds < math.inf else None)
+        return bool(condition())
 
     def _on_mark(self, message: DeliveredMessage) -> None:
         self._mark = message
@@ -286,6 +307,25 @@ class Beginning:
 
         await connection.ask(channel.basic_qos(prefetch_count=count))
         await connection.ask(channel.consume(history, receive, gone, arguments={"x-stream-offset": begin}))
+
+
+async def check_over(connection: Connection, options: RabbitOptions, queues: Queues) -> None:
+    """Has all of the past been received, now that a queue of it is gone?
+
+    :raises NotConnectedError: no: the exchange was deleted, and another subscriber makes a new beginning, or will.
+    """
+    asking = Asking(connection)
+    try:
+        # In this order: `rabbitmq_queues` makes the second before the first.
+        deleted = options.declare and not await asking.leads(queues.live)
+        if deleted or await asking.exists(queues.beginning):
+            raise NotConnectedError(
+                f"the exchange {options.exchange} of RabbitMQ was deleted, and the history is told to {queues.name} "
+                "from its beginning",
+                "take part in that by subscribing again",
+            )
+    finally:
+        await asking.end()
 
 
 def is_end(message: DeliveredMessage) -> bool:

@@ -21,9 +21,11 @@ from orthanc_events_bridge.errors import (
     TransportConfigurationError,
     TransportError,
 )
-from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, Sockets, closed, words
+from orthanc_events_bridge.transports.rabbitmq_amqp import Amqp, Channel, ClosedError, closed, words
+from orthanc_events_bridge.transports.rabbitmq_defect import defect
 from orthanc_events_bridge.transports.rabbitmq_login import HungUpError, not_connected
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from orthanc_events_bridge.transports.rabbitmq_sockets import Sockets
 from orthanc_events_bridge.transports.tls import client_context, cut
 
 __all__ = ["Channel", "ClosedError", "Connection"]
@@ -95,6 +97,7 @@ class Connection:
         except BaseException:
             opening.cancel()
             await connection.give_up()
+            await asyncio.wait([opening], timeout=_CUTTING)  # its socket is not left open behind us
             raise
         connection._amqp.closing.add_done_callback(connection._on_closed)
         return connection
@@ -153,6 +156,7 @@ class Connection:
             )
         self._number = number
         channel = Channel(self._amqp, number, confirms=confirms)
+        channel.on_defect = self.defect
         self._amqp.channels[number] = channel
         try:
             await self.ask(channel.open())
@@ -244,6 +248,26 @@ class Connection:
             self.fault = error
         if not self._faulty.done():
             self._faulty.set_result(None)
+
+    def defect(self, error: BaseException) -> None:
+        """Something of ours has failed that should not: the connection ends, so that what was held comes again."""
+        self.fail(defect(self.url, error))
+
+    def watched(self, task: asyncio.Task[Any]) -> None:
+        """To be called when a task has ended that nobody waits for."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.defect(error)
+
+    def guarded(self, call: Callable[..., None]) -> Callable[..., None]:
+        """The same for what the event loop is to call: it would only log what that raises."""
+
+        def guard(*arguments: object) -> None:
+            try:
+                call(*arguments)
+            except Exception as error:
+                self.defect(error)
+
+        return guard
 
     def when_lost(self, tell: Callable[[], None]) -> None:
         """Have something called as soon as it can't be used any more; at once where it can't be already."""

@@ -19,10 +19,11 @@ import pamqp.frame
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from orthanc_events_bridge.errors import NotConnectedError, TransportError
-from orthanc_events_bridge.transports.rabbitmq_asking import refused
+from orthanc_events_bridge.errors import TransportError
+from orthanc_events_bridge.transports.rabbitmq_asking import channel_closed, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 
 #: Seconds that it keeps what another should have, before it lets go of it once more.
 _KEEP: Final = 5.0
@@ -40,6 +41,9 @@ class Subscriber(Protocol):
     def past_received(self) -> None:
         """All of its past has been received, by whomever."""
 
+    async def check_over(self) -> None:
+        """See `orthanc_events_bridge.transports.rabbitmq_beginning.check_over`."""
+
     def fail(self, error: TransportError) -> None:
         """It can't go on."""
 
@@ -51,8 +55,11 @@ class Lane:
     :ivar owner: who is to have it; empty as long as nobody has said so.
     """
 
-    def __init__(self, connection: Connection, queues: list[str], subscriber: Subscriber) -> None:
+    def __init__(
+        self, connection: Connection, options: RabbitOptions, queues: list[str], subscriber: Subscriber
+    ) -> None:
         self._connection = connection
+        self._options = options
         self._queues = deque(queues)
         self._subscriber = subscriber
         self._channel: Channel | None = None
@@ -62,6 +69,7 @@ class Lane:
         self._ending: asyncio.Task[None] | None = None
         self._leaving = False  # as soon as nothing is held
         self._over = False  # the past is
+        self._deleted = False  # and its queue was
         self._since = 0.0
         self._retired = False
         self._closed = False
@@ -82,7 +90,7 @@ class Lane:
         while True:
             queue = self._queues[0]
             channel = self._channel = await connection.channel()
-            self._held, self._leaving, self._over = None, False, False
+            self._held, self._leaving, self._over, self._deleted = None, False, False, False
             self._since = asyncio.get_running_loop().time()
             receive, deleted = (functools.partial(one, channel) for one in (self._on_message, self._on_deleted))
             try:
@@ -91,6 +99,7 @@ class Lane:
             except ClosedError as error:
                 if not (error.missing and self.past):
                     raise refused(connection, queue, error) from error
+                await self._subscriber.check_over()
                 self._next()
                 continue
             channel.on_fault = functools.partial(self._on_fault, channel)
@@ -129,7 +138,8 @@ class Lane:
         if self._retired:
             self._end_if_retired()
         elif not self._closed:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._subscriber.came, self, raw)
+            came = self._connection.guarded(self._subscriber.came)
+            self._timer = asyncio.get_running_loop().call_later(seconds, came, self, raw)
 
     # From one place to the next.
 
@@ -141,12 +151,15 @@ class Lane:
         """Go where it is time to go."""
         if self._task is None and self._moves:
             self._task = asyncio.create_task(self._moving())
+            self._task.add_done_callback(self._connection.watched)
 
     async def _moving(self) -> None:
         try:
             while self._moves:
                 channel, self._channel = self._channel, None
                 if self._over:
+                    if self._deleted:
+                        await self._subscriber.check_over()
                     self._next()
                 if channel is not None:
                     await self._connection.end(channel)
@@ -176,24 +189,15 @@ class Lane:
     def _on_deleted(self, channel: Channel) -> None:
         if channel is not self._channel or self._closed:
             return
-        if self.past and self._held is None:  # it is over
-            self._over = True
+        if self.past and self._held is None:
+            self._over = self._deleted = True
             self._move()
         else:  # and where something of a past is held, nothing else of its partition may be given
-            self._subscriber.fail(
-                NotConnectedError(
-                    f"the queue {self._queues[0]} of RabbitMQ was deleted", "it is made again when subscribing"
-                )
-            )
+            self._subscriber.fail(deleted(self._options, f"queue {self._queues[0]} of RabbitMQ"))
 
     def _on_fault(self, channel: Channel, fault: ClosedError) -> None:
         if channel is self._channel and not self._closed:
-            self._subscriber.fail(
-                NotConnectedError(
-                    f"RabbitMQ has closed the channel of {self._queues[0]}: {fault.text} ({fault.code})",
-                    "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
-                )
-            )
+            self._subscriber.fail(channel_closed(self._queues[0], fault))
 
     async def close(self) -> None:
         """Hand it over. Never raises."""

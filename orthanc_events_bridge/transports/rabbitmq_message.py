@@ -69,6 +69,12 @@ def retry_headers(
     return headers
 
 
+def unbegun_headers(message: DeliveredMessage) -> dict[str, Any]:
+    """With what headers a copy is sent of what nobody has begun: as if it had not been given this time."""
+    said = {"orthanc-attempts": str(attempt(message) - 1), "orthanc-address": incoming(message).address}
+    return headers_of(message) | said
+
+
 def as_given_again(message: DeliveredMessage, consumer: str, more: Mapping[str, str]) -> DeliveredMessage:
     """The same delivery of a message, as if it were its next: it is tried again by whom it was given to."""
     properties = copy.copy(message.header.properties)

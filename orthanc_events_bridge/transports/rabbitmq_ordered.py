@@ -17,6 +17,7 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking
+from orthanc_events_bridge.transports.rabbitmq_beginning import check_over
 from orthanc_events_bridge.transports.rabbitmq_connection import Connection
 from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
 from orthanc_events_bridge.transports.rabbitmq_lane import Lane
@@ -48,7 +49,8 @@ class OrderedSubscription(RabbitSubscription):
         super().__init__(connection, options, queues, in_flight)
         self._lanes: list[Lane] = []
         self._changed = asyncio.Event()
-        self._roster = Roster(connection, self._sending, options, queues, self._changed.set)
+        self._roster = Roster(connection, self._sending, options, queues, self._changed.set, self._past_heard)
+        self._checking: asyncio.Task[None] | None = None
         self._balancing: asyncio.Task[None] | None = None
         self._clearing: asyncio.Task[None] | None = None
 
@@ -56,7 +58,7 @@ class OrderedSubscription(RabbitSubscription):
         await self._roster.open()
         pasts = self._queues.pasts if self._beginning is not None else []
         for number, queue in enumerate(self._queues.published):
-            self._lanes.append(Lane(self._connection, [*pasts[number : number + 1], queue], self))
+            self._lanes.append(Lane(self._connection, self._options, [*pasts[number : number + 1], queue], self))
         opening = [asyncio.ensure_future(lane.open()) for lane in self._lanes]
         try:
             await asyncio.gather(*opening)
@@ -64,17 +66,27 @@ class OrderedSubscription(RabbitSubscription):
             for one in opening:
                 one.cancel()
             await asyncio.gather(*opening, return_exceptions=True)
+        self._roster.past = self._beginning is not None
         # Not sooner: who hears of us may at once queue up behind us.
         self._roster.come()
-        self._balancing = asyncio.create_task(self._balance())
+        self._balancing = self._beside(self._balance())
         if self._beginning is not None:
-            self._task = asyncio.create_task(self._begin(self._beginning))
+            self._task = self._beside(self._begin(self._beginning))
             self.past_received()
         await self._clear_what_is_left()
 
     async def _past_received(self) -> None:
         self._beginning = None
-        self._clearing = asyncio.create_task(self._clear())
+        self._roster.past = False
+        self._clearing = self._beside(self._clear())
+
+    def _past_heard(self) -> None:
+        """Another receives a past."""
+        if self._beginning is None and (self._checking is None or self._checking.done()):
+            self._checking = self._beside(self.check_over())
+
+    async def check_over(self) -> None:
+        await check_over(self._connection, self._options, self._queues)
 
     async def _clear(self) -> None:
         """Delete the queues of the past when nobody receives from them any more."""
@@ -97,7 +109,7 @@ class OrderedSubscription(RabbitSubscription):
             asking = Asking(self._connection)
             try:
                 if await asking.exists(self._queues.pasts[-1]):
-                    self._clearing = asyncio.create_task(self._clear())
+                    self._clearing = self._beside(self._clear())
             finally:
                 await asking.end()
 
@@ -162,12 +174,11 @@ class OrderedSubscription(RabbitSubscription):
         for delivery in ours:
             self._held.pop(delivery, None)
         self._came = deque(one for one in self._came if one not in ours)
-        # What came from the inbox goes back with `close`: RabbitMQ 3.10 has ended the channel, now and then, of one who
-        # gave back what a consumer had got that was cancelled.
         busy = {one.lane for one in self._held if isinstance(one, OrderedDelivery)}
         for lane in busy:
             lane.retire()
         await asyncio.gather(*(lane.close() for lane in self._lanes if lane not in busy))
+        await super().leave([one for one in back if one not in ours])
 
     # Its end.
 
@@ -176,4 +187,4 @@ class OrderedSubscription(RabbitSubscription):
 
     @property
     def _background(self) -> tuple[asyncio.Task[None] | None, ...]:
-        return (*super()._background, self._balancing, self._clearing)
+        return (*super()._background, self._balancing, self._clearing, self._checking)

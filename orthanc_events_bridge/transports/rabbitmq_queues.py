@@ -13,6 +13,7 @@ RabbitMQ deletes that by itself with the last thing that it leads to: as long as
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -36,6 +37,10 @@ _LONGEST: Final = 86400
 _LONG: Final[dict[str, Any]] = LIMIT | {"x-consumer-timeout": _LONGEST * 1000}
 ONE_AT_A_TIME: Final[dict[str, Any]] = _LONG | {"x-single-active-consumer": True}
 
+#: Seconds in which those who receive from a queue are told that it was deleted. Where it is made again before that,
+#: RabbitMQ 3.10 tells them nothing, and what the new one gives them gets lost on its way: it would stand still.
+_TOLD: Final = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Queues:
@@ -44,17 +49,19 @@ class Queues:
     :param inboxes: how inboxes' names begin.
     :param dead_letters: how those of dead letters do.
     :param ordered: whether its events come in order, whoever receives them.
+    :param inbox_only: whether it has nothing of what is published.
     """
 
     name: str
     inboxes: str = "orthanc.inbox"
     dead_letters: str = "orthanc.dead"
     ordered: bool = False
+    inbox_only: bool = False
 
     @classmethod
-    def of(cls, name: str, options: RabbitOptions, *, ordered: bool = False) -> Queues:
+    def of(cls, name: str, options: RabbitOptions, *, ordered: bool = False, inbox_only: bool = False) -> Queues:
         """Those of a consumer, as the options call them."""
-        return cls(name, options.inbox_prefix, options.dead_prefix, ordered)
+        return cls(name, options.inbox_prefix, options.dead_prefix, ordered, inbox_only)
 
     @property
     def live(self) -> str:
@@ -80,6 +87,8 @@ class Queues:
     @property
     def published(self) -> dict[str, str]:
         """The queues of what is published, each with the routing keys that it is bound by."""
+        if self.inbox_only:
+            return {}
         if not self.ordered:
             return {self.live: "#"}
         return {f"{self.live}.{number:02d}": f"*.*.*.{number:02d}" for number in range(PARTITIONS)}
@@ -148,7 +157,9 @@ async def open_queues(
     asking = Asking(connection)
     try:
         if not options.declare:
-            await asking.check(queues.lasting)
+            await asking.check(queues.lasting, [queues.workers] if queues.ordered else [])
+        elif queues.inbox_only:
+            await _open_inbox_only(connection, asking, queues)
         elif not (await asking.exists(queues.made) and await asking.leads(queues.live)):
             async with alone(connection, f"{queues.live}.making"):
                 known = await asking.exists(queues.made)
@@ -156,6 +167,8 @@ async def open_queues(
                     if not known:
                         await _check_kind(asking, queues)
                     await _make(asking, queues, begin if known or oldest else None)
+        if queues.inbox_only:
+            return False
         # Where there is one, it was made before the name's queues.
         beginning = await asking.exists(queues.beginning)
         if options.declare:
@@ -173,6 +186,24 @@ async def open_queues(
         return beginning
     finally:
         await asking.end()
+
+
+async def _open_inbox_only(connection: Connection, asking: Asking, queues: Queues) -> None:
+    """Make the queues of a name that has nothing of what is published, and delete what it had of that."""
+    before = [replace(queues, inbox_only=False, ordered=ordered) for ordered in (False, True)]
+
+    async def left() -> list[Queues]:
+        return [one for one in before if await asking.exists(one.made)]
+
+    if await left() or not all([await asking.exists(queue) for queue in queues.lasting]):
+        async with alone(connection, f"{queues.live}.making"):
+            for one in await left():
+                pasts = one.pasts if one.ordered else []
+                for queue in (queues.beginning, *pasts, *one.published):  # the one that tells of the others last
+                    await asking.delete(queue)
+            await _make_all(asking, queues, queues.lasting)
+    for queue, arguments in queues.lasting.items():
+        await asking.declare(queue, arguments)
 
 
 def check_longest(connection: Connection, options: RabbitOptions, longest: float) -> None:
@@ -251,11 +282,12 @@ async def _open(
 
 async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[None]] | None) -> None:
     """Make the queues of a name that is new, or whose exchange is another one."""
-    # Of a start that was not finished; it may not even say how far it had come.
-    await asking.delete(queues.beginning)
     pasts = queues.pasts if queues.ordered else []
-    for queue in pasts:
-        await asking.delete(queue)
+    # Of a start that was not finished; it may not even say how far it had come.
+    if any([await asking.exists(queue) for queue in (queues.beginning, *pasts[-1:])]):
+        for queue in (queues.beginning, *pasts):
+            await asking.delete(queue)
+        await asyncio.sleep(_TOLD)
     if begin is not None:
         for queue in (queues.beginning, *pasts):
             await asking.declare(queue, ONE_AT_A_TIME)

@@ -20,7 +20,7 @@ from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import refused
+from orthanc_events_bridge.transports.rabbitmq_asking import deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
@@ -60,7 +60,9 @@ class Roster:
     """One subscriber's view of it.
 
     :param changed: called when somebody has come or gone.
+    :param past_heard: called when another says that it receives a past.
     :ivar me: how it is called.
+    :ivar past: whether it receives one itself.
     :ivar fault: why it can't go on.
     """
 
@@ -71,11 +73,13 @@ class Roster:
         options: RabbitOptions,
         queues: Queues,
         changed: Callable[[], None],
+        past_heard: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._options = options
         self._exchange = queues.workers
         self._changed = changed
+        self._past_heard = past_heard
         self._copies = Copies(sending, options.ack_timeout)
         self._channel: Channel | None = None
         self._acks: Acks | None = None
@@ -86,6 +90,7 @@ class Roster:
         self._unheard = 0.0  # since when one is under way to us
         self._beating: asyncio.Task[None] | None = None
         self.me = uuid.uuid4().hex
+        self.past = False
         self.fault: NotConnectedError | None = None
 
     @property
@@ -117,6 +122,7 @@ class Roster:
     def come(self) -> None:
         """Tell the others that we are there, from now on."""
         self._beating = asyncio.create_task(self._beat())
+        self._beating.add_done_callback(self._connection.watched)
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,7 +134,7 @@ class Roster:
             # It goes with the exchange, also where that is made again at once; and a binding can't be asked for.
             deaf = self._unheard and loop.time() - self._unheard > _SILENT
             if deaf or self._copies.fault is not None:
-                self._lose(f"the exchange {self._exchange} of RabbitMQ was deleted")
+                self._lose(f"exchange {self._exchange} of RabbitMQ")
                 return
             gone = [one for one, last in self._seen.items() if loop.time() - last > _SILENT]
             for one in gone:
@@ -138,7 +144,7 @@ class Roster:
 
     def _say(self, *, there: bool) -> None:
         self._said += 1
-        body = json.dumps({"worker": self.me, "there": there, "number": self._said}).encode()
+        body = json.dumps({"worker": self.me, "there": there, "number": self._said, "past": self.past}).encode()
         self._saying = self._copies.send("", {}, body, "application/json", exchange=self._exchange)
         self._saying.add_done_callback(functools.partial(self._on_said, self._said))
 
@@ -161,6 +167,8 @@ class Roster:
         if worker == self.me:
             self._heard, self._unheard = number, 0.0
             return
+        if said.get("past") and not self.past:
+            self._past_heard()
         known = worker in self._seen
         if there:
             self._seen[worker] = asyncio.get_running_loop().time()
@@ -172,10 +180,10 @@ class Roster:
             self._changed()
 
     def _on_deleted(self) -> None:
-        self._lose(f"a queue of RabbitMQ that is bound to {self._exchange} was deleted")
+        self._lose(f"exchange {self._exchange} of RabbitMQ, or a queue that was bound to it,")
 
-    def _lose(self, why: str) -> None:
-        self.fault = NotConnectedError(why, "it is made again when subscribing")
+    def _lose(self, what: str) -> None:
+        self.fault = deleted(self._options, what)
         self._changed()
 
     async def close(self) -> None:

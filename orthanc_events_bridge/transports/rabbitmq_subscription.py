@@ -23,13 +23,13 @@ from aiormq.abc import DeliveredMessage
 from orthanc_events_bridge.errors import NotConnectedError, TransportError
 from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
-from orthanc_events_bridge.transports.rabbitmq_asking import Asking, refused
+from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed, deleted, refused
 from orthanc_events_bridge.transports.rabbitmq_beginning import Beginning, is_end
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import Copies
 from orthanc_events_bridge.transports.rabbitmq_dead import DeadPlace
 from orthanc_events_bridge.transports.rabbitmq_delivery import RabbitDelivery
-from orthanc_events_bridge.transports.rabbitmq_message import headers_of, retry_headers, seconds_left
+from orthanc_events_bridge.transports.rabbitmq_message import headers_of, retry_headers, seconds_left, unbegun_headers
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import STEPS, Queues, open_queues
 from orthanc_events_bridge.transports.rabbitmq_sending import Sending
@@ -60,7 +60,8 @@ class RabbitSubscription(Subscription):
         self._beginning: Beginning | None = None
         self._task: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._consumers: list[str] = []
+        self._consumers: dict[str, str] = {}  # by their queues
+        self._left: list[str] = []  # queues whose consumers were cancelled before the end
         self._acks: Acks | None = None
         self._ends: list[int] = []  # of messages that say that the past is over
         self._came: deque[RabbitDelivery] = deque()
@@ -98,8 +99,14 @@ class RabbitSubscription(Subscription):
         await connection.ask(channel.basic_qos(prefetch_count=min(self._in_flight, _MOST)))
         await self._consume(self._queues.inbox)
         await self._receive_published()
-        if self._options.declare:
-            self._watching = asyncio.create_task(self._watch())
+        if self._options.declare and not self._queues.inbox_only:
+            self._watching = self._beside(self._watch())
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """What goes on by itself must not end by an error that nobody sees."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._connection.watched)
+        return task
 
     async def _watch(self) -> None:
         """Nobody tells us that the exchange was deleted, and our queues' bindings with it."""
@@ -116,10 +123,12 @@ class RabbitSubscription(Subscription):
                     )
 
     async def _receive_published(self) -> None:
+        if self._queues.inbox_only:
+            return
         if self._beginning is None:
             await self._consume(self._queues.live)
         else:
-            self._task = asyncio.create_task(self._begin(self._beginning))
+            self._task = self._beside(self._begin(self._beginning))
 
     async def _begin(self, beginning: Beginning) -> None:
         """What is published now comes when the past has come."""
@@ -144,14 +153,12 @@ class RabbitSubscription(Subscription):
 
     async def _consume(self, queue: str) -> None:
         def cancelled() -> None:
-            self._fail(
-                NotConnectedError(f"the queue {queue} of RabbitMQ was deleted", "it is made again when subscribing")
-            )
+            self._fail(deleted(self._options, f"queue {queue} of RabbitMQ"))
 
         assert self._channel is not None
         try:
             consuming = self._channel.consume(queue, self._on_message, cancelled)
-            self._consumers.append(await self._connection.ask(consuming))
+            self._consumers[queue] = await self._connection.ask(consuming)
         except ClosedError as error:
             raise refused(self._connection, queue, error) from error
 
@@ -203,7 +210,7 @@ class RabbitSubscription(Subscription):
             self._timers.discard(timer)
             self._on_message(raw)
 
-        timer = asyncio.get_running_loop().call_later(seconds, ripe)
+        timer = asyncio.get_running_loop().call_later(seconds, self._connection.guarded(ripe))
         self._timers.add(timer)
 
     def _ripe(self, raw: DeliveredMessage) -> None:
@@ -275,8 +282,39 @@ class RabbitSubscription(Subscription):
                 settle()
 
         future = self._copies.send(queue, headers, raw.body, raw.header.properties.content_type)
-        future.add_done_callback(confirmed)
+        future.add_done_callback(self._connection.guarded(confirmed))
         return future
+
+    async def leave(self, back: Sequence[Delivery]) -> None:
+        """See `orthanc_events_bridge.transports.base.Subscription.leave`. By copies, which go into the inbox: what is
+        given back by ``basic.nack`` RabbitMQ gives to the same subscriber again; and where its consumer was cancelled
+        before, 3.10 has ended the channel by which the others are to be settled, now and then.
+        """
+        self.check()
+        if self._beginning is not None:
+            self._beginning.stop()
+        assert self._channel is not None
+        try:
+            for queue in [*self._consumers]:
+                await self._connection.ask(self._channel.basic_cancel(self._consumers.pop(queue)))
+                self._left.append(queue)
+        except ClosedError as error:
+            self._on_closed(error)
+        self.check()
+        ours = [*(one for one in self._held if one in back), *self._came]
+        self._came.clear()
+        for delivery in ours:
+            self._held.pop(delivery, None)
+            self._hand_over(delivery.raw)
+
+    def _hand_over(self, raw: DeliveredMessage) -> None:
+        def confirmed(future: asyncio.Future[str]) -> None:
+            if not future.result():  # else it goes back with the channel
+                self._settle(raw.delivery_tag or 0)
+
+        headers = unbegun_headers(raw)
+        future = self._copies.send(self._queues.inbox, headers, raw.body, raw.header.properties.content_type)
+        future.add_done_callback(self._connection.guarded(confirmed))
 
     # Its end.
 
@@ -294,12 +332,7 @@ class RabbitSubscription(Subscription):
             raise self._fault
 
     def _on_closed(self, fault: ClosedError) -> None:
-        self._fail(
-            NotConnectedError(
-                f"RabbitMQ has closed the channel of a subscription: {fault.text} ({fault.code})",
-                "what was not settled comes again; where an event takes long, raise consumer_timeout at the server",
-            )
-        )
+        self._fail(channel_closed("a subscription", fault))
 
     def _fail(self, error: NotConnectedError) -> None:
         if self._fault is None:
@@ -319,6 +352,7 @@ class RabbitSubscription(Subscription):
                 self._beginning.stop()
             waiting = [*self._copies.waiting, *self._dead.waiting, *work]
         await _wait([*waiting, *leaving], end - _LEFT[0])
+        await asyncio.sleep(0)  # the originals of what was confirmed just now are settled then
         self._fail(NotConnectedError("the subscription to RabbitMQ is closed", "subscribe again"))
         for timer in self._timers:
             timer.cancel()
@@ -354,8 +388,12 @@ class RabbitSubscription(Subscription):
         if channel is None or channel.fault is not None:
             return
         with contextlib.suppress(TransportError, ClosedError):
+            await self._connection.ask(channel.basic_qos(prefetch_count=1))
+            for queue in self._left:  # it is given something only where nobody else takes it
+                consuming = channel.consume(queue, self._on_message, lambda: None, arguments={"x-priority": -1})
+                self._consumers[queue] = await self._connection.ask(consuming)
             # A queue answers this behind all before it; what was kept back until then is sent to it before the second.
-            for consumer in self._consumers:
+            for consumer in self._consumers.values():
                 await self._connection.ask(channel.basic_cancel(consumer))
             await self._connection.ask(channel.queue_declare(self._queues.inbox, passive=True))
 

@@ -258,5 +258,13 @@ async def _offsets(connection: Connection, history: str, begin: str) -> list[int
 
 
 def offset(message: DeliveredMessage) -> int:
-    """The number of a message in its stream, from 0 on."""
-    return int(str((message.header.properties.headers or {})["x-stream-offset"]))
+    """The number of a message in its stream, from 0 on.
+
+    :raises TransportConfigurationError: it comes from another kind of queue.
+    """
+    number = (message.header.properties.headers or {}).get("x-stream-offset")
+    if number is None:
+        raise TransportConfigurationError(
+            "the history of RabbitMQ is no stream", "delete it, and make it with x-queue-type stream"
+        )
+    return int(str(number))

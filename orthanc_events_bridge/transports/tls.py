@@ -42,7 +42,7 @@ def client_context(tls: Certificates, broker: str, block: str = "tls.") -> ssl.S
         reason = error.strerror if not isinstance(error, ssl.SSLError) else error.reason
         raise TransportConfigurationError(
             f"{broker}: {option} can't be used: {reason or 'no certificate or key in it'}",
-            "give PEM files that the bridge's user can read, the key not encrypted",
+            "give PEM files that our user can read, the key not encrypted",
         ) from error
     return context
 

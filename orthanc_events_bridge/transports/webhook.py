@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.base import Capabilities, Incoming, Outgoing, PublishError, Transport
+from orthanc_events_bridge.transports.headers import ADDRESS, EVENT_ID
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.webhook_answers import problem, spelt
 from orthanc_events_bridge.transports.webhook_client import Answer, Client, Header
@@ -177,8 +178,8 @@ class WebhookTransport(Transport):
         headers = {"Content-Type": event.content_type}
         for name, value in event.attributes:
             headers[f"ce-{name}"] = quote(value, safe=_SAFE)
-        headers["orthanc-event-id"] = event.id
-        headers["orthanc-address"] = event.address
+        headers[EVENT_ID] = event.id
+        headers[ADDRESS] = event.address
         headers.update(event.headers)
         if self._keys:
             now, identifier = int(time.time()), event.dedupe or event.id

@@ -15,6 +15,7 @@ from orthanc_events_bridge.outbox_reader import OutboxReader
 from orthanc_events_bridge.outbox_schema import OutboxRow
 from orthanc_events_bridge.status import BridgeView
 from orthanc_events_bridge.transports.base import Incoming, Transport
+from orthanc_events_bridge.transports.headers import OPERATION
 from orthanc_events_bridge.verify import EXTRA, MISSING, OUT_OF_ORDER, Difference, Findings, Show
 
 _ROWS: Final = 1000
@@ -176,7 +177,7 @@ class TransportCheck:
         if event.get("source") not in self._sources:
             notes["events of another source"] += 1
             return 0, False
-        if message.headers.get("orthanc-operation"):
+        if message.headers.get(OPERATION):
             notes["events that were sent again on purpose"] += 1
             return 0, False
         if "producer" in event:

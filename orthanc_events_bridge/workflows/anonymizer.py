@@ -16,7 +16,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
@@ -62,7 +62,8 @@ class Anonymizer:
         self._dry = dry
         self._audit = Audit(settings.audit)
         self._wanted = wanted_by(settings.rules)
-        self.memory = Memory(settings.store)
+        assert settings.memory is not None  # `contradictions` says so
+        self.memory = Memory(settings.memory)
         self._pseudonyms = {name: Pseudonyms(name, one.secret(name)) for name, one in settings.projects.items()}
         profiles = {BASIC: Profile(), **settings.profiles}
         self._profiles = {name: profiles[one.profile] for name, one in settings.projects.items()}
@@ -206,6 +207,22 @@ class Anonymizer:
     def level(self) -> str:
         """``study`` or ``series``: of what is looked at."""
         return self.settings.event.partition(".")[0]
+
+    def complete(self) -> None:
+        """See `Consumer.complete`.
+
+        :raises BridgeError: something is missing.
+        """
+        self._audit.check()
+        self.consumer.complete()
+
+    def numbered(self, number: int) -> Self:
+        """See `Consumer.numbered`.
+
+        :raises ConfigError: there is no such port.
+        """
+        self.consumer.numbered(number)
+        return self
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT. See `Consumer.run`.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
@@ -19,6 +20,10 @@ from orthanc_events_bridge.workflows.rules import Rule, mistakes
 
 #: The profile that is there without being written: the basic profile of PS3.15.
 BASIC: Final = "basic"
+
+
+#: Of a database.
+_RIGHT: Final = 'write "sqlite:////FOLDER/FILE" for the workers of one machine, or "postgresql://USER@HOST/DATABASE"'
 
 
 class Project(Options):
@@ -66,11 +71,6 @@ class AnonymizerSettings(ConsumerSettings):
     rules: tuple[Rule, ...] = Field(min_length=1, description="What is pseudonymised for which projects.")
     projects: dict[str, Project] = Field(min_length=1, description="Whose pseudonyms, by names of your own.")
     profiles: dict[str, Profile] = Field(default_factory=dict, description="What is kept and what not, by names.")
-    store: str = Field(
-        description="Where it is remembered what stands for what: a file for the workers of one machine, or a "
-        "PostgreSQL for all. Whoever can read it knows who the patients are.",
-        examples=["sqlite:////var/lib/orthanc-events/anonymizer.db"],
-    )
     audit: FileName | None = Field(
         default=None,
         description="A file to which a line of JSON is appended for all that is done. Orthanc's ids of what it was "
@@ -81,6 +81,8 @@ class AnonymizerSettings(ConsumerSettings):
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
         """Names that lead to nothing."""
         yield from super().contradictions()
+        if self.memory is None:
+            yield ("store",), mistake("is no database, and what stands for what has to be remembered in one", _RIGHT)
         yield from mistakes(self.rules, self.projects, "project")
         for name, project in self.projects.items():
             if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
@@ -89,3 +91,9 @@ class AnonymizerSettings(ConsumerSettings):
             if project.profile != BASIC and project.profile not in self.profiles:
                 right = f"the profiles are: {', '.join({BASIC: 0} | self.profiles)}"
                 yield ("projects", name, "profile"), mistake("is no profile", right, shown=project.profile)
+
+    @property
+    def memory(self) -> SecretStr | Path | None:
+        """The database in which it is remembered what stands for what: as a URL, or in a file that holds that."""
+        chosen = self.chosen_store() if self.store_file or self.store else None
+        return chosen if isinstance(chosen, SecretStr | Path) else None

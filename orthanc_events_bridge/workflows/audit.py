@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from datetime import UTC, datetime
+import time
 from pathlib import Path
 from typing import Final
 
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.moments import iso
 
 log: Final = logging.getLogger("orthanc_events_bridge.audit")
 
@@ -30,28 +31,24 @@ class Audit:
 
         :raises BridgeError: no.
         """
-        if self._path is not None:
-            try:
-                with self._path.open("ab"):
-                    pass
-            except OSError as error:
-                raise BridgeError(
-                    f"the audit file {self._path} can't be written: {error.strerror}", "let our user write it"
-                ) from error
+        self._append(b"")
 
     def note(self, what: str, **more: object) -> None:
         """Note that something was done.
 
         :raises BridgeError: the file can't be written: then it counts as not done.
         """
-        text = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": what, **more})
+        text = json.dumps({"time": iso(time.time() * 1000), "what": what, **more})
         log.info("%s", text)
+        self._append(text.encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
         if self._path is None:
             return
         try:
             # One write with O_APPEND: lines of several workers don't mix.
             with self._path.open("ab", buffering=0) as file:
-                file.write(text.encode() + b"\n")
+                file.write(line)
         except OSError as error:
             raise BridgeError(
                 f"the audit file {self._path} can't be written: {error.strerror}", "make room, or let our user write it"

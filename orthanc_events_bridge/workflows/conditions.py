@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Protocol
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from orthanc_events_bridge.values import Options, Place, mistake
 
@@ -77,8 +77,17 @@ def _keyword(value: str) -> str:
     return value
 
 
-_Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Field(min_length=1)]
-_Parts = Annotated["tuple[Condition, ...]", BeforeValidator(_conditions), Field(min_length=1)]
+class OneOrMany:
+    """One counts as a list of one: for the schema."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Of either."""
+        many = handler(schema)
+        return {"anyOf": [many["items"], many]}
+
+
+_Texts = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_more), OneOrMany()]
+_Parts = Annotated["tuple[Condition, ...]", Field(min_length=1), BeforeValidator(_conditions), OneOrMany()]
 
 
 class Condition(Options):
@@ -201,7 +210,7 @@ class Condition(Options):
 
 
 #: A condition, or several that must all hold.
-When = Annotated[tuple[Condition, ...], BeforeValidator(_conditions), Field(min_length=1)]
+When = Annotated[tuple[Condition, ...], Field(min_length=1), BeforeValidator(_conditions), OneOrMany()]
 
 
 def judge(conditions: Sequence[Condition], facts: Facts) -> Verdict:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -91,16 +91,11 @@ class DeriveSettings(ConsumerSettings):
     rules: tuple[Rule, ...] = Field(
         min_length=1, description="When studies are ready, from the top: the first rule that fits a study counts."
     )
-    store: str | None = Field(
-        default=None,
-        description="Where it is remembered what has been told ([stores](../once.md#stores)). Left out: the broker, "
-        "where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/derive.db"],
-    )
 
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
         """Names that are there twice; what can't wait."""
         yield from super().contradictions()
+        yield from self.without_store("what has been told")
         names = [rule.name for rule in self.rules]
         for number, rule in enumerate(self.rules):
             if rule.name in names[:number]:
@@ -185,8 +180,7 @@ class Deriver:
         if dry:  # under a name of its own: it must not take events from those that work
             more |= {"name": f"{settings.name}-dry-run", "start": "new"}
         settings = settings.model_copy(update=more)
-        store = None if dry else settings.store or "broker"
-        self.app = Consumer.configured(Configuration(settings, configuration.orthanc), store)
+        self.app = Consumer.configured(Configuration(settings, configuration.orthanc))
         self._wanted = Wanted.by(condition for rule in self.rules for condition in rule.when or ())
         self._of_series = Wanted.by(
             condition for rule in self.rules for conditions in rule.series.values() for condition in conditions
@@ -296,6 +290,21 @@ class Deriver:
                 f"Orthanc knows no modality {modality}", f"add the modality {modality} to Orthanc's DicomModalities"
             )
         return [*found, *(f"modality {modality}: known to Orthanc" for modality in sorted(wanted))]
+
+    def complete(self) -> None:
+        """See `Consumer.complete`.
+
+        :raises BridgeError: something is missing.
+        """
+        self.app.complete()
+
+    def numbered(self, number: int) -> Self:
+        """See `Consumer.numbered`.
+
+        :raises ConfigError: there is no such port.
+        """
+        self.app.numbered(number)
+        return self
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT. See `Consumer.run`.

@@ -225,10 +225,10 @@ class Sender:
             await asyncio.to_thread(_write_whole, path, content)
 
     async def _uids(self, orthanc: httpx.AsyncClient, instance: str) -> tuple[str, str, str] | None:
-        answer = await orthanc.get(f"/instances/{instance}/tags?short")
-        if answer.status_code == 404:
+        try:
+            tags = (await ask(orthanc, f"/instances/{instance}/tags?short")).json()
+        except GoneError:
             return None
-        tags = answer.raise_for_status().json()
         found = [str(tags.get(tag, "")).strip("\0 ") for tag in ("0020,000d", "0020,000e", "0008,0018")]
         # They become names of files: what is no UID must not lead elsewhere (PS3.5, section 9.1).
         if not all(uid and set(uid) <= set("0123456789.") and uid.strip(".") for uid in found):

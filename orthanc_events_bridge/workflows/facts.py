@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.events.mapping import SUBJECTS
 from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.conditions import Condition
 
 if TYPE_CHECKING:
     import httpx
+
+#: What to do where there are none.
+_NO_LABELS: Final = "labels need Orthanc 1.12, and a database of it that knows them; else leave those conditions out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,16 @@ class Resource:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+async def check_labels(orthanc: httpx.AsyncClient) -> None:
+    """Does Orthanc have labels?
+
+    :raises OrthancError: no.
+    """
+    system = (await ask(orthanc, "/system")).json()
+    if not system.get("HasLabels"):
+        raise OrthancError(f"rules ask for labels, and Orthanc {system.get('Version')} has none", _NO_LABELS)
+
+
 async def look(
     orthanc: httpx.AsyncClient, level: str, identifier: str, wanted: Wanted, without: Collection[str] = ()
 ) -> Resource:
@@ -84,6 +98,7 @@ async def look(
     :param level: ``study``, ``series`` or ``instance``.
     :param without: instances that don't count, nor does a series of which none other is there.
     :raises GoneError: there is no such resource.
+    :raises OrthancError: labels are wanted, and Orthanc knows none: what is decided without them would be wrong.
     :raises httpx.HTTPError: Orthanc doesn't answer.
     """
     found = Resource(level, identifier)
@@ -114,8 +129,9 @@ async def look(
         places += [("instance", one, "/metadata?expand") for one in firsts if level != "instance"]
         found._metadata = await _each(orthanc, places)
     if wanted.labels:
-        # Orthanc before 1.12 has none.
-        found.labels = tuple(str(one) for one in itself.get("Labels", ()))
+        if "Labels" not in itself:
+            raise OrthancError("rules ask for labels, and this Orthanc has none", _NO_LABELS)
+        found.labels = tuple(str(one) for one in itself["Labels"])
     return found
 
 

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -23,7 +23,6 @@ from orthanc_events_bridge.consumers.retry import Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings, RetrySettings
 from orthanc_events_bridge.errors import GoneError
 from orthanc_events_bridge.loading import ConfigError, Problem
-from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
 from orthanc_events_bridge.workflows.asking import ask
 from orthanc_events_bridge.workflows.job_again import MODALITY, PEER, STOW, again, does, names, since_then
@@ -87,12 +86,6 @@ class JobRetrySettings(ConsumerSettings):
         examples=["https://pacs.example.org/orthanc/main"],
     )
     resubmit: Resubmission = Field(default_factory=Resubmission, description="When and how often.")
-    store: str | None = Field(
-        default=None,
-        description="Where it is noted how often something has failed ([stores](../once.md#stores)). Left out: the "
-        "broker, where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/job-retry.db"],
-    )
     # However long Orthanc is down, a failure is not given up for that within its age.
     retry: RetrySettings = Field(
         default_factory=lambda: RetrySettings(max_attempts=0),
@@ -109,9 +102,7 @@ class JobRetrySettings(ConsumerSettings):
             yield ("ordered",), mistake("would hold up all other jobs", "leave it out")
         if self.broker is None:
             yield ("broker",), mistake("where events come from is not said", "give its URL: nats://127.0.0.1:4222, say")
-        elif self.store is None and not isinstance(self.broker, NatsOptions):
-            wrong = f"{self.broker.type} can't note how often something has failed"
-            yield ("store",), mistake(wrong, 'give "sqlite:////FOLDER/FILE" or "postgresql://USER@HOST/DATABASE"')
+        yield from self.without_store("how often something has failed")
 
 
 class JobRetry:
@@ -127,7 +118,7 @@ class JobRetry:
             raise ConfigError([Problem(f"the consumer {self.settings.name}", None, "orthanc", wrong, right)])
         self._rule = self.settings.resubmit
         waits = sum(self._rule.wait(number) for number in range(1, self._rule.attempts + 1))
-        self.app = Consumer.configured(configuration, self.settings.store or "broker")
+        self.app = Consumer.configured(configuration)
         self._notes = Notes(self.app, waits + _KEEP)
         self.app.on("job.failed", where=self._concerns)(self.failed)
         self.app.on("job.succeeded", where=self._concerns)(self.succeeded)
@@ -233,6 +224,21 @@ class JobRetry:
         rule, source = self._rule, self.settings.source
         text = f"{', '.join(self.settings.types)}: {rule.attempts} times, {rule.initial:g} to {rule.maximum:g} s apart"
         return [*await self.app.check(), f"resubmits {text}{'' if source is None else f', of {source} alone'}"]
+
+    def complete(self) -> None:
+        """See `Consumer.complete`.
+
+        :raises BridgeError: something is missing.
+        """
+        self.app.complete()
+
+    def numbered(self, number: int) -> Self:
+        """See `Consumer.numbered`.
+
+        :raises ConfigError: there is no such port.
+        """
+        self.app.numbered(number)
+        return self
 
     def run(self) -> None:
         """Work until told to stop."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import unquote, urlsplit
 
+from pydantic import SecretStr
+
 from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.stores import Database
 from orthanc_events_bridge.errors import BridgeError
@@ -77,15 +79,11 @@ class Remembered:
 class Memory:
     """See the module's text.
 
-    :param url: ``sqlite:…`` or ``postgresql:…``.
-    :raises BridgeError: it is none of these, or the file can be read by others.
+    :param store: the URL of a database, or a file that holds one.
     """
 
-    def __init__(self, url: str) -> None:
-        checked = stores.check(url, None)
-        if not isinstance(checked, str):
-            raise BridgeError("what stands for what can't be remembered there", "give a URL of SQLite or PostgreSQL")
-        self._url = checked
+    def __init__(self, store: SecretStr | Path) -> None:
+        self._store = store
         self._database: Database | None = None
         self._opening = asyncio.Lock()
 
@@ -94,9 +92,10 @@ class Memory:
 
         :raises BridgeError: others may read the file.
         """
-        if urlsplit(self._url).scheme != "sqlite":
+        url = self._store.get_secret_value() if isinstance(self._store, SecretStr) else ""
+        if urlsplit(url).scheme != "sqlite":
             return
-        path = Path(unquote(urlsplit(self._url).path)[1:])
+        path = Path(unquote(urlsplit(url).path)[1:])
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise BridgeError(f"{path} can be read by others, and holds who the patients are", f"chmod 600 {path}")
 
@@ -110,7 +109,7 @@ class Memory:
         async with self._opening:
             if self._database is None:
                 self.check()
-                database = stores.database(self._url)
+                database = stores.database(self._store)
                 try:
                     await database.open(*_CREATE)
                 except BaseException:

@@ -14,33 +14,28 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
-from pydantic_core import PydanticCustomError
+from typing import TYPE_CHECKING, Any, Self
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
+from orthanc_events_bridge.consumers.health import address_of, health
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.publishing import PREFIX
-from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.events.catalog import VERSION
 from orthanc_events_bridge.events.derived import ORDERED
 from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
-from orthanc_events_bridge.status import iso
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
-from orthanc_events_bridge.values import FileName, Place, mistake
 from orthanc_events_bridge.workflows.audit import Audit
-from orthanc_events_bridge.workflows.destinations import Destination, Sender
-from orthanc_events_bridge.workflows.facts import Resource, Wanted, look
-from orthanc_events_bridge.workflows.rules import Decision, Rule, mistakes, wanted_by
+from orthanc_events_bridge.workflows.destinations import Sender
+from orthanc_events_bridge.workflows.facts import Resource, Wanted, check_labels, look
+from orthanc_events_bridge.workflows.router_settings import RouterSettings
+from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 
 if TYPE_CHECKING:
     import httpx
@@ -48,41 +43,6 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Place as BrokerPlace
 
 log = logging.getLogger(__name__)
-
-
-class RouterSettings(ConsumerSettings):
-    """A router's file: the options of every consumer, and these."""
-
-    name: ConsumerName = Field(default="router", description="Of the consumer.")
-    event: Literal["study.stable", "series.stable", "instance.created"] = Field(
-        default="study.stable", description="What is looked at, and sent as one: studies, series, or each instance."
-    )
-    match: Literal["all", "first"] = Field(
-        default="all", description="`all`: every rule that fits counts. `first`: the first one that does, and no other."
-    )
-    rules: tuple[Rule, ...] = Field(min_length=1, description="What is sent where, from the top.")
-    destinations: dict[str, Destination] = Field(min_length=1, description="Where to, by names of your own.")
-    store: str | None = Field(
-        default=None,
-        description="Where it is remembered what has been sent ([stores](../once.md#stores)). Left out: the broker, "
-        "where that is NATS.",
-        examples=["sqlite:////var/lib/orthanc-events/router.db"],
-    )
-    audit: FileName | None = Field(
-        default=None,
-        description="A file to which a line of JSON is appended for all that is sent: what, where to, when, by which "
-        "rule. Orthanc's ids, no patient data. The log has the same lines.",
-        examples=["/var/log/router-audit.jsonl"],
-    )
-
-    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
-        """Names that lead to nothing."""
-        yield from super().contradictions()
-        for destination in self.destinations:
-            if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
-                wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
-                yield ("destinations", destination), mistake(wrong, right, shown=destination)
-        yield from mistakes(self.rules, self.destinations, "destination")
 
 
 class Router:
@@ -105,16 +65,18 @@ class Router:
         self._senders = {name: Sender(name, one) for name, one in settings.destinations.items()}
         self._inboxes: dict[str, BrokerPlace] = {}
         self._asking = {name: asyncio.Lock() for name in self._senders}
-        self.deciding = Consumer.configured(configuration)
+        # Health and metrics of all of them are told at one address.
+        alone = Configuration(settings.model_copy(update={"http": None}), configuration.orthanc)
+        self.deciding = Consumer.configured(alone)
         self.deciding.on(settings.event)(self._decide)
-        self.sending = {} if dry else {name: self._sending(configuration, name) for name in self._senders}
+        self.sending = {} if dry else {name: self._sending(alone, name) for name in self._senders}
 
     def _sending(self, configuration: Configuration[RouterSettings], name: str) -> Consumer:
         sender = self._senders[name]
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
-        settings = self.settings.model_copy(update={**more, "http": None, "ordered": False, "start": "new"})
-        app = Consumer.configured(Configuration(settings, configuration.orthanc), self.settings.store or "broker")
+        settings = configuration.settings.model_copy(update={**more, "ordered": False})
+        app = Consumer.configured(Configuration(settings, configuration.orthanc), inbox_only=True)
 
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)
@@ -171,7 +133,9 @@ class Router:
             return
         data: dict[str, Any] = {"rule": rule, "destination": sender.name, "instances": len(resource.instances)}
         # By its content, and not by the event: what comes round, or is said twice, is sent once.
-        async with app.once(event, "send", of=resource.fingerprint) as first:
+        # Who gives no sign of life for so long loses the order too: another has the turn as soon as it has that.
+        lease = self.settings.ack_wait
+        async with app.once(event, "send", of=resource.fingerprint, lease=lease) as first:
             if first:
                 job = await sender.send(orthanc, resource, event.time)
                 self._audit.note("sent", **told, instances=len(resource.instances), job=job or None)
@@ -185,6 +149,17 @@ class Router:
 
     # Life.
 
+    def complete(self) -> None:
+        """Is all said, and as far as that can be known here, usable? Nothing is connected.
+
+        :raises BridgeError: no.
+        """
+        self._audit.check()
+        for sender in self._senders.values():
+            sender.check()
+        for one in self.consumers:
+            one.complete()
+
     @property
     def level(self) -> str:
         """``study``, ``series`` or ``instance``: of what it sends."""
@@ -194,6 +169,15 @@ class Router:
     def consumers(self) -> list[Consumer]:
         """All of it."""
         return [self.deciding, *self.sending.values()]
+
+    def numbered(self, number: int) -> Self:
+        """See `Consumer.numbered`.
+
+        :raises ConfigError: there is no such port.
+        """
+        http = address_of(self.settings.name, self.settings.http, number)
+        self.settings = self.settings.model_copy(update={"http": http})
+        return self
 
     def stop(self) -> None:
         """Begin to stop; to be called in the loop that it works in."""
@@ -216,22 +200,24 @@ class Router:
 
         :raises BridgeError: it can't begin.
         """
-        self._audit.check()
-        for sender in self._senders.values():
-            sender.check()
-        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
+        self.complete()
         try:
-            # One that can't begin ends all: none works by halves.
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            self.stop()
-            await asyncio.wait(tasks)
-            for task in tasks:
-                task.result()
+            async with health(self.settings.http, *self.consumers):
+                await self._serve()
         finally:
             for inbox in self._inboxes.values():
                 await inbox.close()
             for sender in self._senders.values():
                 await sender.close()
+
+    async def _serve(self) -> None:
+        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
+        # One that can't begin ends all: none works by halves.
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        self.stop()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            task.result()
 
     async def check(self) -> list[str]:
         """Look at everything, and leave again.
@@ -239,11 +225,12 @@ class Router:
         :return: what was found, in a few lines.
         :raises BridgeError: something can't be used.
         """
-        self._audit.check()
+        self.complete()
         found = await self.deciding.check()
         async with self.deciding.asking() as orthanc:
+            if self._wanted.labels:
+                await check_labels(orthanc)
             for sender in self._senders.values():
-                sender.check()
                 found.append(await sender.describe(orthanc))
         return found
 

@@ -139,8 +139,6 @@ class Harness(ABC):
     one_order: ClassVar[bool] = True
     #: Whether the broker takes a delivery away from a subscriber that lives, when its ``ack_wait`` is over.
     takes_back: ClassVar[bool] = False
-    #: Whether a subscriber that leaves can give back some of what it holds, and go on with the rest.
-    gives_back: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -207,6 +205,10 @@ class Harness(ABC):
     def remove_inbox(self, consumer: str) -> None:
         """Delete a consumer's inbox with all that it holds."""
         raise NotImplementedError
+
+    def left_of(self, consumer: str) -> list[str]:
+        """What the broker would keep growing for a consumer of what everybody gets: names of queues and the like."""
+        return []
 
     def make_other_inbox(self, consumer: str) -> list[str]:
         """Make a consumer's inbox as the transport would not.
@@ -288,6 +290,9 @@ class MemoryHarness(Harness):
 
     def remove_inbox(self, consumer: str) -> None:
         self._broker.remove_inbox(consumer)
+
+    def left_of(self, consumer: str) -> list[str]:
+        return [name for name in self._broker.names if name == consumer]
 
     @staticmethod
     def _stored(one: Incoming) -> Stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
@@ -14,7 +15,8 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import ConsumerRecord
 
 from orthanc_events_bridge.errors import TransportError
-from orthanc_events_bridge.testing.brokers.kafka import kafka_admin
+from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_admin
+from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
@@ -24,6 +26,18 @@ _T = TypeVar("_T")
 
 #: Kafka's own module for the login by a password, for its configuration.
 PLAIN: Final = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+
+
+@contextmanager
+def kafka_server(folder: Path, config: str = "") -> Iterator[KafkaServer]:
+    """A server with this configuration, killed in the end: nothing of it is needed, and that takes less time."""
+    require("kafka")
+    server = KafkaServer(folder, config=config)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close(kill=True)
 
 
 def kafka_transport(*ports: int, **options: Any) -> KafkaTransport:

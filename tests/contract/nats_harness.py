@@ -76,6 +76,10 @@ class NatsHarness(Harness):
     def remove_inbox(self, consumer: str) -> None:
         self._ask(f"STREAM.DELETE.{self.place}_INBOX")
 
+    def left_of(self, consumer: str) -> list[str]:
+        names = self._ask(f"CONSUMER.NAMES.{self.place}")["consumers"]
+        return [name for name in names if name.startswith(consumer)]
+
     def make_other_inbox(self, consumer: str) -> list[str]:
         name, subjects = f"{self.place}_INBOX", [f"orthanc.inbox.{self.place}.*"]
         self._ask(f"STREAM.CREATE.{name}", name=name, subjects=subjects, retention="limits", discard="new")

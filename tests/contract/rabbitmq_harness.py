@@ -88,7 +88,6 @@ def stored(message: DeliveredMessage) -> Stored:
 
 class RabbitHarness(Harness):
     title = "RabbitMQ"
-    gives_back = False
     deadline = 0.8
     #: What the server takes.
     largest: ClassVar = 65536
@@ -172,6 +171,11 @@ class RabbitHarness(Harness):
 
     def remove_inbox(self, consumer: str) -> None:
         administrate(self.url, lambda channel: channel.queue_delete(f"{self.inboxes}.{consumer}"))
+
+    def left_of(self, consumer: str) -> list[str]:
+        live = f"orthanc.consumer.{consumer}"
+        possible = (live, f"{live}.00", f"{live}.63", f"orthanc.beginning.{consumer}")
+        return [queue for queue in possible if there(self.url, queue)]
 
     def make_other_inbox(self, consumer: str) -> list[str]:
         queue = f"{self.inboxes}.{consumer}"

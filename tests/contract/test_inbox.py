@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -13,7 +15,7 @@ from orthanc_events_bridge.errors import (
     NotConnectedError,
     TransportConfigurationError,
 )
-from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError
+from orthanc_events_bridge.transports.base import Outgoing, Place, PublishError, Subscription, Transport
 from tests.contract.harness import CONTENT_TYPE, Harness, Stored, event, events, failing, run
 from tests.contract.table import TABLE
 from tests.contract.test_subscribe import (
@@ -407,6 +409,111 @@ def test_an_inbox_that_is_deleted_under_its_subscriber_is_made_again(harness: Ha
         assert found == wanted
 
     run(main(), seconds=4 * PATIENCE)
+
+
+@contextlib.asynccontextmanager
+async def inbox_only(transport: Transport, name: str) -> AsyncGenerator[Subscription]:
+    subscription = await transport.subscribe(name, oldest=True, inbox_only=True)
+    try:
+        yield subscription
+    finally:
+        await subscription.close()
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+def test_a_name_can_have_its_inbox_alone(harness: Harness) -> None:
+    """Nothing else comes, whatever comes for everybody; its retries come, and its subscribers share the inbox."""
+    live, replayed = events(30, keys=KEYS), again(events(60, start=100, keys=KEYS))
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with connected(harness) as transport:
+            await transport.publish(live[:15])
+            await send(transport.inbox(name), replayed[:20])
+            async with inbox_only(transport, name) as one, inbox_only(transport, name) as other:
+                await transport.publish(live[15:])
+                await send(transport.inbox(name), replayed[20:50])
+                found, given_back = list[str](), set[str]()
+                async with asyncio.timeout(PATIENCE):
+                    while len(set(found)) < 50:
+                        for subscription in (one, other):
+                            for delivery in await subscription.receive(10, 0.2):
+                                if delivery.attempt == 1 and len(given_back) < 5:
+                                    given_back.add(id_of(delivery))
+                                    await delivery.nack(0.5)
+                                else:
+                                    found.append(id_of(delivery))
+                                    await delivery.ack()
+                assert given_back <= set(found)
+                assert sorted(found) == [one.id for one in replayed[:50]]
+            async with inbox_only(transport, name) as one:  # behind what would have come before
+                await send(transport.inbox(name), replayed[50:])
+                assert sorted(ids(await collect(one, 10))) == [one.id for one in replayed[50:]]
+
+    run(main(), seconds=4 * PATIENCE)
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+@pytest.mark.parametrize("ordered", [False, True], ids=["unordered", "ordered"])
+def test_what_a_name_had_left_of_everything_is_given_up_with_its_inbox_alone(harness: Harness, ordered: bool) -> None:
+    """What is in the inbox stays. A later subscription to everything is the name's first."""
+    live, replayed, late = events(30, keys=KEYS), again(events(19, start=100, keys=KEYS)), events(5, start=200)
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with connected(harness) as transport:
+            subscription = await transport.subscribe(name, ordered=ordered)
+            await transport.publish(live[:20])
+            assert await subscription.receive(3, PATIENCE)  # held, and never settled
+            await send(transport.inbox(name), replayed[:5])
+            await subscription.close()
+            async with inbox_only(transport, name) as subscription:
+                assert await asyncio.to_thread(harness.left_of, name) == []
+                await transport.publish(live[20:])
+                await send(transport.inbox(name), replayed[5:10])
+                assert sorted(ids(await collect(subscription, 10))) == [one.id for one in replayed[:10]]
+            async with inbox_only(transport, name) as subscription:
+                await send(transport.inbox(name), replayed[10:15])
+                assert sorted(ids(await collect(subscription, 5))) == [one.id for one in replayed[10:15]]
+            await send(transport.inbox(name), replayed[15:])
+            subscription = await transport.subscribe(name, ordered=ordered)
+            await transport.publish(late)
+            wanted = [*replayed[15:], *late]
+            try:
+                assert sorted(ids(await collect(subscription, len(wanted)))) == [one.id for one in wanted]
+            finally:
+                await subscription.close()
+
+    run(main(), seconds=4 * PATIENCE)
+
+
+@needs_inboxes
+@pytest.mark.needs("subscribable")
+@pytest.mark.needs("declares_topology")
+def test_who_may_declare_nothing_removes_nothing_either(harness: Harness) -> None:
+    """What is missing is named; what is left of everything does no harm."""
+    replayed = again(events(3))
+
+    async def main() -> None:
+        name = name_of(harness)
+        async with connected(harness) as transport:
+            strict = harness.transport(declare=False)
+            await strict.connect()
+            with failing(harness, TransportConfigurationError) as caught:
+                await strict.subscribe(name, inbox_only=True)
+            assert "declare is false" in str(caught[0])
+            await (await transport.subscribe(name)).close()
+            left = await asyncio.to_thread(harness.left_of, name)
+            await transport.publish(events(3, start=100))
+            await send(transport.inbox(name), replayed)
+            async with inbox_only(strict, name) as subscription:
+                assert sorted(ids(await collect(subscription, 3))) == [one.id for one in replayed]
+            await strict.close()
+            assert await asyncio.to_thread(harness.left_of, name) == left
+
+    run(main(), seconds=2 * PATIENCE)
 
 
 def test_a_transport_without_inboxes_says_so(harness: Harness) -> None:

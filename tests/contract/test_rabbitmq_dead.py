@@ -180,6 +180,31 @@ def test_when_there_are_too_many_the_next_is_held(rabbit: RabbitHarness, queues:
     run(main(), seconds=2 * PATIENCE)
 
 
+def test_what_to_do_about_a_limit_that_was_changed_is_said_and_works(rabbit: RabbitHarness, queues: Queues) -> None:
+    """Nothing is lost meanwhile."""
+    before, after = options(rabbit, limits={"dead_letters": 30}), options(rabbit, limits={"dead_letters": 50})
+
+    async def main() -> None:
+        async with connected(before) as transport:
+            await reject(transport, queues, 2)
+        async with connected(after) as transport, subscribed(transport, queues) as subscription:
+            await transport.publish([event(2)])
+            (delivery,) = await collect(subscription, 1, ack=False)
+            with failing(rabbit, TransportConfigurationError) as caught:
+                await delivery.reject(WHY)
+            assert "set limits.dead_letters back" in caught[0].remedy and "30" in str(caught[0])
+            assert "orthanc-events dlq" in caught[0].remedy and f"delete the queue {queues.dead}" in caught[0].remedy
+            async with looking(transport, queues) as dead:  # as the command does
+                letters = [one async for one in dead.read()]
+                assert numbers(letters) == [0, 1]
+                await dead.remove(letters)
+            await do(rabbit, functools.partial(deleting, queues.dead))
+            await delivery.reject(WHY)
+            assert numbers(await read(transport, queues)) == [2]
+
+    run(main(), seconds=2 * PATIENCE)
+
+
 def test_deleted_ones_are_gone_and_the_place_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
     async def main() -> None:
         async with (

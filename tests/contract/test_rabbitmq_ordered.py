@@ -6,18 +6,26 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
 import random
 import re
 import time
 from collections import Counter, defaultdict
 
+import pytest
+from aiormq.abc import AbstractChannel
+
+from orthanc_events_bridge.consumers import Consumer
+from orthanc_events_bridge.consumers.clients import Clients
+from orthanc_events_bridge.consumers.worker import Worker as ConsumersWorker
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
+from orthanc_events_bridge.transports import rabbitmq_subscription
 from orthanc_events_bridge.transports.base import Outgoing, Subscription, Transport
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues
 from orthanc_events_bridge.transports.subscriptions import PARTITIONS
-from tests.contract.harness import SECRET, event, events, failing, run
+from tests.contract.harness import CONTENT_TYPE, SECRET, event, events, failing, run
 from tests.contract.rabbitmq_harness import RabbitHarness, there
-from tests.contract.rabbitmq_tools import rabbit_transport
+from tests.contract.rabbitmq_tools import rabbit_transport, until
 from tests.contract.test_rabbitmq_subscription import (
     PATIENCE,
     collect,
@@ -197,6 +205,72 @@ def test_the_past_comes_first_and_in_order_whoever_receives_it(rabbit: RabbitHar
         assert found == [one.id for one in sent if one.key == key]
 
 
+@pytest.mark.parametrize("still", ["in the past", "behind it", "in the past, unordered"])
+def test_who_was_there_before_passes_over_no_past_that_is_made_anew(
+    rabbit: RabbitHarness, queues: Queues, still: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchange is deleted, and another makes a new beginning: its past comes before what is published then."""
+    # Else it is told in time, by chance, that the exchange was deleted.
+    monkeypatch.setattr(rabbitmq_subscription, "_WATCH", 1000.0)
+    past, later = events(300, keys=KEYS), events(300, start=300, keys=KEYS)
+    wanted = {one.id for one in (*past, *later)}
+    ordered, behind = "unordered" not in still, still == "behind it"
+
+    async def subscribe(transport: Transport) -> Subscription:
+        return await transport.subscribe(queues.name, oldest=True, ordered=ordered, in_flight=1 + 255 * ordered)
+
+    async def main() -> list[str]:
+        async with contextlib.AsyncExitStack() as stack:
+            before, transport = [await stack.enter_async_context(connected(rabbit.transport())) for _ in range(2)]
+            if not behind:
+                await before.publish(past)
+            first = await subscribe(before)  # has all that is given
+            if behind:
+                await until_gone(rabbit, queues.beginning)
+            older = await subscribe(transport)
+            if not behind:  # both take part in it
+                await until(lambda: consumers(rabbit, queues.beginning) == 2, PATIENCE)
+            await do(rabbit, lambda channel: channel.exchange_delete(rabbit.exchange))
+            other = await stack.enter_async_context(connected(rabbit.transport()))  # makes it again
+            if behind:
+                await other.publish(past)
+            newer = await subscribe(other)
+            await first.close()
+            if not behind:
+                await other.publish(later)
+            end = time.monotonic() + PATIENCE
+            with failing(rabbit, NotConnectedError) as caught:
+                while time.monotonic() < end:
+                    assert not (await older.receive(100, 0.5) and ordered)
+            assert rabbit.exchange in str(caught[0])
+            await older.close()
+            if behind:
+                await other.publish(later)
+            found: list[str] = []
+            while {*found} < wanted:
+                found += ids(await collect(newer, 1))
+            await newer.close()
+            return [*dict.fromkeys(found)]
+
+    found = run(main(), seconds=3 * PATIENCE)
+    for key in KEYS if ordered else ():
+        assert [one for one in found if one.endswith(event(0, key).id[-12:])] == [
+            one.id for one in (*past, *later) if one.key == key
+        ]
+    assert {*found} == wanted
+
+
+def consumers(rabbit: RabbitHarness, queue: str) -> int:
+    return server(rabbit).ctl("list_consumers", "queue_name").split().count(queue)
+
+
+async def until_gone(rabbit: RabbitHarness, queue: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while await asyncio.to_thread(there, rabbit.url, queue):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.2)
+
+
 def test_what_is_deleted_underneath_is_made_again(rabbit: RabbitHarness, queues: Queues) -> None:
     sent = event(0)
     queue = f"{queues.live}.{sent.partition}"
@@ -254,6 +328,7 @@ def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarn
             with failing(rabbit, TransportConfigurationError) as caught:
                 await in_order(strict, queues)
             assert f"{queues.live}.00" in str(caught[0]) and "declare" in str(caught[0])
+            assert f"exchange {queues.workers}" in str(caught[0])
             async with connected(rabbit.transport()) as transport:
                 await (await in_order(transport, queues)).close()
             subscription = await in_order(strict, queues)
@@ -262,6 +337,78 @@ def test_what_is_missing_is_named_where_nothing_is_to_be_made(rabbit: RabbitHarn
             await subscription.close()
 
     run(main(), seconds=2 * PATIENCE)
+
+
+@pytest.mark.parametrize("missing", ["workers", "partition", "inbox"])
+def test_a_worker_waits_for_what_is_missing_where_nothing_is_to_be_made(
+    rabbit: RabbitHarness,
+    queues: Queues,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says so once, when it begins as well as while it works."""
+    monkeypatch.setattr("orthanc_events_bridge.consumers.worker._SLOW", 0.5)
+    rabbit.make_place()
+    own = dataclasses.replace(queues, ordered=True)
+    name = {"workers": own.workers, "partition": f"{own.live}.07", "inbox": own.inbox}[missing]
+    seen: list[str] = []
+    consumer = Consumer(queues.name, broker={"type": "memory"}, ordered=True)
+    consumer.on("*")(lambda event: seen.append(event.id))
+
+    async def remove(channel: AbstractChannel) -> None:
+        await (channel.exchange_delete(name) if missing == "workers" else channel.queue_delete(name))
+
+    async def make(channel: AbstractChannel) -> None:
+        if missing == "workers":
+            await channel.exchange_declare(name, exchange_type="fanout", durable=True)
+            return
+        await channel.queue_declare(name, durable=True, arguments=own.lasting[name])
+        if missing == "partition":
+            await channel.queue_bind(name, rabbit.exchange, own.published[name])
+
+    def said() -> list[str]:
+        return [one.getMessage() for one in caplog.records if "gets no events" in one.getMessage()]
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as publisher:
+            await (await in_order(publisher, queues)).close()
+            await do(rabbit, remove)
+            worker = ConsumersWorker(
+                rabbit.transport(declare=False), consumer._terms, consumer._routes, Clients(None), consumer.meter
+            )
+            working = asyncio.create_task(worker.run())
+            for again in (False, True):
+                await until(said, PATIENCE)
+                await asyncio.sleep(2)  # several attempts
+                (line,) = said()
+                assert name in line and ("make it again" if again else "make it") in line and "lost" not in line
+                assert "declare" in line
+                await do(rabbit, make)
+                await until(lambda: worker.ready, PATIENCE)
+                sent = outgoing(queues, int(again))
+                await publisher.publish([sent])
+                await until(lambda sent=sent: sent.id in seen, PATIENCE)
+                caplog.clear()
+                if not again:
+                    await do(rabbit, remove)
+            worker.stop()
+            await working
+
+    run(main(), seconds=5 * PATIENCE)
+
+
+def outgoing(queues: Queues, number: int) -> Outgoing:
+    """An event that a consumer can read, of a partition of its own."""
+    document = {
+        "specversion": "1.0",
+        "id": f"{queues.name}-{number}",
+        "source": "urn:orthanc",
+        "type": "io.orthanc-events.study.stable.v1",
+        "partitionkey": "key",
+    }
+    body = json.dumps(document).encode()
+    return Outgoing(str(document["id"]), "main", "study", "stable", "key", "07", CONTENT_TYPE, body)
 
 
 def test_the_documented_permissions_are_enough(rabbit: RabbitHarness, queues: Queues) -> None:

@@ -574,8 +574,6 @@ def test_waiting_that_is_cancelled_loses_nothing(harness: Harness) -> None:
 @pytest.mark.parametrize("ordered", [False, True])
 def test_what_has_not_begun_is_given_to_another_at_once(harness: Harness, ordered: bool) -> None:
     """While one that leaves still works on something, others get the rest."""
-    if not (ordered or harness.gives_back):
-        return  # it comes with the end of the subscription, as everything that is held
     sent = events(60, keys=KEYS)
 
     async def main() -> None:

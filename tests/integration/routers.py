@@ -92,14 +92,17 @@ class Routers(Started):
     """Routers of one configuration, as processes. Used as a context manager, which ends them.
 
     :param rules: the rest of the file.
+    :param without: names of `orthanc_events_bridge.testing.router_mutants`.
     """
 
     #: What runs them.
     COMMAND = "route"
 
-    def __init__(self, folder: Path, line: Line, rules: str) -> None:
+    def __init__(self, folder: Path, line: Line, rules: str, without: Sequence[str] = ()) -> None:
         self.audit_file = folder / "audit.jsonl"
-        super().__init__(folder, line, self.COMMAND, f"audit: {self.audit_file}\n{rules}")
+        package = "orthanc_events_bridge"
+        program = [f"{package}.testing.router_mutants", ",".join(without)] if without else [package]
+        super().__init__(folder, line, self.COMMAND, f"audit: {self.audit_file}\n{rules}", program)
 
     def audit(self, what: str = "sent", **more: Any) -> list[dict[str, Any]]:
         """The lines of the audit file that say this."""

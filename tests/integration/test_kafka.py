@@ -42,7 +42,7 @@ from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.kafka_subscription import KafkaSubscription
 from tests.contract.harness import aside, connect, event, events, run
-from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_transport, read_topic
+from tests.contract.kafka_tools import administrate, alter_topic, failing, kafka_server, kafka_transport, read_topic
 from tests.contract.link import Link
 
 pytestmark = pytest.mark.integration
@@ -52,13 +52,8 @@ KEYS = [f"study-{number}" for number in range(20)]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
-    found = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    found.start()
-    try:
-        yield found
-    finally:
-        found.close(kill=True)
+    with kafka_server(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -632,6 +627,45 @@ def test_too_few_servers(cluster: list[KafkaServer], topic: str, needed: int, do
     for problem in problems:
         assert "Kafka" in problem.message and problem.remedy
     check(read(cluster[-1], topic), sent)
+
+
+def test_what_a_consumer_without_limits_makes_is_as_safe_as_the_topic_for_everybody(
+    cluster: list[KafkaServer], topic: str
+) -> None:
+    consumer = kafka_transport(*(node.port for node in cluster), topic=topic)
+    given = consumer._options.model_dump(exclude_unset=True, exclude={"limits", "partitions"})
+    options = KafkaOptions.model_validate(given).for_consumer()
+    assert options.limits_as_found
+
+    async def main() -> None:
+        bridge = replicated(cluster, topic)
+        await bridge.connect()
+        await bridge.publish([event(0)])
+        await bridge.close()
+        transport = KafkaTransport(options)
+        await transport.connect()
+        subscription = await transport.subscribe(topic, oldest=True)
+        while not (found := await subscription.receive(1, 1.0)):
+            pass
+        await found[0].reject({"orthanc-reason": "no"})
+        await subscription.close()
+        await transport.close()
+
+    run(main(), seconds=180)
+    for name in (f"orthanc.inbox.{topic}", f"orthanc.dead.{topic}"):
+        assert settings_of(cluster[0], name) == (3, "2"), name
+
+
+def settings_of(node: KafkaServer, topic: str) -> tuple[int, str]:
+    """Replicas, and how many must be in step."""
+
+    async def main(admin: AIOKafkaAdminClient) -> tuple[int, str]:
+        (found,) = await admin.describe_topics([topic])
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        configs = {row[0]: row[1] for row in answer.resources[0][4]}
+        return len(found["partitions"][0]["replicas"]), configs["min.insync.replicas"]
+
+    return administrate(f"127.0.0.1:{node.admin_port}", main)
 
 
 def test_a_dead_letter_where_servers_are_missing(cluster: list[KafkaServer], topic: str) -> None:

@@ -13,12 +13,11 @@ from aiokafka.admin import NewTopic
 
 from orthanc_events_bridge.errors import TransportConfigurationError
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer, kafka_admin
-from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import DeadLetter, Delivery, Subscription, Transport
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
-from tests.contract.kafka_tools import alter_topic, read_topic
+from tests.contract.kafka_tools import alter_topic, kafka_server, read_topic
 
 pytestmark = pytest.mark.integration
 
@@ -30,13 +29,8 @@ EAGER = "log.cleaner.backoff.ms=200\n"
 
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
-    server = KafkaServer(tmp_path_factory.mktemp("kafka"), config=EAGER)
-    try:
-        server.start()
+    with kafka_server(tmp_path_factory.mktemp("kafka"), EAGER) as server:
         yield server
-    finally:
-        server.close(kill=True)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer
-from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
+from tests.contract.kafka_tools import kafka_server
 
 pytestmark = pytest.mark.integration
 
@@ -27,14 +27,9 @@ FIRST = {"orthanc-first-failure": "2026-11-27T08:00:00.000Z"}
 
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
     # The longest session is that of a subscriber here: a delivery may be held for longer than any.
-    server = KafkaServer(tmp_path_factory.mktemp("kafka"), config="group.max.session.timeout.ms=6000\n")
-    try:
-        server.start()
+    with kafka_server(tmp_path_factory.mktemp("kafka"), "group.max.session.timeout.ms=6000\n") as server:
         yield server
-    finally:
-        server.close(kill=True)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from orthanc_events_bridge.transports.base import Delivery, Subscription
 from orthanc_events_bridge.transports.kafka import KafkaTransport
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from tests.contract.harness import event, events, run
-from tests.contract.kafka_tools import alter_topic
+from tests.contract.kafka_tools import alter_topic, kafka_server
 
 pytestmark = pytest.mark.integration
 
@@ -32,13 +32,8 @@ PATIENCE = 90.0
 
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    require("kafka")
-    server = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    try:
-        server.start()
+    with kafka_server(tmp_path_factory.mktemp("kafka")) as server:
         yield server
-    finally:
-        server.close(kill=True)
 
 
 @pytest.fixture
@@ -521,3 +516,23 @@ def test_topics_that_are_not_to_be_made(kafka: KafkaServer, topic: str) -> None:
                 await transport.subscribe(topic, oldest=True)
 
     run(main(), seconds=2 * PATIENCE)
+
+
+def test_who_has_its_inbox_alone_and_who_gets_everything_keep_each_other_out(kafka: KafkaServer, topic: str) -> None:
+    """Members of one group that know different topics would each be given what the other alone can read."""
+
+    async def main() -> None:
+        async with connected(kafka, topic) as transport:
+            for first in (False, True):
+                holder = await transport.subscribe(topic, inbox_only=first)
+                with pytest.raises(TransportConfigurationError, match="has members that subscribe to"):
+                    await transport.subscribe(topic, inbox_only=not first)
+                await holder.close()
+            sent = events(3)
+            subscription = await transport.subscribe(topic)
+            await transport.publish(sent)
+            found = await receive(subscription, lambda some: len(some) >= 3, ack=True)
+            assert bodies(found) == sorted(one.body for one in sent)
+            await subscription.close()
+
+    run(main(), seconds=PATIENCE)

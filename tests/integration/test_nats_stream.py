@@ -20,6 +20,7 @@ from orthanc_events_bridge.errors import (
 from orthanc_events_bridge.testing.servers import NatsServer, free_port
 from orthanc_events_bridge.transports.base import PublishError
 from orthanc_events_bridge.transports.nats import NatsTransport
+from orthanc_events_bridge.transports.nats_options import NatsOptions
 from tests.contract.harness import connect, event, events, run
 from tests.contract.nats_tools import nats_server, nats_transport, refusal
 from tests.contract.raw_nats import RawNats, ask, read_stream
@@ -361,6 +362,64 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NatsServe
                 assert time.monotonic() < end
                 time.sleep(0.1)
         yield servers
+
+
+def test_what_a_consumer_without_limits_makes_is_as_safe_as_the_stream_for_everybody(
+    cluster: list[NatsServer],
+) -> None:
+    options = NatsOptions.model_validate({"servers": [node.url for node in cluster]}).for_consumer()
+
+    async def main() -> None:
+        transport = NatsTransport(options)
+        await transport.connect()
+        await transport.publish([event(0)])
+        subscription = await transport.subscribe("router", oldest=True)
+        (delivery,) = await subscription.receive(1, 30.0)
+        await delivery.reject({"orthanc-reason": "no"})
+        await subscription.close()
+        await transport.close()
+
+    run(main())
+    with contextlib.closing(RawNats(cluster[0].port)) as client:
+        for name in ("INBOX", "DEAD"):
+            config = client.api(f"STREAM.INFO.{STREAM}_{name}")["config"]
+            assert (config["num_replicas"], config["storage"]) == (3, "file")
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_age": "7d", "duplicate_window": "1m"}])
+def test_what_a_consumer_makes_before_the_bridge(server: NatsServer, limits: dict[str, Any]) -> None:
+    """Without limits it is what a bridge without limits makes; another one says what differs."""
+    plain = {"servers": [server.url]}
+    bridge = NatsTransport(NatsOptions.model_validate({**plain, "limits": limits}))
+    if limits:  # the bridge first: its limits are those of the consumer's own streams too
+        connect(bridge)
+
+    async def main() -> None:
+        consumer = NatsTransport(NatsOptions.model_validate(plain).for_consumer())
+        await consumer.connect()
+        await consumer.publish([event(0)])
+        subscription = await consumer.subscribe("router", oldest=True)
+        (delivery,) = await subscription.receive(1, 30.0)
+        await delivery.reject({"orthanc-reason": "no"})
+        await subscription.close()
+        await consumer.close()
+
+    run(main())
+    connect(bridge)
+    connect_inbox(bridge)
+    other = NatsTransport(NatsOptions.model_validate({**plain, "limits": {"max_age": "1d"}}))
+    assert "max_age is" in refusal(other, TransportConfigurationError, within=30)
+
+
+def connect_inbox(transport: NatsTransport) -> None:
+    """As a replay does it."""
+
+    async def main() -> None:
+        inbox = transport.inbox("router")
+        await inbox.connect()
+        await inbox.close()
+
+    run(main())
 
 
 def test_a_refusal_that_overtakes_confirmations_is_no_other_events(cluster: list[NatsServer]) -> None:

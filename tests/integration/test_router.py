@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+import socket
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import httpx
 import pytest
 
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
+from orthanc_events_bridge.testing.processes import free_port
+from orthanc_events_bridge.testing.programs import find_dicomweb_plugin, find_python_plugin, require
 from tests.integration.commands import PATIENCE, wait_for
 from tests.integration.routers import Receiver, Routers, gateway, ids, running
 from tests.integration.whole import broker_or_skip
@@ -81,9 +86,10 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
     rules = RULES % {"research": research.url, "export": export}
     with (
         running(pacs, archive, research),
-        gateway(tmp_path / "line", kind, modalities=[pacs], peers=[archive]) as line,
+        gateway(tmp_path / "line", kind, modalities=[pacs], peers=[archive], JobsHistorySize=10 * studies) as line,
         Routers(tmp_path / "routers", line, rules) as routers,
     ):
+        began = time.monotonic()
         routers.start(1)
         wanted: dict[str, list[Instance]] = defaultdict(list)
         kills_left = kills
@@ -97,12 +103,15 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
             if number == studies * 3 // 4:
                 for _ in range(len(routers) - 1):
                     routers.kill()
-            if kills_left and chance.random() < 1.5 * kills / studies:
+            if kills_left > kills // 2 and chance.random() < kills / studies:
                 routers.kill(chance.randrange(len(routers)))
                 routers.start()
                 kills_left -= 1
-        while kills_left:  # in the midst of what is left
-            time.sleep(chance.uniform(0.2, 1.0))
+        orders = sum(len({one.study for one in wanted[name]}) for name in wanted)
+        while kills_left:  # each in the midst of what is left
+            done = len(routers.audit())
+            step = max(1, (orders - done) // (kills_left + 1))
+            wait_for(lambda done=done, step=step: len(routers.audit()) >= min(done + step, orders), "progress")
             routers.kill()
             routers.start()
             kills_left -= 1
@@ -115,9 +124,19 @@ def test_every_study_is_where_it_belongs_once_whoever_is_killed(
             wait_for(lambda name=name, place=place: place.has() >= ids(wanted[name]), name, 4 * PATIENCE)
         wait_for(lambda: exported() >= {one.sop_uid for one in wanted["export"]}, "export")
         # What was sent by one that died is said by its successor.
-        orders = sum(len({one.study for one in wanted[name]}) for name in wanted)
         wait_for(lambda: len(routers.audit()) >= orders, "audit")
         assert routers.stop() == [0]
+        lost = sum(len(ids(wanted[name]) - place.has()) for name, place in receivers.items())
+        wrong = sum(len(place.has() - ids(wanted[name])) for name, place in receivers.items())
+        # Nothing else submits jobs there, and each order to these two is one, unless it was carried out again.
+        line.settle()
+        jobs = {one.resource for one in line.events() if one.change == "JobSubmitted"}
+        again = len(jobs) - sum(len({one.study for one in wanted[name]}) for name in ("pacs", "archive"))
+        print(
+            f"{kind}: {studies} studies, {orders} orders, {kills} kills, {time.monotonic() - began:.0f} s: "
+            f"lost {lost}, wrong {wrong}, jobs done again {again}, noted as sent again {len(routers.audit()) - orders}"
+        )
+        assert again == 0  # Orthanc knows all jobs still, so that each is known again
         for name, place in receivers.items():
             assert place.has() == ids(wanted[name])
             assert set(place.stored().values()) == {1}
@@ -157,6 +176,60 @@ rules:
             wait_for(lambda: len(routers.audit(destination="down")) == len(studies), "audit")
             assert set(up.stored().values()) == set(down.stored().values()) == {1}
             assert routers.stop() == [0]
+
+
+def test_what_is_sent_by_dicomweb_is_there_although_workers_are_killed_in_the_midst(tmp_path: Path) -> None:
+    """Through Orthanc's own plugin, to one that takes it with the same plugin."""
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    plugin = str(find_dicomweb_plugin())
+    cloud = Receiver(tmp_path / "cloud", Plugins=[plugin], DicomWeb={"Enable": True})
+    rules = """
+destinations:
+  cloud: {dicomweb: cloud, concurrency: 2, retry: {initial: 1s, maximum: 2s}}
+rules:
+  - {name: all, to: [cloud]}
+"""
+    known = {"Enable": True, "Servers": {"cloud": [f"{cloud.url}/dicom-web/"]}}
+    with (
+        running(cloud),
+        gateway(tmp_path / "line", "nats", Plugins=[str(find_python_plugin()), plugin], DicomWeb=known) as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        done = routers.run("--check")
+        assert done.returncode == 0, done.stderr
+        assert "destination cloud: dicomweb cloud\n" in done.stdout
+
+        def jobs(*states: str) -> int:
+            found = line.orthanc.get("/jobs?expand")
+            return sum(one["Type"] == "DicomWebStowClient" and one["State"] in states for one in found)
+
+        routers.start()
+        studies = [make_study(modality="CT", series=1 + number % 2, instances=3) for number in range(6)]
+        for study in studies[:2]:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+        wait_for(lambda: len(routers.audit(destination="cloud")) == 2, "the first")
+        cloud.freeze()
+        for study in studies[2:]:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+        wait_for(lambda: jobs("Running"), "a job that sends")
+        routers.kill()
+        routers.start(2)
+        wait_for(lambda: jobs("Running", "Pending") > 2, "jobs of another worker")
+        routers.kill()
+        cloud.thaw()
+        everything = {instance.id for study in studies for instance in study}
+        wait_for(lambda: cloud.has() == everything, "what was sent")
+        wait_for(lambda: len(routers.audit(destination="cloud")) == len(studies), "audit")
+        assert {one["id"] for one in routers.audit(destination="cloud")} == {study.id for study in studies}
+        assert all(one["job"] for one in routers.audit(destination="cloud"))
+        assert set(cloud.stored().values()) == {1}
+        assert routers.stop() == [0]
+        routers.path.write_text(routers.path.read_text().replace("dicomweb: cloud", "dicomweb: clouds"))
+        done = routers.run("--check")
+        assert done.returncode == 1 and "Orthanc knows no DICOMweb server clouds (add it there)" in done.stderr
 
 
 def test_nothing_goes_round_in_circles(tmp_path: Path) -> None:
@@ -214,6 +287,63 @@ def test_a_dry_run_sends_nothing_and_takes_nothing_from_those_that_work(tmp_path
         assert not goal.has() and not routers.audit()
         routers.start()
         wait_for(lambda: goal.has() == ids(study.instances), "what was only looked at")
+        assert routers.stop() == [0]
+
+
+def two_ports() -> tuple[int, int]:
+    """That nobody listens on, the one behind the other."""
+    while True:
+        first = free_port()
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", first + 1))
+            return first, first + 1
+
+
+def test_each_worker_tells_of_all_its_consumers_at_a_port_of_its_own(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    goal = tmp_path / "goal"
+    goal.mkdir()
+    rules = f"""
+destinations:
+  goal: {{folder: "{goal}"}}
+  nowhere: {{modality: nowhere}}
+rules:
+  - {{name: all, to: [goal]}}
+"""
+    with (
+        gateway(tmp_path / "line", "nats") as line,
+        Routers(tmp_path / "routers", line, rules) as routers,
+    ):
+        ports = two_ports()
+        places = [f"http://127.0.0.1:{port}" for port in ports]
+        routers.start(1, "--workers", "2", "--http", f"127.0.0.1:{ports[0]}")
+
+        def ready(place: str) -> bool:
+            try:
+                return httpx.get(f"{place}/health/ready").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        for place in places:
+            wait_for(lambda place=place: ready(place), place)
+        studies = [make_study(modality="CT") for _ in range(6)]
+        for study in studies:
+            for instance in study:
+                line.orthanc.upload(instance.data)
+
+        def metrics() -> str:
+            return "".join(httpx.get(f"{place}/metrics").text for place in places)
+
+        def handled(consumer: str, event: str) -> float:
+            label = f'orthanc_consumer_handled_total{{consumer="{consumer}",type="{event}"}}'
+            return sum(float(one.rpartition(" ")[2]) for one in metrics().splitlines() if one.startswith(label))
+
+        wait_for(lambda: handled("router-goal", "other") == len(studies), "orders")
+        assert handled("router", "study.stable") == len(studies)
+        # Senders get orders alone: of what everybody gets they don't even pass anything over.
+        ignored = {one for one in metrics().splitlines() if one.startswith("orthanc_consumer_ignored_total")}
+        assert ignored and all('consumer="router"' in one for one in ignored)
+        assert 'orthanc_consumer_in_flight{consumer="router-nowhere"} 0.0' in metrics()
         assert routers.stop() == [0]
 
 

@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.consumers import Consumer, Event, Retry, once
-from orthanc_events_bridge.consumers.stores import Store, StoreError, check, make
+from orthanc_events_bridge.consumers.settings import ConsumerSettings
+from orthanc_events_bridge.consumers.stores import Store, StoreError, make
 from orthanc_events_bridge.consumers.stores.nats import BUCKET, NatsStore
+from orthanc_events_bridge.consumers.stores.postgresql import PostgresStore
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.postgresql import PostgresServer
@@ -38,7 +40,13 @@ from tests.contract.raw_nats import ask
 
 #: Long enough not to end in a test; and the shortest.
 LONG, SHORT = 600.0, 1.0
-BROKER = NatsOptions(servers=("nats://127.0.0.1:1",))
+
+
+def store_of(given: str | Mapping[str, Any]) -> Store:
+    """As a consumer makes it of its option."""
+    store = ConsumerSettings.model_validate({"name": "one", "store": given}).chosen_store()
+    assert store is not None
+    return make(store)
 
 
 class Kind:
@@ -48,15 +56,22 @@ class Kind:
     :ivar server: what it runs on, if anything.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None, server: Server | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        options: Mapping[str, Any] | None = None,
+        server: Server | None = None,
+        store: Store | None = None,
+    ) -> None:
         self.url = url
         self._given = options or url
+        self._store = store
         self.server = server
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Store]:
         """As a worker of its own opens it."""
-        store = make(check(self._given, BROKER))
+        store = self._store or store_of(self._given)
         try:
             await store.open()
             yield store
@@ -435,8 +450,32 @@ def test_of_many_that_find_the_connection_lost_one_makes_it_again(
 
 
 @pytest.mark.integration
+def test_a_file_with_a_url_is_read_at_every_connection(tmp_path: Path) -> None:
+    async def main() -> None:
+        file.write_text(f"{url}\n", "utf-8")
+        async with Kind("", store=make(file)).opened() as one:
+            assert (await one.begin("one.effect.1", "me", LONG)).state == "mine"
+            file.write_text("postgresql://postgres@127.0.0.1:1/elsewhere", "utf-8")
+            assert await one.renew("one.effect.1", "me", LONG)  # the connection is there
+            assert isinstance(one, PostgresStore) and one._connection is not None
+            await one._connection.close()
+            with pytest.raises(StoreError, match="elsewhere"):
+                await one.renew("one.effect.1", "me", LONG)
+            file.write_text(url, "utf-8")
+            assert await one.renew("one.effect.1", "me", LONG)
+
+    file = tmp_path / "url"
+    server, url = _server("postgresql", tmp_path)
+    server.start()
+    try:
+        asyncio.run(main())
+    finally:
+        server.close(kill=True)
+
+
+@pytest.mark.integration
 def test_no_password_is_in_an_error() -> None:
     for url in ("postgresql://user:hunter2@127.0.0.1:1/db", "postgresql://user:hunter2@127.0.0.1:1/db?wrong=hunter2"):
         with pytest.raises(StoreError) as caught:
-            asyncio.run(make(check(url, BROKER)).open())
+            asyncio.run(store_of(url).open())
         assert "hunter2" not in str(caught.value) and caught.value.remedy

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jsonschema
 import pytest
 import yaml
 
@@ -14,7 +16,7 @@ from orthanc_events_bridge.consumers.configuration import CommandLine, configure
 from orthanc_events_bridge.loading import ConfigError
 from orthanc_events_bridge.workflows.conditions import Condition, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
-from orthanc_events_bridge.workflows.router import RouterSettings
+from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision
 
 
@@ -207,3 +209,23 @@ def test_the_example_is_right() -> None:
         "archive": "everything",
         "export": "research",
     }
+
+
+def test_the_schema_for_editors_takes_what_is_right() -> None:
+    schema = json.loads((ROOT / "orthanc_events_bridge/workflows/orthanc-router.schema.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    example = (ROOT / "config" / "router.yaml").read_text("utf-8")
+    for text in (RULES, example):
+        jsonschema.validate(yaml.safe_load(text), schema)
+    for right, wrong in (
+        ("to: [pacs]", "to: pacs"),
+        ("to: [research]", "to: []"),
+        ("is: MR", "iss: MR"),
+        ("{label: research}", "[{label: research}]"),
+        ("modality: pacs", "modlity: pacs"),
+        ("destinations:", "destination:"),
+        ("  - name: rest", "  - nmae: rest"),
+    ):
+        assert right in RULES
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(yaml.safe_load(RULES.replace(right, wrong, 1)), schema)

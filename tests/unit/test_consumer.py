@@ -304,7 +304,8 @@ def test_dead_letters_that_can_not_be_stored_hold_up_nobody_as_long_as_there_is_
     async def main() -> None:
         transport = MemoryTransport(MemoryOptions(), broker)
         worker = Worker(transport, consumer._terms, consumer._routes, Clients(None), consumer.meter)
-        health = Health(worker, consumer.meter, "one")
+        consumer._worker = worker
+        health = Health([consumer])
         working = asyncio.create_task(worker.run())
 
         async def until(so: Callable[[], bool]) -> None:

@@ -27,8 +27,17 @@ from orthanc_events_bridge.transports.options import MemoryOptions
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def worker(meter: Meter) -> Worker:
-    return Worker(MemoryTransport(MemoryOptions()), Terms("one"), [], Clients(None), meter)
+def consumer(name: str = "one", meter: Meter | None = None) -> Consumer:
+    """One that works, and is not subscribed yet."""
+    made = Consumer(name, broker={"type": "memory"})
+    made.meter = meter or Meter()
+    made._worker = Worker(MemoryTransport(MemoryOptions()), Terms(name), [], Clients(None), made.meter)
+    return made
+
+
+def worker(of: Consumer) -> Worker:
+    assert of._worker is not None
+    return of._worker
 
 
 def counted() -> Meter:
@@ -43,7 +52,7 @@ def counted() -> Meter:
 
 def test_metrics_have_the_counts_and_no_names_of_others() -> None:
     pytest.importorskip("prometheus_client")
-    status, kind, text = Health(worker(Meter()), counted(), "one").answer("GET", "/metrics")
+    status, kind, text = Health([consumer(meter=counted())]).answer("GET", "/metrics")
     lines = text.decode().splitlines()
     assert status == 200 and kind.startswith("text/plain")
     for line in (
@@ -62,13 +71,13 @@ def test_metrics_have_the_counts_and_no_names_of_others() -> None:
 
 def test_without_prometheus_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    status, _, text = Health(worker(Meter()), Meter(), "one").answer("GET", "/metrics")
+    status, _, text = Health([consumer()]).answer("GET", "/metrics")
     assert status == 501 and b"orthanc-events-bridge[metrics]" in text
 
 
 def test_health_is_that_of_the_worker() -> None:
-    one = worker(Meter())
-    answers = Health(one, Meter(), "one")
+    watched = consumer()
+    one, answers = worker(watched), Health([watched])
     assert answers.answer("GET", "/health/live")[0] == 200
     assert answers.answer("GET", "/health/ready")[0] == 503
     one.ready = True
@@ -79,12 +88,32 @@ def test_health_is_that_of_the_worker() -> None:
     assert answers.answer("POST", "/metrics")[0] == 405
 
 
+def test_one_address_tells_of_all_consumers_of_a_process() -> None:
+    pytest.importorskip("prometheus_client")
+    one, other = consumer("one", counted()), consumer("two", counted())
+    answers = Health([one, other])
+    worker(one).ready = True
+    status, _, text = answers.answer("GET", "/health/ready")
+    assert status == 503 and text == b"two: not subscribed\n"
+    worker(other).ready = True
+    assert answers.answer("GET", "/health/ready") == (200, "text/plain; charset=utf-8", b"receiving events\n")
+    worker(other)._holding.ticked -= 60
+    assert answers.answer("GET", "/health/live")[0] == 503
+    lines = answers.answer("GET", "/metrics")[2].decode().splitlines()
+    for name in ("one", "two"):
+        assert f'orthanc_consumer_handled_total{{consumer="{name}",type="study.stable"}} 1.0' in lines
+        assert f'orthanc_consumer_lag_seconds{{consumer="{name}"}} 5.0' in lines
+        assert f'orthanc_consumer_duration_seconds_count{{consumer="{name}",type="study.stable"}} 1.0' in lines
+    assert len([line for line in lines if line.startswith("# TYPE orthanc_consumer_handled_total")]) == 1
+    one._worker = None  # it has ended before the other
+    assert answers.answer("GET", "/health/ready")[2] == b"one: not subscribed\n"
+
+
 def test_it_is_told_over_http_and_an_address_in_use_is_one_sentence() -> None:
     async def main() -> bytes:
-        one = worker(Meter())
-        async with health("127.0.0.1:0", one, Meter(), "one") as port:
+        async with health("127.0.0.1:0", consumer()) as port:
             with pytest.raises(BridgeError, match="can't be told at"):
-                async with health(f"127.0.0.1:{port}", one, Meter(), "two"):
+                async with health(f"127.0.0.1:{port}", consumer("two")):
                     pass
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /health/ready HTTP/1.1\r\nHost: h\r\n\r\n")
@@ -93,7 +122,7 @@ def test_it_is_told_over_http_and_an_address_in_use_is_one_sentence() -> None:
             return answer
 
     answer = asyncio.run(main())
-    assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and answer.endswith(b"not subscribed\n")
+    assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and answer.endswith(b"one: not subscribed\n")
 
 
 def test_each_worker_has_a_port_of_its_own() -> None:

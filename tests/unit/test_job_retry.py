@@ -541,8 +541,14 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, more: str, option: str) 
     [
         ("orthanc: http://orthanc.test", "job-retry.yaml:1: broker: where events come from is not said"),
         ("broker: nats://127.0.0.1:4222", "the consumer job-retry: orthanc: whose jobs are meant is not said"),
-        ("broker: amqp://127.0.0.1", "job-retry.yaml:1: store: rabbitmq can't note how often something has failed"),
-        ("broker: kafka://127.0.0.1:9092", "job-retry.yaml:1: store: kafka can't note how often something has failed"),
+        (
+            "broker: amqp://127.0.0.1",
+            "job-retry.yaml:1: store: where to note how often something has failed is not said",
+        ),
+        (
+            "broker: kafka://127.0.0.1:9092",
+            "job-retry.yaml:1: store: where to note how often something has failed is not said",
+        ),
     ],
 )
 def test_what_is_missing_is_said(tmp_path: Path, text: str, said: str) -> None:

@@ -50,7 +50,7 @@ def leave(cluster: Answering) -> list[str]:
         KafkaOptions.model_validate({"type": "kafka", "servers": ["127.0.0.1:9092"]}),
         "workers",
         600.0,
-        ordered=False,
+        "unordered",
     )
     asyncio.run(group.leave(member="of-before"))
     return [name.removesuffix("Request").split("_")[0] for name in cluster.asked]

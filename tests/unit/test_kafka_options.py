@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from orthanc_events_bridge.bridge.config import ConfigError, parse
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
+from tests.unit.option_tools import mistakes_of, options_of
 
-HEAD = "source: urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e\ntransports:\n  - type: kafka\n"
 SERVERS = "servers: [kafka.example.org]\n"
 
 
 def options(text: str) -> KafkaOptions:
-    found = parse(HEAD + "".join(f"    {line}\n" for line in text.splitlines()), "x.yaml", {}).transports[0]
+    found = options_of("kafka", text)
     assert isinstance(found, KafkaOptions)
     return found
 
 
 def mistakes(text: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        options(text)
-    assert caught.value.__cause__ is None and caught.value.__context__ is None
-    assert all(one.right for one in caught.value.problems)
-    return [str(one) for one in caught.value.problems]
+    return mistakes_of("kafka", text)
 
 
 def test_smallest() -> None:

@@ -13,7 +13,7 @@ from orthanc_events_bridge.errors import TransportConfigurationError
 from orthanc_events_bridge.transports import kafka_beginning
 from orthanc_events_bridge.transports.kafka_beginning import begin
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from orthanc_events_bridge.transports.kafka_ordered import Again, begun_as, was_begun_as
+from orthanc_events_bridge.transports.kafka_ordered import Again, Kind, begun_as, was_begun_as
 from orthanc_events_bridge.transports.kafka_partition import Partition
 from orthanc_events_bridge.transports.kafka_protocol import TopicMetadata
 from orthanc_events_bridge.transports.kafka_queue import Queue
@@ -137,7 +137,7 @@ class Group:
         self._known = known or {}
         self.asked: list[dict[Place, tuple[int, str]]] = []
 
-    async def stored(self, places: Iterable[Place]) -> dict[Place, tuple[int, str]]:
+    async def stored(self, places: Iterable[Place] | None = None) -> dict[Place, tuple[int, str]]:
         return self._known
 
     async def store(self, places: dict[Place, tuple[int, str]], *, outside: bool) -> set[int]:
@@ -145,19 +145,19 @@ class Group:
         return self._codes.pop(0)
 
 
-def beginning(monkeypatch: pytest.MonkeyPatch, group: Any, *, ordered: bool) -> None:
-    async def ends(*ignored: object, **oldest: bool) -> dict[int, int]:
-        return {0: 7}
+def beginning(monkeypatch: pytest.MonkeyPatch, group: Any, kind: Kind) -> None:
+    async def ends(*ignored: object, oldest: bool) -> dict[int, int]:
+        return {0: 0 if oldest else 7}
 
     monkeypatch.setattr(kafka_beginning, "offsets", ends)
     monkeypatch.setattr(kafka_beginning, "_LOOK", 0)
     options = KafkaOptions(name="kafka", servers=("127.0.0.1:9092",))
     topic = Topic("topic", TopicMetadata("0123abcd-4567", (1,), (1,)), {})
     cluster: Any = None
-    asyncio.run(begin(group, cluster, options, topic, "inbox", oldest=False, ordered=ordered))
+    asyncio.run(begin(group, cluster, options, topic, "inbox", oldest=False, kind=kind))
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("kind", ["unordered", "ordered"])
 @pytest.mark.parametrize(
     ("codes", "notes"),
     [
@@ -168,35 +168,65 @@ def beginning(monkeypatch: pytest.MonkeyPatch, group: Any, *, ordered: bool) -> 
     ],
 )
 def test_where_a_new_name_begins_is_stored_before_it_does(
-    monkeypatch: pytest.MonkeyPatch, codes: list[set[int]], notes: list[str], ordered: bool
+    monkeypatch: pytest.MonkeyPatch, codes: list[set[int]], notes: list[str], kind: Kind
 ) -> None:
     """Without a place it would begin with the oldest event."""
     group = Group(*codes)
-    beginning(monkeypatch, group, ordered=ordered)
+    beginning(monkeypatch, group, kind)
     assert [rows[PLACE] for rows in group.asked] == [(7, note) for note in notes]
-    said = begun_as(ordered)
+    said = begun_as(kind)
     assert [rows["inbox", 0] for rows in group.asked] == [(0, said if note else "") for note in notes]
 
 
-@pytest.mark.parametrize("before", [None, False, True])
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("before", [None, "unordered", "ordered", "inbox"])
+@pytest.mark.parametrize("kind", ["unordered", "ordered", "inbox"])
 def test_a_name_is_ordered_or_not_as_it_has_begun(
-    monkeypatch: pytest.MonkeyPatch, before: bool | None, ordered: bool
+    monkeypatch: pytest.MonkeyPatch, before: Kind | None, kind: Kind
 ) -> None:
-    note = "" if before is None else begun_as(before) + "1,2"
-    assert was_begun_as(note) is before
+    """One that has its inbox alone begins anew with what everybody gets; what it has settled of its inbox is kept."""
+    settled = "1,2"
+    note = settled if before is None else begun_as(before) + settled
+    assert was_begun_as(note) == before
     group = Group(known={("inbox", 0): (5, note), PLACE: (9, MARK)})
-    if before in (None, ordered):
-        beginning(monkeypatch, group, ordered=ordered)
-        said = [{("inbox", 0): (5, begun_as(ordered))}] if before is None else []
-        assert group.asked == said
-    else:
-        with pytest.raises(TransportConfigurationError, match="is ordered" if before else "not ordered"):
-            beginning(monkeypatch, group, ordered=ordered)
+    if {before, kind} == {"ordered", "unordered"}:
+        with pytest.raises(TransportConfigurationError, match="is ordered" if before == "ordered" else "not ordered"):
+            beginning(monkeypatch, group, kind)
+        return
+    beginning(monkeypatch, group, kind)
+    said = {("inbox", 0): (5, begun_as(kind) + settled)}
+    anew = {PLACE: (7, MARK)} if before == "inbox" else {}
+    assert group.asked == ([] if before == kind else [{**said, **anew}])
+
+
+@pytest.mark.parametrize(("before", "kind"), [("unordered", "inbox"), ("inbox", "ordered")])
+def test_a_name_changes_only_when_nobody_subscribes_to_it(
+    monkeypatch: pytest.MonkeyPatch, before: Kind, kind: Kind
+) -> None:
+    known = {("inbox", 0): (5, begun_as(before))}
+    with pytest.raises(TransportConfigurationError, match="has members that subscribe to"):
+        beginning(monkeypatch, Group({25}, known=known), kind)
+
+
+def test_a_topic_that_was_made_again_is_begun_with_from_its_oldest_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(known={("inbox", 0): (5, begun_as("ordered"))})
+    beginning(monkeypatch, group, "ordered")
+    assert group.asked == [{("inbox", 0): (5, begun_as("ordered")), PLACE: (0, MARK)}]
+
+
+def test_a_name_reads_one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {("other", 3): (9, MARK), ("inbox", 0): (5, begun_as("unordered")), ("orthanc.retry.name.30", 0): (1, "")}
+    with pytest.raises(TransportConfigurationError, match="name reads the topic other, and is to read topic"):
+        beginning(monkeypatch, Group(known=other), "unordered")
+    # Two that have begun at the same moment both go on: Kafka lets one of them in.
+    beginning(monkeypatch, Group(known={**other, PLACE: (9, MARK)}), "unordered")
+    with pytest.raises(TransportConfigurationError):  # another's steps
+        beginning(monkeypatch, Group(known={("orthanc.retry.other.30", 0): (1, "")}), "unordered")
+    # Who has its inbox alone reads none.
+    beginning(monkeypatch, Group(known=other), "inbox")
 
 
 def test_what_is_settled_in_the_inbox_is_noted_beside_it() -> None:
-    mark = begun_as(ordered=False)
+    mark = begun_as("unordered")
     one = Partition.begin(("inbox", 0), None, None, mark)
     one.arrived([record(0), record(1), record(2)])
     queue = Queue(lambda: None)
@@ -204,7 +234,7 @@ def test_what_is_settled_in_the_inbox_is_noted_beside_it() -> None:
     assert taken(queue, 0) == [0, 1, 2]
     one.settled(1)
     low, note = one.progress(100)
-    assert low == 0 and was_begun_as(note) is False
+    assert low == 0 and was_begun_as(note) == "unordered"
     other = Partition.begin(("inbox", 0), None, (low, note), mark)
     other.arrived([record(0), record(1), record(2)])
     assert [row.offset for row in other.records] == [0, 2]

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orthanc_events_bridge.consumers import Consumer, Event, Retry
 from orthanc_events_bridge.consumers.once import Once, Turns
-from orthanc_events_bridge.consumers.stores import Begun, Store, StoreError, check, make
-from orthanc_events_bridge.consumers.stores.sql import SqlStore
+from orthanc_events_bridge.consumers.stores import Begun, Store, StoreError
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.loading import ConfigError
 from orthanc_events_bridge.testing.events import event
-from orthanc_events_bridge.transports.kafka_options import KafkaOptions
-from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 STUDY = event("study.stable", study="study-1")
 
@@ -248,14 +245,14 @@ def test_the_key_names_no_patient_and_fits_every_store() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda: app(store=None).once(STUDY, "effect"), "is not said"),
-        (lambda: app(store=None).on("study.stable", once="effect"), "is not said"),
+        (lambda: app(store=None, broker="kafka://h:1").once(STUDY, "effect"), "is not said"),
+        (lambda: app(store=None, broker="kafka://h:1").on("study.stable", once="effect"), "is not said"),
         (lambda: app().once(STUDY, "an effect"), "can't be the name"),
         (lambda: app().once(STUDY, "effect", lease=0), "lease=0"),
         (lambda: app().once(STUDY, "effect", keep=5), "keep=5"),
         (lambda: app(store="redis://h"), "no URL"),
         (lambda: app(store="sqlite://h/f"), "no URL"),
-        (lambda: app(store="nats://user:hunter2@h:1"), "the consumer's store: "),
+        (lambda: app(store="nats://user:hunter2@h:1"), "store.servers[0]: "),
         (lambda: app(store={"type": "kafka", "servers": ["h:1"]}), "kafka can't"),
         (lambda: app(broker="kafka://h:1"), "kafka can't"),
         (lambda: app().once(STUDY, "effect").__enter__(), "doesn't run"),
@@ -264,7 +261,9 @@ def test_the_key_names_no_patient_and_fits_every_store() -> None:
 def test_a_mistake_is_said_at_once(wrong: Callable[[], Any], words: str) -> None:
     with pytest.raises(BridgeError) as caught:
         wrong()
-    assert words in str(caught.value) and caught.value.remedy
+    assert words in str(caught.value)
+    assert caught.value.remedy or isinstance(caught.value, ConfigError)  # each of its mistakes has its own
+    assert "hunter2" not in str(caught.value)
 
 
 def test_with_in_a_coroutine_function_is_refused() -> None:
@@ -278,18 +277,6 @@ def test_with_in_a_coroutine_function_is_refused() -> None:
     with consumer.test() as kit:
         kit.send(STUDY)
         assert "async with" in str(kit.retried[0].error)
-
-
-def test_a_store_is_found_by_its_url(tmp_path: Path) -> None:
-    broker = NatsOptions(servers=("nats://h:1",))
-    assert check("broker", broker) is broker
-    nats = check("tls://a:1,b:2", KafkaOptions(servers=("h:1",)))
-    assert isinstance(nats, NatsOptions) and nats.servers == ("tls://a:1", "tls://b:2")
-    store = make(check(f"sqlite:///{tmp_path}/once.db", broker))
-    assert isinstance(store, SqlStore)
-    asyncio.run(store.open())
-    assert (tmp_path / "once.db").stat().st_mode & 0o777 == 0o600
-    asyncio.run(store.close())
 
 
 def test_retry_is_what_another_worker_is_told() -> None:

@@ -6,26 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from orthanc_events_bridge.bridge.config import ConfigError, load, parse
+from orthanc_events_bridge.bridge.config import load
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from tests.unit.option_tools import mistakes_of, options_of
 
-HEAD = "source: urn:uuid:6f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e\ntransports:\n  - type: rabbitmq\n"
 SERVERS = "servers: [amqp://mq.example.org]\n"
 EXTERNAL = "auth: external\ntls: {cert_file: c, key_file: k}\n"
 
 
 def options(text: str) -> RabbitOptions:
-    found = parse(HEAD + "".join(f"    {line}\n" for line in text.splitlines()), "x.yaml", {}).transports[0]
+    found = options_of("rabbitmq", text)
     assert isinstance(found, RabbitOptions)
     return found
 
 
 def mistakes(text: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        options(text)
-    assert caught.value.__cause__ is None and caught.value.__context__ is None
-    assert all(one.right for one in caught.value.problems)
-    return [str(one) for one in caught.value.problems]
+    return mistakes_of("rabbitmq", text)
 
 
 def test_smallest() -> None:

@@ -12,8 +12,8 @@ from orthanc_events_bridge.cli_status import in_bytes, status_text
 from orthanc_events_bridge.cli_tail import event_line
 from orthanc_events_bridge.events.mapping import to_outgoing
 from orthanc_events_bridge.events.reading import event_of
+from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.outbox_schema import OutboxRow
-from orthanc_events_bridge.status import iso
 from orthanc_events_bridge.transports.base import Incoming
 
 

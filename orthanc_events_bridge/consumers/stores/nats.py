@@ -13,9 +13,10 @@ from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 
 from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
-from orthanc_events_bridge.errors import NotConnectedError, TransportError
+from orthanc_events_bridge.errors import TransportError
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
+from orthanc_events_bridge.transports.servers import InTurn
 
 BUCKET: Final = "ORTHANC_EVENTS_ONCE"
 _STREAM: Final = f"KV_{BUCKET}"
@@ -38,6 +39,7 @@ class NatsStore(Store):
     def __init__(self, options: NatsOptions) -> None:
         self._options = options
         self._connection: Connection | None = None
+        self._servers = InTurn(options.servers, lambda url: Connection.open(options, url))
         self._connecting = asyncio.Lock()
         self._revisions: dict[tuple[str, str], int] = {}
 
@@ -209,15 +211,8 @@ class NatsStore(Store):
                     self._connection = None
                 else:
                     return self._connection
-            problem: TransportError = NotConnectedError("no server of NATS is named", "give one")
-            for url in self._options.servers:
-                try:
-                    self._connection = await Connection.open(self._options, url)
-                except TransportError as error:
-                    problem = error
-                else:
-                    return self._connection
-            raise problem
+            self._connection = await self._servers.open()
+            return self._connection
 
 
 def _problem(error: Exception) -> StoreError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import psycopg
@@ -23,12 +23,13 @@ _LOCK: Final = 8797526
 class PostgresDatabase(Database):
     """See the module's text.
 
-    :param url: as libpq takes it; what it leaves out (password, certificates …) libpq finds in its environment
-        (``PGPASSFILE`` …) and in ``~/.pgpass``.
+    :param read: gives the URL as libpq takes it, and is asked at every connection; what it leaves out (password,
+        certificates …) libpq finds in its environment (``PGPASSFILE`` …) and in ``~/.pgpass``.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, read: Callable[[], str]) -> None:
+        self._read = read
+        self._url = ""
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
 
@@ -68,6 +69,7 @@ class PostgresDatabase(Database):
 
     async def _connected(self) -> psycopg.AsyncConnection[Any]:
         if self._connection is None or self._connection.closed:
+            self._url = self._read()
             try:
                 async with asyncio.timeout(_CONNECT + 1):
                     self._connection = await psycopg.AsyncConnection.connect(
