@@ -374,9 +374,10 @@ class Consumer:
         finally:
             await clients.close()
 
-    async def check(self) -> list[str]:
+    async def check(self, *, store: bool = False) -> list[str]:
         """Connect to the broker, to the store where one is said, and to Orthanc where a handler asks it; leave again.
 
+        :param store: to the store in any case.
         :return: what was found, in a few lines.
         :raises BridgeError: it can't begin, or can't connect.
         """
@@ -386,16 +387,12 @@ class Consumer:
         try:
             await transport.connect()
             found += [f"{transport.name}: {line}" for line in await transport.describe()]
-            if self.settings.model_fields_set & {"store", "store_file"}:
+            if store or self.settings.store is not None or self.settings.store_file is not None:
                 await self._turns.store()
                 found.append("store: it can be noted what is done once")
             if any(one.wants_orthanc for one in self._routes) and self._orthanc is not None:
                 found.append(await asyncio.to_thread(_ask, self._orthanc))
-            if self._turns.any_store:
-                await self._turns.store()
-                found.append("store: it can be noted what is done once")
         finally:
-            await self._turns.close()
             await transport.close()
             await clients.close()
             await self._turns.close()

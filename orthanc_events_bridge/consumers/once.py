@@ -28,7 +28,7 @@ from typing import Any, Final, TypeVar
 
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Retry
-from orthanc_events_bridge.consumers.stores import Store
+from orthanc_events_bridge.consumers.stores import STORES, Store
 from orthanc_events_bridge.errors import BridgeError
 
 log = logging.getLogger(__name__)
@@ -82,20 +82,15 @@ class Turns:
         if not lease <= keep:
             raise BridgeError(f"the effect {effect}: keep={keep!r} makes no sense", "give at least as much as lease")
 
-    @property
-    def any_store(self) -> bool:
-        """Whether there is one."""
-        return self._make is not None
-
     def check_store(self) -> None:
         """Is there a store?
 
         :raises BridgeError: no.
         """
-        if not self.any_store:
+        if self._make is None:
             raise BridgeError(
                 f"consumer {self._consumer}: where to note what is done once is not said",
-                'give it a store: store="sqlite:////var/lib/…", "postgresql://…", "nats://…", or "broker" with NATS',
+                f"give it a store: {STORES}",
             )
 
     def note(self, name: str) -> str:

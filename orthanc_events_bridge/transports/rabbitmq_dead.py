@@ -1,8 +1,8 @@
 """The dead letters of a consumer at RabbitMQ, in a quorum queue that nobody receives from: put there, and looked at.
 
-Looking at them is receiving all of them without an acknowledgement. What is not removed goes back to its place, in its
-order, when the channel is closed, whoever closes it. Meanwhile nobody else would see anything: only one can look at a
-time, and another waits for its turn.
+Looking at them is receiving all of them without an acknowledgement, so all are held here, each with its body and 2 KB
+more. What is not removed goes back to its place, in its order, when the channel is closed, whoever closes it. Meanwhile
+nobody else would see anything: only one can look at a time, and another waits for its turn.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ class Anonymizer:
         self._pseudonyms = {name: Pseudonyms(name, one.secret(name)) for name, one in settings.projects.items()}
         profiles = {BASIC: Profile(), **settings.profiles}
         self._profiles = {name: profiles[one.profile] for name, one in settings.projects.items()}
-        self.consumer = Consumer.configured(configuration)
+        # What it remembers is no store of what is done once.
+        plain = settings.model_copy(update={"store": None, "store_file": None})
+        self.consumer = Consumer.configured(Configuration(plain, configuration.orthanc))
         self.consumer.on(settings.event)(self._handle)
 
     async def _handle(self, event: Event, orthanc: httpx.AsyncClient) -> None:

@@ -281,7 +281,7 @@ class Deriver:
         :return: what was found, in a few lines.
         :raises BridgeError: something can't be used.
         """
-        found = await self.app.check()
+        found = await self.app.check(store=True)
         wanted = {rule.instances.modality for rule in self.rules if rule.instances and rule.instances.modality}
         async with self.app.asking() as orthanc:
             known = (await orthanc.get("/modalities")).raise_for_status().json() if wanted else []

@@ -223,7 +223,8 @@ class JobRetry:
         """See `Consumer.check`."""
         rule, source = self._rule, self.settings.source
         text = f"{', '.join(self.settings.types)}: {rule.attempts} times, {rule.initial:g} to {rule.maximum:g} s apart"
-        return [*await self.app.check(), f"resubmits {text}{'' if source is None else f', of {source} alone'}"]
+        text += "" if source is None else f", of {source} alone"
+        return [*await self.app.check(store=True), f"resubmits {text}"]
 
     def complete(self) -> None:
         """See `Consumer.complete`.

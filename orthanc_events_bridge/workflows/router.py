@@ -226,7 +226,7 @@ class Router:
         :raises BridgeError: something can't be used.
         """
         self.complete()
-        found = await self.deciding.check()
+        found = await self.deciding.check(store=True)
         async with self.deciding.asking() as orthanc:
             if self._wanted.labels:
                 await check_labels(orthanc)

@@ -551,13 +551,45 @@ def test_limits_that_a_consumer_does_not_say_are_taken_as_they_are(harness: Harn
         given = {name: getattr(options, name) for name in options.model_fields_set - {"limits", "partitions"}}
         transport = type(transport)(type(options).model_validate(given).for_consumer())
         await transport.connect()
-        subscription = await transport.subscribe("router")
+        subscription = await transport.subscribe(f"router-{harness.place}")
         await subscription.close()
         await transport.close()
         transport = harness.transport()
         with failing(harness, TransportConfigurationError):
             await transport.connect()
         await transport.close()
+
+    run(main())
+
+
+@pytest.mark.needs("declares_topology")
+@pytest.mark.needs("subscribable")
+def test_a_consumer_that_is_there_before_the_bridge_makes_what_a_bridge_makes(harness: Harness) -> None:
+    """Where neither says limits; a bridge with others says what differs, and changes nothing."""
+    transport = harness.transport()
+    options: TransportOptions = transport._options  # type: ignore[attr-defined]
+    given = {name: getattr(options, name) for name in options.model_fields_set - {"limits", "partitions"}}
+
+    def another(**more: object) -> Transport:
+        return type(transport)(type(options).model_validate(given | more))
+
+    async def main() -> None:
+        consumer = type(transport)(type(options).model_validate(given).for_consumer())
+        await consumer.connect()
+        await (await consumer.subscribe(f"router-{harness.place}")).close()
+        await consumer.close()
+        bridge = another()
+        await bridge.connect()
+        await bridge.publish(events(1))
+        inbox = bridge.inbox(f"router-{harness.place}")
+        await inbox.connect()
+        await inbox.close()
+        await bridge.close()
+        other = another(limits={"max_age": "1d"})
+        with failing(harness, TransportConfigurationError) as caught:
+            await other.connect()
+        await other.close()
+        assert harness.place in str(caught[0]) and "limits" in str(caught[0])
 
     run(main())
 

@@ -1,25 +1,29 @@
-"""Dead letters by the ten thousand, at a real broker: the commands hold a few of them at a time only."""
+"""Dead letters by the thousand, at real brokers: the commands hold a few of them at a time only."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import pytest
 
 from orthanc_events_bridge.cli import main
-from orthanc_events_bridge.testing.servers import NatsServer
-from orthanc_events_bridge.transports.base import DeadLetter, Incoming
+from orthanc_events_bridge.testing.brokers.kafka import KafkaServer
+from orthanc_events_bridge.testing.servers import require
+from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming, Transport
+from orthanc_events_bridge.transports.kafka_dead import KafkaDeadLetters
 from orthanc_events_bridge.transports.nats_dead import NatsDeadLetters
+from orthanc_events_bridge.transports.rabbitmq_dead import RabbitDeadLetters
 from tests.contract.harness import events, run
+from tests.contract.kafka_tools import kafka_transport
 from tests.contract.nats_tools import nats_server, nats_transport
-from tests.contract.raw_nats import ask
+from tests.contract.rabbitmq_tools import rabbit_server, rabbit_transport
 
 pytestmark = pytest.mark.integration
 
-COUNT = 20_000
+COUNTS = {"nats": 10_000, "rabbitmq": 4_000, "kafka": 4_000}
 #: What is shown, moved or removed in one go, and as much again that is just being read.
 FEW = 250
 
@@ -45,24 +49,23 @@ class Held(Incoming):
         Held.alive -= 1
 
 
-def count_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = NatsDeadLetters.read
+def count_them(monkeypatch: pytest.MonkeyPatch, kind: type[DeadLetters]) -> None:
+    read = kind.read
 
-    async def counted(self: NatsDeadLetters) -> AsyncGenerator[DeadLetter]:
+    async def counted(self: DeadLetters) -> AsyncGenerator[DeadLetter]:
         async for one in read(self):
             yield DeadLetter(Held.of(one.message), one.mark)
 
-    monkeypatch.setattr(NatsDeadLetters, "read", counted)
+    monkeypatch.setattr(kind, "read", counted)
 
 
-async def reject_many(server: NatsServer) -> None:
+async def reject_many(transport: Transport, count: int) -> None:
     """Half of them of studies, half of series."""
-    transport = nats_transport(server, limits={"max_bytes": 2**28}, inbox_max_bytes=2**28, dead_max_bytes=2**28)
     await transport.connect()
     subscription = await transport.subscribe("one", in_flight=1000)
     rejected = 0
-    for start in range(0, COUNT, 500):
-        kind = "study" if start < COUNT // 2 else "series"
+    for start in range(0, count, 500):
+        kind = "study" if start < count // 2 else "series"
         text = json.dumps({"specversion": "1.0", "source": "urn:o", "type": f"io.orthanc-events.{kind}.stable.v1"})
         sent = events(500, start=start)
         await transport.publish([one._replace(body=(text[:-1] + f', "id": "{one.id}"}}').encode()) for one in sent])
@@ -74,30 +77,76 @@ async def reject_many(server: NatsServer) -> None:
     await transport.close()
 
 
+@pytest.mark.parametrize("kind", COUNTS)
 def test_as_many_as_there_are_are_listed_given_again_and_deleted_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    with nats_server(tmp_path) as server:
-        run(reject_many(server), seconds=300)
+    """RabbitMQ hands over all of them at once, so that their bodies are held; what is made of them is not."""
+    count = COUNTS[kind]
 
-        def dlq(*arguments: str) -> str:
-            Held.peak = Held.read = 0
-            assert main(["dlq", arguments[0], "--consumer", "one", "--broker", server.url, *arguments[1:]]) == 0
-            assert Held.read >= COUNT // 2
-            return capsys.readouterr().out
+    def dlq(broker: str, *arguments: str) -> str:
+        Held.peak = Held.read = 0
+        assert main(["dlq", arguments[0], "--consumer", "one", "--broker", broker, *arguments[1:]]) == 0
+        return capsys.readouterr().out
 
-        def stored(stream: str) -> int:
-            return int(ask(server.port, f"STREAM.INFO.{stream}")["state"]["messages"])
+    def listed(broker: str) -> int:
+        return len(json.loads(dlq(broker, "list", "--json")))
 
-        count_them(monkeypatch)
-        lines = dlq("list").splitlines()
-        assert len(lines) == COUNT + 1 and Held.peak <= FEW
+    def check(broker: str, transport: Transport, letters: type[DeadLetters]) -> None:
+        run(reject_many(transport, count), seconds=300)
+        count_them(monkeypatch, letters)
+        lines = dlq(broker, "list").splitlines()
+        assert len(lines) == count + 1 and Held.read == count and Held.peak <= FEW
         assert len({line.index("no") for line in lines[1:200]}) == 1  # under each other
-        rows = json.loads(dlq("list", "--json", "--type", "study.*"))
-        assert len(rows) == COUNT // 2 and Held.peak <= FEW
-        assert dlq("redrive", "--type", "study.*") == f"{COUNT // 2} given to consumer one again\n"
+        rows = json.loads(dlq(broker, "list", "--json", "--type", "study.*"))
+        assert len(rows) == count // 2 and Held.peak <= FEW
+        assert dlq(broker, "redrive", "--type", "study.*") == f"{count // 2} given to consumer one again\n"
         assert Held.peak <= FEW
-        assert (stored("ORTHANC_EVENTS_INBOX"), stored("ORTHANC_EVENTS_DEAD")) == (COUNT // 2, COUNT // 2)
-        assert dlq("discard", "--all", "--yes") == f"{COUNT // 2} of consumer one deleted\n"
+        assert run(given_again(transport, count // 2), seconds=300) == count // 2
+        assert listed(broker) == count // 2
+        assert dlq(broker, "discard", "--all", "--yes") == f"{count // 2} of consumer one deleted\n"
         assert Held.peak <= FEW
-        assert stored("ORTHANC_EVENTS_DEAD") == 0
+        assert listed(broker) == 0
+
+    SERVERS[kind](tmp_path, check)
+
+
+async def given_again(transport: Transport, count: int) -> int:
+    """How many different events their consumer gets."""
+    await transport.connect()
+    subscription = await transport.subscribe("one", in_flight=1000)
+    found: set[str] = set()
+    while len(found) < count:
+        for one in await subscription.receive(500, 5.0):
+            found.add(str(json.loads(one.message.body)["id"]))
+            await one.ack()
+    found |= {str(one) for one in await subscription.receive(1, 1.0)}
+    await subscription.close()
+    await transport.close()
+    return len(found)
+
+
+Check = Callable[[str, Transport, type[DeadLetters]], None]
+
+
+def on_nats(folder: Path, check: Check) -> None:
+    with nats_server(folder) as server:
+        check(
+            server.url,
+            nats_transport(server, limits={"max_bytes": 2**28}, inbox_max_bytes=2**28, dead_max_bytes=2**28),
+            NatsDeadLetters,
+        )
+
+
+def on_rabbitmq(folder: Path, check: Check) -> None:
+    with rabbit_server(folder) as server:
+        check(f"amqp://127.0.0.1:{server.port}", rabbit_transport(server), RabbitDeadLetters)
+
+
+def on_kafka(folder: Path, check: Check) -> None:
+    require("kafka")
+    with KafkaServer(folder / "kafka") as server:
+        check(f"kafka://127.0.0.1:{server.port}", kafka_transport(server.port), KafkaDeadLetters)
+
+
+SERVERS = {"nats": on_nats, "rabbitmq": on_rabbitmq, "kafka": on_kafka}
