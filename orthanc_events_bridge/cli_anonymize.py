@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
 from orthanc_events_bridge.cli_rules import orthanc_id, show
-from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 from orthanc_events_bridge.errors import BridgeError, GoneError
 
 if TYPE_CHECKING:
@@ -50,10 +49,7 @@ def define(commands: Commands) -> None:
     parser = add_command(
         commands, "anonymize", _anonymize, "pseudonymise studies where rules say", text, epilog=_EPILOG
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    add_worker_options(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
     what.add_argument("--dry-run", action="store_true", help="decide for what comes from now on, and do nothing")
@@ -64,20 +60,14 @@ def define(commands: Commands) -> None:
         "--who", metavar="ID", help="say what a PatientID or UID stands for, or what stands for it: PATIENT DATA"
     )
     parser.add_argument("--json", action="store_true", help="with --explain or --who: for programs")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
-    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
 def _anonymize(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.consumers.leaving import logs
-
-    check_count(options.workers)
     if options.json and options.explain is None and options.who is None:
         raise UsageError("--json says how to answer", "say --explain ID or --who ID too")
     alone = options.check or options.dry_run or options.explain or options.who
-    if options.workers > 1 and not alone:
-        logs(options.log_level or "info")
-        return supervise(["anonymize", *again(options, "config", "broker", "log_level")], options.workers)
+    if (code := several(options, "anonymize", alone=bool(alone))) is not None:
+        return code
     anonymizer = _made(options)
     if options.explain is not None:
         return asyncio.run(_explain(anonymizer, options.explain, as_json=options.json))
@@ -87,8 +77,6 @@ def _anonymize(options: argparse.Namespace) -> int:
 
 
 def _made(options: argparse.Namespace) -> Anonymizer:
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
-
     try:
         from orthanc_events_bridge.workflows.anonymizer import Anonymizer
         from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
@@ -96,9 +84,7 @@ def _made(options: argparse.Namespace) -> Anonymizer:
         if (error.name or "").partition(".")[0] != "pydicom":
             raise
         raise BridgeError("pydicom is not installed", 'pip install "orthanc-events-bridge[anonymizer]"') from error
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
-    line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
-    return Anonymizer(configure_as(AnonymizerSettings, {}, given=line), dry=options.dry_run)
+    return Anonymizer(configuration(options, AnonymizerSettings), dry=options.dry_run)
 
 
 async def _explain(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+from orthanc_events_bridge.cli_workers import add_worker_options, given, several, work
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers import Consumer
@@ -37,26 +37,13 @@ def define(commands: Commands) -> None:
     parser.add_argument(
         "target", metavar="MODULE:NAME", help="the consumer; the module alone, where there is one in it"
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
-    parser.add_argument("--broker", metavar="URL", help="nats://, amqp://, kafka://; default: $ORTHANC_EVENTS_BROKER")
-    parser.add_argument(
-        "--http", metavar="HOST:PORT", help="tell health and metrics there; each further worker at the next port"
-    )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    add_worker_options(parser)
     parser.add_argument("--check", action="store_true", help="connect, say what was found, and leave")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
-    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
 def _consume(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.consumers.leaving import logs
-
-    check_count(options.workers)
-    if options.workers > 1 and not options.check:
-        logs(options.log_level or "info")
-        given = again(options, "config", "broker", "http", "log_level")
-        return supervise(["consume", options.target, *given], options.workers)
+    if (code := several(options, "consume", options.target, alone=options.check)) is not None:
+        return code
     return work(options, _find(options))
 
 
@@ -69,9 +56,8 @@ def _find(options: argparse.Namespace) -> Consumer:
     from orthanc_events_bridge.consumers.finding import TargetError, find
     from orthanc_events_bridge.consumers.leaving import logs
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
     configuration.command_line.file = options.config and options.config.absolute()
-    configuration.command_line.options = {name: value for name, value in given.items() if value is not None}
+    configuration.command_line.options = given(options)
     if options.log_level == "debug":
         logs("debug")
     try:

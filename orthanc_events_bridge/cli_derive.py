@@ -6,12 +6,11 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
 from orthanc_events_bridge.cli_rules import as_dict, orthanc_id, tree
-from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.derive import Deriver, Finding
@@ -51,10 +50,7 @@ def define(commands: Commands) -> None:
     """Add the command."""
     text = "It publishes study.ready and study.updated. Started several times, here or elsewhere, they share the work."
     parser = add_command(commands, "derive", _derive, "tell when studies are complete", text, epilog=_EPILOG)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    add_worker_options(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
     what.add_argument("--dry-run", action="store_true", help="say what would be told from now on, and tell nothing")
@@ -62,19 +58,14 @@ def define(commands: Commands) -> None:
         "--explain", metavar="ID", help="say what is missing of a study that is there: its Orthanc id or UID"
     )
     parser.add_argument("--json", action="store_true", help="with --explain: for programs")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
-    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
 def _derive(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.consumers.leaving import logs
-
-    check_count(options.workers)
     if options.json and options.explain is None:
         raise UsageError("--json says how to explain", "say --explain ID too")
-    if options.workers > 1 and not (options.check or options.dry_run or options.explain):
-        logs(options.log_level or "info")
-        return supervise(["derive", *again(options, "config", "broker", "log_level")], options.workers)
+    alone = options.check or options.dry_run or options.explain
+    if (code := several(options, "derive", alone=bool(alone))) is not None:
+        return code
     deriver = _deriver(options)
     if options.explain is not None:
         return asyncio.run(_explain(deriver, options.explain, as_json=options.json))
@@ -82,12 +73,9 @@ def _derive(options: argparse.Namespace) -> int:
 
 
 def _deriver(options: argparse.Namespace) -> Deriver:
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
     from orthanc_events_bridge.workflows.derive import Deriver, DeriveSettings
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "log_level")}
-    line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
-    return Deriver(configure_as(DeriveSettings, {}, given=line), dry=options.dry_run)
+    return Deriver(configuration(options, DeriveSettings), dry=options.dry_run)
 
 
 async def _explain(deriver: Deriver, identifier: str, *, as_json: bool) -> int:

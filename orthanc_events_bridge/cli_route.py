@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
 from orthanc_events_bridge.cli_rules import orthanc_id, show
-from orthanc_events_bridge.cli_workers import again, check_count, supervise, work
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.router import Router
@@ -49,13 +48,7 @@ def define(commands: Commands) -> None:
     """Add the command."""
     text = "Started several times, here or elsewhere, they share the work."
     parser = add_command(commands, "route", _route, "send studies where rules say", text, epilog=_EPILOG)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
-    parser.add_argument("--broker", metavar="URL", help="default: $ORTHANC_EVENTS_BROKER, or what the file says")
-    parser.add_argument(
-        "--http", metavar="HOST:PORT", help="tell health and metrics there; each further worker at the next port"
-    )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    add_worker_options(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
     what.add_argument("--dry-run", action="store_true", help="decide for what comes from now on, and send nothing")
@@ -63,19 +56,14 @@ def define(commands: Commands) -> None:
         "--explain", metavar="ID", help="say which rules fit a resource that is there, and why: its Orthanc id or UID"
     )
     parser.add_argument("--json", action="store_true", help="with --explain: for programs")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
-    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
 def _route(options: argparse.Namespace) -> int:
-    from orthanc_events_bridge.consumers.leaving import logs
-
-    check_count(options.workers)
     if options.json and options.explain is None:
         raise UsageError("--json says how to explain", "say --explain ID too")
-    if options.workers > 1 and not (options.check or options.dry_run or options.explain):
-        logs(options.log_level or "info")
-        return supervise(["route", *again(options, "config", "broker", "http", "log_level")], options.workers)
+    alone = options.check or options.dry_run or options.explain
+    if (code := several(options, "route", alone=bool(alone))) is not None:
+        return code
     router = _router(options)
     if options.explain is not None:
         return asyncio.run(_explain(router, options.explain, as_json=options.json))
@@ -83,13 +71,10 @@ def _route(options: argparse.Namespace) -> int:
 
 
 def _router(options: argparse.Namespace) -> Router:
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
     from orthanc_events_bridge.workflows.router import Router
     from orthanc_events_bridge.workflows.router_settings import RouterSettings
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
-    line = CommandLine(options.config, {name: value for name, value in given.items() if value is not None})
-    return Router(configure_as(RouterSettings, {}, given=line), dry=options.dry_run)
+    return Router(configuration(options, RouterSettings), dry=options.dry_run)
 
 
 async def _explain(router: Router, identifier: str, *, as_json: bool) -> int:

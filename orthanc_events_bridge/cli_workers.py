@@ -9,9 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Final, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from orthanc_events_bridge.cli_options import UsageError
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.consumers.configuration import Configuration
+    from orthanc_events_bridge.consumers.settings import ConsumerSettings
+
+_Settings = TypeVar("_Settings", bound="ConsumerSettings")
 
 #: Processes that one command starts.
 _MOST: Final = 256
@@ -24,6 +31,53 @@ def check_count(count: int) -> None:
     """
     if not 1 <= count <= _MOST:
         raise UsageError(f"--workers {count} makes no sense", f"give 1 to {_MOST}")
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """What all commands know that work by a file until they are told to stop."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: $ORTHANC_EVENTS_CONSUMER")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--broker", metavar="URL", help="nats://, amqp://, kafka://; default: $ORTHANC_EVENTS_BROKER")
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", help="tell health and metrics there; each further worker at the next port"
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says in place of the file."""
+    said = {name: getattr(options, name) for name in ("broker", "http", "log_level")}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def configuration(options: argparse.Namespace, settings: type[_Settings]) -> Configuration[_Settings]:
+    """What the file, the environment and the command line say.
+
+    :param settings: what can be said.
+    :raises ConfigError: something of that makes no sense.
+    """
+    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+
+    return configure_as(settings, {}, given=CommandLine(options.config, given(options)))
+
+
+def several(options: argparse.Namespace, *command: str, alone: bool) -> int | None:
+    """Run a command in several processes, where that is asked for.
+
+    :param command: without its options.
+    :param alone: it is done by this process, however many are asked for.
+    :return: the exit code; none: this process is to do it.
+    :raises UsageError: there can't be so many.
+    """
+    from orthanc_events_bridge.consumers.leaving import logs
+
+    check_count(options.workers)
+    if options.workers == 1 or alone:
+        return None
+    logs(options.log_level or "info")
+    return supervise([*command, *again(options, "config", "broker", "http", "log_level")], options.workers)
 
 
 def again(options: object, *names: str) -> list[str]:
