@@ -36,7 +36,8 @@ from orthanc_events_bridge.transports.options import MemoryOptions, TransportOpt
 from orthanc_events_bridge.values import Duration, Options, Size, format_duration, format_size  # noqa: E402
 from orthanc_events_bridge.workflows.conditions import Condition, OneOrMany  # noqa: E402
 from orthanc_events_bridge.workflows.destinations import Destination  # noqa: E402
-from orthanc_events_bridge.workflows.router_settings import RouterSettings, Rule  # noqa: E402
+from orthanc_events_bridge.workflows.router_settings import RouterSettings  # noqa: E402
+from orthanc_events_bridge.workflows.rules import Rule  # noqa: E402
 from tools import api_page  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "configuration.md"

@@ -15,7 +15,8 @@ from orthanc_events_bridge.workflows.deidentify import _Search, pseudonymise
 from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from tests.integration.anonymized import PATIENT_ID, ROOT, Anonymizers, files, full_of_canaries, results_of, tells
-from tests.integration.routers import gateway, wait_for
+from tests.integration.commands import wait_for
+from tests.integration.routers import gateway
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.mutant

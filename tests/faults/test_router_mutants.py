@@ -12,7 +12,8 @@ import pytest
 
 from orthanc_events_bridge.testing.dicom import make_study
 from orthanc_events_bridge.testing.line import Line
-from tests.integration.routers import Receiver, Routers, gateway, running, wait_for
+from tests.integration.commands import wait_for
+from tests.integration.routers import Receiver, Routers, gateway, running
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.mutant

@@ -30,7 +30,8 @@ from tests.integration.anonymized import (
     results_of,
     tells,
 )
-from tests.integration.routers import PATIENCE, gateway, stored, wait_for
+from tests.integration.commands import PATIENCE, wait_for
+from tests.integration.routers import gateway, stored
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.integration

@@ -20,7 +20,8 @@ from orthanc_events_bridge.testing.brokers.events import Event
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.reacting import consumer_url
-from tests.integration.routers import PATIENCE, Receiver, Routers, gateway, running, wait_for
+from tests.integration.commands import PATIENCE, wait_for
+from tests.integration.routers import Receiver, Routers, gateway, running
 from tests.integration.test_verify import Verified
 from tests.integration.whole import broker_or_skip, started
 

@@ -338,7 +338,7 @@ rules:
             label = f'orthanc_consumer_handled_total{{consumer="{consumer}",type="{event}"}}'
             return sum(float(one.rpartition(" ")[2]) for one in metrics().splitlines() if one.startswith(label))
 
-        wait_for(lambda: handled("router-goal", "other") == len(studies), "orders")
+        wait_for(lambda: handled("router-goal", "transfer.ordered") == len(studies), "orders")
         assert handled("router", "study.stable") == len(studies)
         # Senders get orders alone: of what everybody gets they don't even pass anything over.
         ignored = {one for one in metrics().splitlines() if one.startswith("orthanc_consumer_ignored_total")}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from orthanc_events_bridge.testing.dicom import make_study
-from tests.integration.routers import Routers, gateway, wait_for
+from tests.integration.commands import wait_for
+from tests.integration.routers import Routers, gateway
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.integration

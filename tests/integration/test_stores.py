@@ -26,7 +26,8 @@ from orthanc_events_bridge.consumers import Consumer, Event, Retry, once
 from orthanc_events_bridge.consumers.settings import ConsumerSettings
 from orthanc_events_bridge.consumers.stores import Store, StoreError, make
 from orthanc_events_bridge.consumers.stores.nats import BUCKET, NatsStore
-from orthanc_events_bridge.consumers.stores.postgresql import PostgresStore
+from orthanc_events_bridge.consumers.stores.postgresql import PostgresDatabase
+from orthanc_events_bridge.consumers.stores.sql import SqlStore
 from orthanc_events_bridge.consumers.stores.sqlite import SqliteStore
 from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.postgresql import PostgresServer
@@ -457,8 +458,9 @@ def test_a_file_with_a_url_is_read_at_every_connection(tmp_path: Path) -> None:
             assert (await one.begin("one.effect.1", "me", LONG)).state == "mine"
             file.write_text("postgresql://postgres@127.0.0.1:1/elsewhere", "utf-8")
             assert await one.renew("one.effect.1", "me", LONG)  # the connection is there
-            assert isinstance(one, PostgresStore) and one._connection is not None
-            await one._connection.close()
+            assert isinstance(one, SqlStore) and isinstance(one._database, PostgresDatabase)
+            assert one._database._connection is not None
+            await one._database._connection.close()
             with pytest.raises(StoreError, match="elsewhere"):
                 await one.renew("one.effect.1", "me", LONG)
             file.write_text(url, "utf-8")
