@@ -194,9 +194,8 @@ def read(message: Incoming, attempt: int = 1) -> Event:
     name, version = _name(found["type"])
     if version not in ("", VERSION):
         raise UnreadableError(f"it is of the version {version} of its type, and this package reads {VERSION}")
-    for attribute, value in found.items():
-        if type(value) is not str:
-            found[attribute] = str(value)
+    if set(map(type, found.values())) != {str}:
+        found = {attribute: str(value) for attribute, value in found.items()}
     return Event(
         id=found["id"],
         source=found["source"],
@@ -211,6 +210,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
     )
 
 
+@lru_cache(maxsize=4096)
 def address_parts(address: str) -> tuple[str, str, str, str]:
     """``{…}.{site}.{level}.{verb}.{partition}``; empty ones of what has no such address."""
     parts = address.split(".")

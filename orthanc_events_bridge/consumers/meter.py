@@ -30,9 +30,7 @@ class Meter:
     :ivar in_flight: handlers that run.
     :ivar durations: short name → how many ended within each of `BUCKETS`, and all.
     :ivar seconds: short name → seconds in handlers.
-    :ivar newest: when the newest event that is handled was recorded, in seconds since the epoch; none: there is none.
     :ivar waiting: events that wait for a place of retries or dead letters that takes none.
-    :ivar lag: seconds from then until it was handled.
     """
 
     def __init__(self) -> None:
@@ -40,8 +38,8 @@ class Meter:
         self.in_flight = 0
         self.durations: dict[str, list[int]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.newest: float | None = None
-        self.lag = 0.0
+        self._newest = ""
+        self._handled = 0.0
         self.waiting = 0
 
     def count(self, outcome: str, name: str) -> None:
@@ -68,9 +66,19 @@ class Meter:
         :param recorded: the event's ``recordedtime``; of a retry or replay nothing is to be learned.
         :param now: seconds since the epoch.
         """
-        moment = seconds_of(recorded)
-        if moment is not None and (self.newest is None or moment >= self.newest):
-            self.newest, self.lag = moment, max(0.0, now - moment)
+        if recorded >= self._newest:  # as text it sorts: RFC 3339, UTC, milliseconds
+            self._newest, self._handled = recorded, now
+
+    @property
+    def newest(self) -> float | None:
+        """When the newest event that is handled was recorded, in seconds since the epoch; none: there is none."""
+        return seconds_of(self._newest) if self._newest else None
+
+    @property
+    def lag(self) -> float:
+        """Seconds from then until it was handled."""
+        newest = self.newest
+        return 0.0 if newest is None else max(0.0, self._handled - newest)
 
     def total(self, outcome: str) -> int:
         """Over all types."""

@@ -40,7 +40,8 @@ def due_text(seconds: float) -> str:
 
 def due_of(headers: Mapping[str, str]) -> float:
     """The reverse, in seconds of the epoch; 0, which is now, where nothing, or nothing of ours, is said."""
-    return seconds_of(headers.get(DUE, "")) or 0.0
+    text = headers.get(DUE)  # of each event it is asked, and few have it
+    return (seconds_of(text) or 0.0) if text else 0.0
 
 
 def attempts_before(headers: Mapping[str, str], consumer: str) -> int:

@@ -80,14 +80,17 @@ class Origin:
         :param age: it is also to be known how long it keeps events.
         :raises NotConnectedError: no, or it can't be asked.
         """
-        if self._is_sure(age):
+        if self.is_sure(boot_time(), age=age):
             return
         async with self._looking:
-            if not self._is_sure(age):
+            if not self.is_sure(boot_time(), age=age):
                 await self.look()
 
-    def _is_sure(self, age: bool) -> bool:
-        now = boot_time()
+    def is_sure(self, now: float, *, age: bool = False) -> bool:
+        """Whether `check` needn't ask.
+
+        :param now: on the clock `boot_time`.
+        """
         return now - self._seen <= _SURE and not (age and now - self._looked > _STEADY)
 
     def keeps(self, stored: float, delay: float) -> bool:
