@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
@@ -79,25 +78,14 @@ class Remembered:
 class Memory:
     """See the module's text.
 
-    :param store: the URL of a database, or a file that holds one.
+    :param store: the URL of a database, or a file that holds one. A database in a file that others may read is refused
+        with `orthanc_events_bridge.errors.BridgeError` when it is opened.
     """
 
     def __init__(self, store: SecretStr | Path) -> None:
         self._store = store
         self._database: Database | None = None
         self._opening = asyncio.Lock()
-
-    def check(self) -> None:
-        """Is it for us alone?
-
-        :raises BridgeError: others may read the file.
-        """
-        url = self._store.get_secret_value() if isinstance(self._store, SecretStr) else ""
-        if urlsplit(url).scheme != "sqlite":
-            return
-        path = Path(unquote(urlsplit(url).path)[1:])
-        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise BridgeError(f"{path} can be read by others, and holds who the patients are", f"chmod 600 {path}")
 
     async def close(self) -> None:
         """Let go of it."""
@@ -108,8 +96,8 @@ class Memory:
     async def _run(self, *steps: tuple[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
         async with self._opening:
             if self._database is None:
-                self.check()
                 database = stores.database(self._store)
+                _check_file(database.file)
                 try:
                     await database.open(*_CREATE)
                 except BaseException:
@@ -223,3 +211,12 @@ def _values(study: Remembered) -> dict[str, Any]:
 def _study(row: tuple[Any, ...]) -> Remembered:
     uid, project, original, patient, patient_original, identity = row
     return Remembered(uid, project, original, patient, patient_original, json.loads(identity))
+
+
+def _check_file(path: Path | None) -> None:
+    """Is it for us alone?
+
+    :raises BridgeError: others may read it.
+    """
+    if path is not None and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise BridgeError(f"{path} can be read by others, and holds who the patients are", f"chmod 600 {path}")

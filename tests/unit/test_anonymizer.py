@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -147,10 +148,13 @@ def test_what_the_audit_file_does_not_have_is_not_done(tmp_path: Path, settings:
     assert [one["id"] for one in audit(tmp_path)] == [study.id]
 
 
-def test_a_memory_that_others_may_read_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("option", ["store", "store_file"])
+def test_a_memory_that_others_may_read_is_refused(tmp_path: Path, settings: dict[str, Any], option: str) -> None:
     (tmp_path / "memory.db").touch(mode=0o644)
+    (tmp_path / "url").write_text(settings.pop("store"), "utf-8")
+    settings[option] = f"sqlite:///{tmp_path}/memory.db" if option == "store" else str(tmp_path / "url")
     with pytest.raises(BridgeError, match="can be read by others") as caught:
-        made(settings).memory.check()
+        asyncio.run(made(settings).memory.studies("anybody"))
     assert caught.value.remedy == f"chmod 600 {tmp_path}/memory.db"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 #: A statement, and its parameters by name.
@@ -16,7 +17,12 @@ Step = tuple[str, Mapping[str, Any]]
 
 class Database(ABC):
     """Used in one event loop. Each of its calls raises `orthanc_events_bridge.consumers.stores.base.StoreError` where
-    the database can't be asked."""
+    the database can't be asked.
+
+    :ivar file: it is in, on this machine; none: it is elsewhere.
+    """
+
+    file: Path | None = None
 
     @abstractmethod
     async def open(self, *create: str) -> None:

@@ -27,6 +27,7 @@ class SqliteDatabase(Database):
 
     def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
         self._path = path
+        self.file = None if path == ":memory:" else Path(path)
         self._now = now
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
