@@ -21,10 +21,8 @@ DERIVED: Final[dict[EventType, str]] = {
     EventType("instance", "routed", "The instance was sent to a destination."): "route",
     EventType("transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."): "route",
     # Old Orthancs write the same into their logs, with the same meaning: it is one type (`catalog.TYPES` has it too).
-    next(one for one in catalog.TYPES if one.name == "study.anonymized"): "an anonymizer",
-    EventType(
-        "result", "received", "A result for an anonymized study has come, and is in the original."
-    ): "an anonymizer",
+    next(one for one in catalog.TYPES if one.name == "study.anonymized"): "anonymize",
+    EventType("result", "received", "A result for an anonymized study has come, and is in the original."): "anonymize",
 }
 
 #: A router's own order to send something: in inboxes only, and no contract for others.

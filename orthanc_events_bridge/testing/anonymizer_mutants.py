@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from orthanc_events_bridge.workflows import deidentify, dicom_files
-from orthanc_events_bridge.workflows.anonymizer import _Batch
+from orthanc_events_bridge.workflows.batch import Batch
 from orthanc_events_bridge.workflows.memory import Memory
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 
@@ -66,20 +66,20 @@ def _dying(*, remembered: bool) -> None:
 
     :param remembered: as it has to be; else it is remembered behind it, and not before.
     """
-    put, begin = _Batch.put, Memory.begin
+    put, begin = Batch.put, Memory.begin
     waiting: list[tuple[Any, ...]] = []
 
     async def later(self: Memory, *given: Any) -> None:
         waiting.append(given)
 
-    async def dying(self: _Batch, *given: Any) -> None:
+    async def dying(self: Batch, *given: Any) -> None:
         await put(self, *given)
         _die_once()
         for one in waiting:
             await begin(self._memory, *one)
         waiting.clear()
 
-    _Batch.put = dying  # type: ignore[method-assign, assignment]
+    Batch.put = dying  # type: ignore[method-assign, assignment]
     if not remembered:
         Memory.begin = later  # type: ignore[method-assign, assignment]
 

@@ -16,33 +16,33 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.leaving import logs, run_until_told
 from orthanc_events_bridge.consumers.retry import Reject
-from orthanc_events_bridge.errors import BridgeError, GoneError, OrthancError
+from orthanc_events_bridge.errors import BridgeError, GoneError
+from orthanc_events_bridge.events.mapping import SUBJECTS
 from orthanc_events_bridge.workflows.anonymizer_settings import BASIC, AnonymizerSettings
 from orthanc_events_bridge.workflows.asking import ask, file_of
 from orthanc_events_bridge.workflows.audit import Audit
+from orthanc_events_bridge.workflows.batch import Batch
 from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
 from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
 from orthanc_events_bridge.workflows.facts import Resource, look
-from orthanc_events_bridge.workflows.memory import Kind, Memory, Remembered
+from orthanc_events_bridge.workflows.memory import Memory, Remembered
 from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from orthanc_events_bridge.workflows.reidentify import Result
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
+from orthanc_events_bridge.workflows.telling import tell_anonymized, tell_received
 
 if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
-
-#: So many instances between two notes that they are in Orthanc.
-_NOTE: Final = 50
 
 
 class Anonymizer:
@@ -110,7 +110,7 @@ class Anonymizer:
         made = await self.memory.made(pseudonyms.uid(study), "pseudonymised")
         left_out: Counter[str] = Counter()
         unreadable: list[str] = []
-        batch = _Batch(self.memory, orthanc, "pseudonymised", project)
+        batch = Batch(self.memory, orthanc, "pseudonymised", project)
         for uid, instance in instances.items():
             if made.get(pseudonyms.uid(uid)):
                 continue
@@ -134,6 +134,8 @@ class Anonymizer:
             more |= {"unreadable": len(unreadable)} if unreadable else {}
             told = {"project": project, "rule": rule, "level": resource.level, "id": resource.id, "event": event.id}
             self._audit.note("pseudonymised", **told, instances=batch.count, **more)
+        if batch.count:
+            await self._tell_anonymized(event, orthanc, batch, pseudonyms.uid(study), rule)
         await batch.end()
         if unreadable:
             raise Reject(f"can't be read as DICOM, and was left out: instances {', '.join(unreadable[:10])}")
@@ -148,7 +150,7 @@ class Anonymizer:
         results: set[str] = set()
         for one in await self.memory.studies(study):
             results.update(await self.memory.made(one.uid, "result"))
-        instances = await _instances(orthanc, resource)
+        instances = await _instances(orthanc, resource.level, resource.id)
         without = {instance for uid, instance in instances.items() if uid in results}
         if without:
             resource = await look(orthanc, resource.level, resource.id, self._wanted, without)
@@ -173,7 +175,9 @@ class Anonymizer:
 
     async def _results(self, event: Event, orthanc: httpx.AsyncClient, resource: Resource, study: Remembered) -> None:
         made = await self.memory.made(study.uid, "pseudonymised")
-        results = {uid: one for uid, one in (await _instances(orthanc, resource)).items() if uid not in made}
+        results = {
+            uid: one for uid, one in (await _instances(orthanc, resource.level, resource.id)).items() if uid not in made
+        }
         told = {"project": study.project, "level": resource.level, "id": resource.id, "event": event.id}
         if not results or self._dry:
             log.info("%r: it was made here; %d results in it", event, len(results))
@@ -185,7 +189,7 @@ class Anonymizer:
         if pseudonyms is None:
             raise Reject(f"there is no project {study.project} any more: put it back, with its secret")
         given = await self.memory.made(study.uid, "result")
-        batch = _Batch(self.memory, orthanc, "result", study.project)
+        batch = Batch(self.memory, orthanc, "result", study.project)
         for uid, instance in results.items():
             if given.get(pseudonyms.result(uid)):
                 continue
@@ -201,7 +205,33 @@ class Anonymizer:
             await batch.put(study.uid, pseudonyms.result(uid), back, {})
         if batch.count:
             self._audit.note("given back", **told, instances=batch.count)
+            await self._tell_received(event, orthanc, batch, study.project)
         await batch.end()
+
+    # Telling. Before it is noted as done: told again it is the same, and not told at all it would be lost.
+
+    async def _tell_anonymized(
+        self, event: Event, orthanc: httpx.AsyncClient, batch: Batch, study: str, rule: str
+    ) -> None:
+        made = await self.memory.made(study, "pseudonymised")
+        for place in batch.studies:
+            there = await _instances(orthanc, "study", place.study)
+            ours = [one for uid, one in there.items() if uid in made]
+            await tell_anonymized(
+                self.consumer, event, study=place.study, patient=place.patient, instances=ours, rule=rule
+            )
+
+    async def _tell_received(self, event: Event, orthanc: httpx.AsyncClient, batch: Batch, project: str) -> None:
+        for series, place in batch.series.items():
+            await tell_received(
+                self.consumer,
+                event,
+                level="series",
+                identifier=series,
+                parents={"study": place.study, "patient": place.patient},
+                instances=list((await _instances(orthanc, "series", series)).values()),
+                rule=project,
+            )
 
     # Life.
 
@@ -286,48 +316,9 @@ class Anonymizer:
         return resource, Decision(self.settings.rules, self.settings.match, resource), "; ".join(state)
 
 
-class _Batch:
-    """Puts what was made into Orthanc, remembered before, and noted as done behind it: the last only by `end`, when the
-    audit has it.
-
-    :ivar count: of what was put there.
-    """
-
-    def __init__(self, memory: Memory, orthanc: httpx.AsyncClient, kind: Kind, project: str) -> None:
-        self._memory = memory
-        self._orthanc = orthanc
-        self._kind: Kind = kind
-        self._project = project
-        self._known: set[str] = set()
-        self._there: list[str] = []
-        self.count = 0
-
-    async def put(self, study: str, uid: str, content: bytes, uids: Mapping[str, str]) -> None:
-        """Put one there; one that is there already changes nothing."""
-        if len(self._there) >= _NOTE:
-            log.info("%d instances %s so far", self.count, self._kind)
-            await self.end()
-        new = {one: original for one, original in uids.items() if one not in self._known}
-        await self._memory.begin(study, uid, self._kind, self._project, new)
-        self._known.update(new)
-        answer = await self._orthanc.post("/instances", content=content, headers={"Content-Type": "application/dicom"})
-        if answer.status_code >= 400 or answer.json().get("Status") not in ("Success", "AlreadyStored"):
-            raise OrthancError(
-                f"Orthanc answers {answer.status_code} to what was made, and has not stored it", "see its log"
-            )
-        self.count += 1
-        self._there.append(uid)
-
-    async def end(self) -> None:
-        """Note what is there."""
-        there, self._there = self._there, []
-        await self._memory.finish(there)
-
-
-async def _instances(orthanc: httpx.AsyncClient, resource: Resource) -> dict[str, str]:
-    """Orthanc's ids of the instances, by their UIDs."""
-    places = {"study": "studies", "series": "series"}
-    found = (await ask(orthanc, f"/{places[resource.level]}/{resource.id}/instances")).json()
+async def _instances(orthanc: httpx.AsyncClient, level: str, identifier: str) -> dict[str, str]:
+    """Orthanc's ids of the instances of a study or series, by their UIDs."""
+    found = (await ask(orthanc, f"/{SUBJECTS[level]}/{identifier}/instances")).json()
     return {str(one["MainDicomTags"]["SOPInstanceUID"]): str(one["ID"]) for one in found}
 
 

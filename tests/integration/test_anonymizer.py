@@ -169,6 +169,13 @@ def test_each_study_is_pseudonymised_once_and_its_results_come_back_whoever_is_k
         for study in wanted:
             check_results(files(line.orthanc, study), watched.originals[study])
         assert NAME not in workers.log() and PATIENT_ID not in workers.log()
+        # It was told, by what was made alone.
+        told = [event for event in line.events() if event.producer]
+        assert {event.resource for event in told if event.kind == "study.anonymized"} == set(there)
+        received = [event for event in told if event.kind == "result.received"]
+        assert {event.data["parents"]["study"] for event in received} == wanted
+        assert len({event.resource for event in received}) == 2 * len(wanted)  # a report's series and a picture's
+        assert not any(event.cause for event in told)
 
 
 def shape(study: list[Any]) -> str:

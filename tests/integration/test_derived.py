@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jsonschema
 import pytest
@@ -20,7 +20,7 @@ from orthanc_events_bridge.testing.brokers.events import Event
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.reacting import consumer_url
-from tests.integration.commands import PATIENCE, wait_for
+from tests.integration.commands import PATIENCE, Started, wait_for
 from tests.integration.routers import Receiver, Routers, gateway, running
 from tests.integration.test_verify import Verified
 from tests.integration.whole import broker_or_skip, started
@@ -65,63 +65,14 @@ sys.exit(main(["derive", "--config", sys.argv[3]]))
 """
 
 
-class Derivers:
+class Derivers(Started):
     """Processes of one configuration. Used as a context manager, which ends them.
 
     :param rules: the rest of the file.
     """
 
     def __init__(self, folder: Path, line: Line, rules: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "derive.yaml"
-        self._log = folder / "derive.log"
-        self._running: list[subprocess.Popen[bytes]] = []
-        store = "" if line.broker.kind == "nats" else f"store: sqlite:///{folder}/derive.db\n"
-        self.path.write_text(
-            f"broker: {consumer_url(line.broker)}\northanc: {line.orthanc.url}\nstart: oldest\nack_wait: 5s\n"
-            f"{store}{rules}",
-            "utf-8",
-        )
-
-    def command(self, *more: str) -> list[str]:
-        return [sys.executable, "-m", "orthanc_events_bridge", "derive", "--config", str(self.path), *more]
-
-    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end."""
-        return subprocess.run(self.command(*more), capture_output=True, text=True, timeout=PATIENCE, check=False)
-
-    def start(self, count: int = 1, *more: str) -> None:
-        """Start some more."""
-        for _ in range(count):
-            with self._log.open("ab") as log:
-                self._running.append(subprocess.Popen(self.command(*more), stdout=log, stderr=log))
-
-    def kill(self, number: int = 0) -> None:
-        """Kill one at once, as `kill -9` does."""
-        one = self._running.pop(number)
-        one.kill()
-        one.wait()
-
-    def stop(self) -> list[int]:
-        """Stop all as a user does; their exit codes."""
-        for one in self._running:
-            one.terminate()
-        codes = [one.wait(PATIENCE) for one in self._running]
-        self._running.clear()
-        return codes
-
-    def log(self) -> str:
-        return self._log.read_text("utf-8") if self._log.exists() else ""
-
-    def __len__(self) -> int:
-        return len(self._running)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._running:
-            self.kill()
+        super().__init__(folder, line, "derive", rules)
 
 
 def upload(line: Line, study: list[Instance] | Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pydicom
 import pytest
 
 from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
@@ -65,6 +67,8 @@ class Recorded:
         for one in study:
             orthanc.get(f"/instances/{one.id}/file").respond(content=one.data)
         orthanc.post("/instances").mock(side_effect=self._store)
+        for place in ("studies/its-study", "series/its-series"):
+            orthanc.get(f"/{place}/instances").mock(side_effect=self._there)
 
     def _store(self, request: httpx.Request) -> httpx.Response:
         if self._refuse and len(self.stored) >= self._refuse:
@@ -72,7 +76,12 @@ class Recorded:
             return httpx.Response(507)
         status = "AlreadyStored" if request.content in self.stored else "Success"
         self.stored.append(request.content)
-        return httpx.Response(200, json={"Status": status, "ID": "x"})
+        above = {"ParentSeries": "its-series", "ParentStudy": "its-study", "ParentPatient": "its-patient"}
+        return httpx.Response(200, json={"Status": status, "ID": "x", **above})
+
+    def _there(self, request: httpx.Request) -> httpx.Response:
+        uids = {str(pydicom.dcmread(io.BytesIO(one)).SOPInstanceUID) for one in self.stored}
+        return httpx.Response(200, json=[{"ID": f"id-{one}", "MainDicomTags": {"SOPInstanceUID": one}} for one in uids])
 
 
 def test_what_orthanc_refuses_is_put_there_again_and_is_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -86,6 +95,14 @@ def test_what_orthanc_refuses_is_put_there_again_and_is_the_same(tmp_path: Path,
         kit.send(event("study.stable", study=STUDY.id))
         kit.finish()
         assert len(orthanc.stored) == 3
+        # Told once, of both, by the ids of what was made.
+        (told,) = kit.published
+        assert (told.name, told.study_id, told.data["rule"], told.data["instances"]) == (
+            "study.anonymized",
+            "its-study",
+            "all",
+            2,
+        )
     assert [one["instances"] for one in audit(tmp_path)] == [2]
 
 
@@ -129,6 +146,9 @@ def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: d
         kit.finish()
         kit.assert_handled()
         assert len(orthanc.stored) == 1 and b"P-4711" in orthanc.stored[0]
+        (told,) = kit.published
+        assert (told.name, told.series_id, told.study_id) == ("result.received", "its-series", "its-study")
+        assert (told.data["rule"], told.data["instances"]) == ("trial", 1)
 
 
 def test_what_the_audit_file_does_not_have_is_not_done(tmp_path: Path, settings: dict[str, Any]) -> None:
