@@ -38,10 +38,10 @@ def test_the_consumer_of_the_readme_works() -> None:
     exec(block, found)  # noqa: S102
     study = event("study.stable", study="study-1")
     with found["app"].test() as kit:
-        anonymize = kit.orthanc.post("/studies/study-1/anonymize").respond(json={})
+        store = kit.orthanc.post("/modalities/pacs/store").respond(json={})
         kit.send(study, study)
         kit.assert_handled()
-        assert anonymize.call_count == 1
+        assert [call.request.content for call in store.calls] == [b"study-1"]
 
 
 def test_the_configuration_on_the_page_is_one() -> None:
