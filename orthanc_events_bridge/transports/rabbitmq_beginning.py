@@ -25,6 +25,7 @@ from typing import Any, Final
 from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.errors import NotConnectedError, RefusedError
+from orthanc_events_bridge.transports.headers import ADDRESS, EVENT_ID, OPERATION
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking, channel_closed
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_copies import DELETED, Copies
@@ -179,7 +180,7 @@ class Beginning:
         return self._copies.send(self._queues.beginning, {}, body, "application/json"), identifier
 
     async def _say_end(self) -> None:
-        sent = [self._copies.send(queue, {"orthanc-operation": _END}, b"", None) for queue in self._queues.pasts]
+        sent = [self._copies.send(queue, {OPERATION: _END}, b"", None) for queue in self._queues.pasts]
         for future in sent:
             await self._sent_to_past(future)
 
@@ -330,15 +331,15 @@ async def check_over(connection: Connection, options: RabbitOptions, queues: Que
 
 def is_end(message: DeliveredMessage) -> bool:
     """Is it the message behind the last copy?"""
-    return (message.header.properties.headers or {}).get("orthanc-operation") == _END
+    return (message.header.properties.headers or {}).get(OPERATION) == _END
 
 
 def _headers(message: DeliveredMessage) -> dict[str, Any]:
-    return headers_of(message) | {"orthanc-address": message.routing_key or ""}
+    return headers_of(message) | {ADDRESS: message.routing_key or ""}
 
 
 def _id(message: DeliveredMessage) -> str:
-    return str((message.header.properties.headers or {}).get("orthanc-event-id"))
+    return str((message.header.properties.headers or {}).get(EVENT_ID))
 
 
 def _nothing() -> None:

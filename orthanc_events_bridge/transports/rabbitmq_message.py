@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
+from orthanc_events_bridge.moments import seconds_of
 from orthanc_events_bridge.transports.base import NO_HEADERS, Incoming
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, DUE, OPERATION, due_text
 
 #: What RabbitMQ tells about one delivery; all other headers a copy keeps.
 _OF_DELIVERY: Final = (
@@ -35,7 +35,7 @@ def headers_of(message: DeliveredMessage) -> dict[str, Any]:
 def incoming(message: DeliveredMessage) -> Incoming:
     """As a consumer gets it; a copy under the original's address."""
     headers = {name.lower(): str(value) for name, value in headers_of(message).items()}
-    address = headers.get("orthanc-address") or message.routing_key or ""
+    address = headers.get(ADDRESS) or message.routing_key or ""
     return Incoming(address, message.body, headers | {"content-type": message.header.properties.content_type or ""})
 
 
@@ -43,18 +43,14 @@ def attempt(message: DeliveredMessage) -> int:
     """How often it was given, this time included: by copies, and since the last by subscribers that died."""
     headers: dict[str, Any] = dict(message.header.properties.headers or {})
     died = _number(headers.get("x-delivery-count")) or int(bool(getattr(message.delivery, "redelivered", False)))
-    return _number(headers.get("orthanc-attempts")) + died + 1
+    return _number(headers.get(ATTEMPTS)) + died + 1
 
 
 def dead_headers(message: DeliveredMessage, consumer: str, more: Mapping[str, str]) -> dict[str, Any]:
     """With what headers a copy is sent that nobody is to be given."""
     headers = headers_of(message)
-    headers.pop("orthanc-due", None)
-    named = {
-        "orthanc-consumer": consumer,
-        "orthanc-attempts": str(attempt(message)),
-        "orthanc-address": incoming(message).address,
-    }
+    headers.pop(DUE, None)
+    named = {CONSUMER: consumer, ATTEMPTS: str(attempt(message)), ADDRESS: incoming(message).address}
     return headers | named | dict(more)
 
 
@@ -62,16 +58,15 @@ def retry_headers(
     message: DeliveredMessage, consumer: str, delay: float, more: Mapping[str, str] = NO_HEADERS
 ) -> dict[str, Any]:
     """With what headers a copy is sent that is to be given again, in so many seconds."""
-    headers = dead_headers(message, consumer, {"orthanc-operation": "retry", **more})
+    headers = dead_headers(message, consumer, {OPERATION: "retry", **more})
     if delay > 0:
-        due = datetime.fromtimestamp(math.ceil((time.time() + delay) * 1000) / 1000, UTC)
-        headers["orthanc-due"] = due.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        headers[DUE] = due_text(time.time() + delay)
     return headers
 
 
 def unbegun_headers(message: DeliveredMessage) -> dict[str, Any]:
     """With what headers a copy is sent of what nobody has begun: as if it had not been given this time."""
-    said = {"orthanc-attempts": str(attempt(message) - 1), "orthanc-address": incoming(message).address}
+    said = {ATTEMPTS: str(attempt(message) - 1), ADDRESS: incoming(message).address}
     return headers_of(message) | said
 
 
@@ -88,11 +83,9 @@ def as_given_again(message: DeliveredMessage, consumer: str, more: Mapping[str, 
 
 def seconds_left(message: DeliveredMessage) -> float:
     """In how many seconds it may be given."""
-    text = (message.header.properties.headers or {}).get("orthanc-due")
-    try:
-        return datetime.fromisoformat(str(text)).timestamp() - time.time() if text else 0.0
-    except ValueError:  # somebody else's
-        return 0.0
+    text = (message.header.properties.headers or {}).get(DUE)
+    due = seconds_of(str(text)) if text else None  # none of somebody else's
+    return 0.0 if due is None else due - time.time()
 
 
 def _number(value: object) -> int:

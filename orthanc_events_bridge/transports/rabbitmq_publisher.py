@@ -26,6 +26,7 @@ from orthanc_events_bridge.errors import (
     TransportError,
 )
 from orthanc_events_bridge.transports.base import Outgoing, PublishError
+from orthanc_events_bridge.transports.headers import EVENT_ID
 from orthanc_events_bridge.transports.rabbitmq_batch import Batch
 from orthanc_events_bridge.transports.rabbitmq_connection import Channel, ClosedError, Connection
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
@@ -150,7 +151,7 @@ class Publisher:
     def _encode(self, event: Outgoing, tag: int) -> bytes:
         """As the protocol spells it: pamqp takes five times as long, and with it half of a drain's time."""
         number, room, body = self._channel.number, self._connection.frame_max - _FRAME.size - 1, event.body
-        named = {"orthanc-event-id": event.id}
+        named = {EVENT_ID: event.id}
         if event.headers or event.attributes:
             named |= dict(event.headers) | {f"ce-{name}": value for name, value in event.attributes}
         table = b"".join(_short(name) + b"S" + _long(value.encode()) for name, value in named.items())

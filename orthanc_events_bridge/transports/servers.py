@@ -22,6 +22,10 @@ class InTurn(Generic[_C]):
         self._connect = connect
         self._next = 0
 
+    def pass_on(self) -> None:
+        """Begin with the next one: what lets us in may still do no work, as in the lesser part of a cluster."""
+        self._next += 1
+
     async def open(self) -> _C:
         """Connect to the first that takes us.
 
@@ -32,7 +36,7 @@ class InTurn(Generic[_C]):
             try:
                 return await self._connect(self._servers[self._next % len(self._servers)])
             except TransportError as error:
-                self._next += 1
+                self.pass_on()
                 if not isinstance(problem, TransportConfigurationError):
                     problem = error
         assert problem is not None
