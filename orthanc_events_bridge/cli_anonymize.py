@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import orthanc_id, show
+from orthanc_events_bridge.cli_rules import add_rule_options, orthanc_id, show
 from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 from orthanc_events_bridge.errors import BridgeError, GoneError
 
@@ -50,12 +50,7 @@ def define(commands: Commands) -> None:
         commands, "anonymize", _anonymize, "pseudonymise studies where rules say", text, epilog=_EPILOG
     )
     add_worker_options(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
-    what.add_argument("--dry-run", action="store_true", help="decide for what comes from now on, and do nothing")
-    what.add_argument(
-        "--explain", metavar="ID", help="say which rules fit a resource that is there, and why: its Orthanc id or UID"
-    )
+    what = add_rule_options(parser, "decide for what comes from now on, and do nothing")
     what.add_argument(
         "--who", metavar="ID", help="say what a PatientID or UID stands for, or what stands for it: PATIENT DATA"
     )
@@ -89,7 +84,7 @@ def _made(options: argparse.Namespace) -> Anonymizer:
 
 async def _explain(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:
     try:
-        async with anonymizer.consumer.asking() as orthanc:
+        async with anonymizer.app.asking() as orthanc:
             found = await orthanc_id(orthanc, identifier, anonymizer.level)
             resource, decision, state = await anonymizer.explain(orthanc, found)
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import as_dict, orthanc_id, tree
+from orthanc_events_bridge.cli_rules import add_rule_options, as_dict, orthanc_id, tree
 from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ def define(commands: Commands) -> None:
     text = "It publishes study.ready and study.updated. Started several times, here or elsewhere, they share the work."
     parser = add_command(commands, "derive", _derive, "tell when studies are complete", text, epilog=_EPILOG)
     add_worker_options(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
-    what.add_argument("--dry-run", action="store_true", help="say what would be told from now on, and tell nothing")
-    what.add_argument(
-        "--explain", metavar="ID", help="say what is missing of a study that is there: its Orthanc id or UID"
+    add_rule_options(
+        parser,
+        "say what would be told from now on, and tell nothing",
+        "say what is missing of a study that is there: its Orthanc id or UID",
     )
     parser.add_argument("--json", action="store_true", help="with --explain: for programs")
 

@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import orthanc_id, show
+from orthanc_events_bridge.cli_rules import add_rule_options, orthanc_id, show
 from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ def define(commands: Commands) -> None:
     text = "Started several times, here or elsewhere, they share the work."
     parser = add_command(commands, "route", _route, "send studies where rules say", text, epilog=_EPILOG)
     add_worker_options(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
-    what.add_argument("--dry-run", action="store_true", help="decide for what comes from now on, and send nothing")
-    what.add_argument(
-        "--explain", metavar="ID", help="say which rules fit a resource that is there, and why: its Orthanc id or UID"
-    )
+    add_rule_options(parser, "decide for what comes from now on, and send nothing")
     parser.add_argument("--json", action="store_true", help="with --explain: for programs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.conditions import Verdict
     from orthanc_events_bridge.workflows.facts import Resource
     from orthanc_events_bridge.workflows.rules import Decision
+
+
+def add_rule_options(
+    parser: argparse.ArgumentParser,
+    dry_run: str,
+    explain: str = "say which rules fit a resource that is there, and why: its Orthanc id or UID",
+) -> argparse._MutuallyExclusiveGroup:
+    """What commands know that have rules: questions in place of work.
+
+    :param dry_run: what that does.
+    :param explain: what that does.
+    :return: for questions of their own.
+    """
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
+    what.add_argument("--dry-run", action="store_true", help=dry_run)
+    what.add_argument("--explain", metavar="ID", help=explain)
+    return what
 
 
 def show(resource: Resource, decision: Decision, *, as_json: bool) -> None:

@@ -24,7 +24,7 @@ _Settings = TypeVar("_Settings", bound="ConsumerSettings")
 _MOST: Final = 256
 
 
-def check_count(count: int) -> None:
+def _check_count(count: int) -> None:
     """Can there be so many workers?
 
     :raises UsageError: no.
@@ -73,25 +73,16 @@ def several(options: argparse.Namespace, *command: str, alone: bool) -> int | No
     """
     from orthanc_events_bridge.consumers.leaving import logs
 
-    check_count(options.workers)
+    _check_count(options.workers)
     if options.workers == 1 or alone:
         return None
     logs(options.log_level or "info")
-    return supervise([*command, *again(options, "config", "broker", "http", "log_level")], options.workers)
+    said = {**({} if options.config is None else {"config": options.config}), **given(options)}
+    words = [word for name, value in said.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return _supervise([*command, *words], options.workers)
 
 
-def again(options: object, *names: str) -> list[str]:
-    """These options as they were given, for the command line of a worker."""
-    given = {name: getattr(options, name) for name in names}
-    return [
-        word
-        for name, value in given.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
-def supervise(arguments: list[str], count: int) -> int:
+def _supervise(arguments: list[str], count: int) -> int:
     """Run a command in so many processes, each with its number as ``--worker``, until told to stop.
 
     :param arguments: of ``orthanc-events``; with ``--only-load`` it has to find what can't be right, and end.

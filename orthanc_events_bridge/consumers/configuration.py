@@ -78,6 +78,14 @@ class Configuration(Generic[_S]):
     settings: _S
     orthanc: OrthancOptions | None
 
+    def with_settings(self, **changes: Any) -> Configuration[_S]:
+        """The same with other settings, which are not validated again."""
+        return Configuration(self.settings.model_copy(update=changes), self.orthanc)
+
+    def for_dry_run(self) -> Configuration[_S]:
+        """The same under a name of its own, from now on: it must not take events from those that work."""
+        return self.with_settings(name=f"{self.settings.name}-dry-run", start="new")
+
 
 def configure(
     code: Mapping[str, Any],

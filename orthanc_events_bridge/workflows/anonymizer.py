@@ -16,7 +16,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
@@ -34,6 +34,7 @@ from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
 from orthanc_events_bridge.workflows.facts import Resource, look
 from orthanc_events_bridge.workflows.memory import Memory, Remembered
 from orthanc_events_bridge.workflows.profile import Profile
+from orthanc_events_bridge.workflows.program import Program
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from orthanc_events_bridge.workflows.reidentify import Result
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Anonymizer:
+class Anonymizer(Program):
     """The consumer of one configuration.
 
     :param configuration: of which the settings are `AnonymizerSettings`.
@@ -54,11 +55,9 @@ class Anonymizer:
     """
 
     def __init__(self, configuration: Configuration[AnonymizerSettings], *, dry: bool = False) -> None:
-        settings = configuration.settings
-        if dry:  # under a name of its own: it must not take events from those that work
-            settings = settings.model_copy(update={"name": f"{settings.name}-dry-run", "start": "new"})
-            configuration = Configuration(settings, configuration.orthanc)
-        self.settings = settings
+        if dry:
+            configuration = configuration.for_dry_run()
+        self.settings = settings = configuration.settings
         self._dry = dry
         self._audit = Audit(settings.audit)
         self._wanted = wanted_by(settings.rules)
@@ -68,9 +67,8 @@ class Anonymizer:
         profiles = {BASIC: Profile(), **settings.profiles}
         self._profiles = {name: profiles[one.profile] for name, one in settings.projects.items()}
         # What it remembers is no store of what is done once.
-        plain = settings.model_copy(update={"store": None, "store_file": None})
-        self.consumer = Consumer.configured(Configuration(plain, configuration.orthanc))
-        self.consumer.on(settings.event)(self._handle)
+        self.app = Consumer.configured(configuration.with_settings(store=None, store_file=None))
+        self.app.on(settings.event)(self._handle)
 
     async def _handle(self, event: Event, orthanc: httpx.AsyncClient) -> None:
         if event.resource_id is None:
@@ -217,14 +215,12 @@ class Anonymizer:
         for place in batch.studies:
             there = await _instances(orthanc, "study", place.study)
             ours = [one for uid, one in there.items() if uid in made]
-            await tell_anonymized(
-                self.consumer, event, study=place.study, patient=place.patient, instances=ours, rule=rule
-            )
+            await tell_anonymized(self.app, event, study=place.study, patient=place.patient, instances=ours, rule=rule)
 
     async def _tell_received(self, event: Event, orthanc: httpx.AsyncClient, batch: Batch, project: str) -> None:
         for series, place in batch.series.items():
             await tell_received(
-                self.consumer,
+                self.app,
                 event,
                 level="series",
                 identifier=series,
@@ -241,20 +237,9 @@ class Anonymizer:
         return self.settings.event.partition(".")[0]
 
     def complete(self) -> None:
-        """See `Consumer.complete`.
-
-        :raises BridgeError: something is missing.
-        """
+        """See `Program.complete`."""
         self._audit.check()
-        self.consumer.complete()
-
-    def numbered(self, number: int) -> Self:
-        """See `Consumer.numbered`.
-
-        :raises ConfigError: there is no such port.
-        """
-        self.consumer.numbered(number)
-        return self
+        super().complete()
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT. See `Consumer.run`.
@@ -262,9 +247,7 @@ class Anonymizer:
         :raises BridgeError: it can't begin.
         """
         logs(self.settings.log_level)
-        run_until_told(
-            self.settings.name, self.serve, self.consumer.stop, self.settings.drain, lambda: self.consumer.running
-        )
+        run_until_told(self.settings.name, self.serve, self.app.stop, self.settings.drain, lambda: self.app.running)
 
     async def serve(self) -> None:
         """Work until the consumer is stopped.
@@ -273,7 +256,7 @@ class Anonymizer:
         """
         try:
             await self._ready()
-            await self.consumer.serve()
+            await self.app.serve()
         finally:
             await self.memory.close()
 
@@ -296,7 +279,7 @@ class Anonymizer:
             await self._ready()
         finally:
             await self.memory.close()
-        found = await self.consumer.check()
+        found = await self.app.check()
         return found + [f"project {name}: profile {one.profile}" for name, one in self.settings.projects.items()]
 
     async def explain(self, orthanc: httpx.AsyncClient, identifier: str) -> tuple[Resource, Decision, str]:

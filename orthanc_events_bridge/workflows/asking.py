@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orthanc_events_bridge.errors import GoneError, LogUnavailableError
@@ -23,6 +24,19 @@ async def ask(orthanc: httpx.AsyncClient, path: str) -> httpx.Response:
     if answer.status_code >= 400:
         raise LogUnavailableError(f"Orthanc answers {answer.status_code} to GET {path}")
     return answer
+
+
+def moment(text: str) -> datetime:
+    """A time as Orthanc spells it: UTC, whole seconds."""
+    return datetime.strptime(text.strip()[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+
+
+async def time_of(orthanc: httpx.AsyncClient) -> datetime:
+    """What Orthanc's clock says, in whole seconds.
+
+    :raises BridgeError: see `ask`.
+    """
+    return moment((await ask(orthanc, "/tools/now")).text)
 
 
 async def file_of(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,8 @@ from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
 from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
 from orthanc_events_bridge.workflows.facts import Wanted, look
+from orthanc_events_bridge.workflows.program import Program
+from orthanc_events_bridge.workflows.rules import Conditional, named_twice, wanted_by
 from orthanc_events_bridge.workflows.studies import Content, content_of, expected_of, quiet_for
 
 if TYPE_CHECKING:
@@ -61,13 +63,10 @@ class Count(Options):
             yield (), mistake("it has to be known in one way", "write one of tag, modality")
 
 
-class Rule(Options):
+class Rule(Conditional):
     """One rule: what it is for, and when that is ready."""
 
     name: str = Field(description="For the event, for `--explain`, and for people.", examples=["mr-brain"])
-    when: When | None = Field(
-        default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
-    )
     quiet: Annotated[float, Duration(minimum=1, maximum=86400)] = Field(
         default=60.0, description="For so long no instance must have come.", examples=["2m"]
     )
@@ -96,10 +95,8 @@ class DeriveSettings(ConsumerSettings):
         """Names that are there twice; what can't wait."""
         yield from super().contradictions()
         yield from self.without_store("what has been told")
-        names = [rule.name for rule in self.rules]
+        yield from named_twice(self.rules)
         for number, rule in enumerate(self.rules):
-            if rule.name in names[:number]:
-                yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
             if rule.quiet > rule.deadline:
                 options: tuple[Place, ...] = (("rules", number, "quiet"), ("rules", number, "deadline"))
                 yield (
@@ -161,7 +158,7 @@ class Finding:
         return found | ({"expected": self.expected} if self.expected is not None else {})
 
 
-class Deriver:
+class Deriver(Program):
     """The consumer of one configuration.
 
     :param configuration: of which the settings are `DeriveSettings`.
@@ -172,16 +169,14 @@ class Deriver:
     def __init__(self, configuration: Configuration[DeriveSettings], *, dry: bool = False) -> None:
         settings = configuration.settings
         self.rules, self._dry = settings.rules, dry
+        if dry:
+            configuration = configuration.for_dry_run()
         # Waiting is an attempt like any other, and a study can be waited for until its deadline.
         longest = max(rule.deadline for rule in self.rules)
         age = settings.retry.max_age + longest if settings.retry.max_age else 0.0
         retry = settings.retry.model_copy(update={"max_attempts": 0, "max_age": age})
-        more: dict[str, Any] = {"retry": retry}
-        if dry:  # under a name of its own: it must not take events from those that work
-            more |= {"name": f"{settings.name}-dry-run", "start": "new"}
-        settings = settings.model_copy(update=more)
-        self.app = Consumer.configured(Configuration(settings, configuration.orthanc))
-        self._wanted = Wanted.by(condition for rule in self.rules for condition in rule.when or ())
+        self.app = Consumer.configured(configuration.with_settings(retry=retry))
+        self._wanted = wanted_by(self.rules)
         self._of_series = Wanted.by(
             condition for rule in self.rules for conditions in rule.series.values() for condition in conditions
         )
@@ -234,7 +229,7 @@ class Deriver:
         resource = await look(orthanc, "study", study, self._wanted)
         finding = Finding(await content_of(orthanc, study))
         for rule in self.rules:
-            verdict = judge(rule.when or (), resource)
+            verdict = rule.judge(resource)
             finding.verdicts.append((rule, verdict))
             if verdict.true:
                 finding.rule = rule
@@ -290,28 +285,6 @@ class Deriver:
                 f"Orthanc knows no modality {modality}", f"add the modality {modality} to Orthanc's DicomModalities"
             )
         return [*found, *(f"modality {modality}: known to Orthanc" for modality in sorted(wanted))]
-
-    def complete(self) -> None:
-        """See `Consumer.complete`.
-
-        :raises BridgeError: something is missing.
-        """
-        self.app.complete()
-
-    def numbered(self, number: int) -> Self:
-        """See `Consumer.numbered`.
-
-        :raises ConfigError: there is no such port.
-        """
-        self.app.numbered(number)
-        return self
-
-    def run(self) -> None:
-        """Work until SIGTERM or SIGINT. See `Consumer.run`.
-
-        :raises BridgeError: it can't begin.
-        """
-        self.app.run()
 
 
 def _name(finding: Finding) -> str:

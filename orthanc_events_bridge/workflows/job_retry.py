@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
@@ -24,10 +23,11 @@ from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSetti
 from orthanc_events_bridge.errors import GoneError
 from orthanc_events_bridge.loading import ConfigError, Problem
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
-from orthanc_events_bridge.workflows.asking import ask
+from orthanc_events_bridge.workflows.asking import ask, time_of
 from orthanc_events_bridge.workflows.job_again import MODALITY, PEER, STOW, again, does, names, since_then
 from orthanc_events_bridge.workflows.job_progress import Notes
 from orthanc_events_bridge.workflows.jobs import resubmit, submit
+from orthanc_events_bridge.workflows.program import Program
 
 if TYPE_CHECKING:
     import httpx
@@ -105,7 +105,7 @@ class JobRetrySettings(ConsumerSettings):
         yield from self.without_store("how often something has failed")
 
 
-class JobRetry:
+class JobRetry(Program):
     """The consumer of one configuration.
 
     :raises ConfigError: the store makes no sense, or which Orthanc is meant is not said.
@@ -195,8 +195,7 @@ class JobRetry:
         """
         if event.time is None:
             return
-        text = (await ask(orthanc, "/tools/now")).text.strip()
-        now = datetime.strptime(text.partition(".")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+        now = await time_of(orthanc)
         wait = self._rule.wait(number)
         left = min(wait, wait - (now - event.time).total_seconds())  # and no longer, where that clock was set back
         if left > 0:
@@ -225,25 +224,6 @@ class JobRetry:
         text = f"{', '.join(self.settings.types)}: {rule.attempts} times, {rule.initial:g} to {rule.maximum:g} s apart"
         text += "" if source is None else f", of {source} alone"
         return [*await self.app.check(store=True), f"resubmits {text}"]
-
-    def complete(self) -> None:
-        """See `Consumer.complete`.
-
-        :raises BridgeError: something is missing.
-        """
-        self.app.complete()
-
-    def numbered(self, number: int) -> Self:
-        """See `Consumer.numbered`.
-
-        :raises ConfigError: there is no such port.
-        """
-        self.app.numbered(number)
-        return self
-
-    def run(self) -> None:
-        """Work until told to stop."""
-        self.app.run()
 
 
 def _name(event: Event, same: str | None) -> str:

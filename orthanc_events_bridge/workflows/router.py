@@ -54,11 +54,9 @@ class Router:
     """
 
     def __init__(self, configuration: Configuration[RouterSettings], *, dry: bool = False) -> None:
-        settings = configuration.settings
-        if dry:  # under a name of its own: it must not take events from those that work
-            settings = settings.model_copy(update={"name": f"{settings.name}-dry-run", "start": "new"})
-            configuration = Configuration(settings, configuration.orthanc)
-        self.settings = settings
+        if dry:
+            configuration = configuration.for_dry_run()
+        self.settings = settings = configuration.settings
         self._dry = dry
         self._audit = Audit(settings.audit)
         self._wanted = wanted_by(settings.rules)
@@ -66,7 +64,7 @@ class Router:
         self._inboxes: dict[str, BrokerPlace] = {}
         self._asking = {name: asyncio.Lock() for name in self._senders}
         # Health and metrics of all of them are told at one address.
-        alone = Configuration(settings.model_copy(update={"http": None}), configuration.orthanc)
+        alone = configuration.with_settings(http=None)
         self.deciding = Consumer.configured(alone)
         self.deciding.on(settings.event)(self._decide)
         self.sending = {} if dry else {name: self._sending(alone, name) for name in self._senders}
@@ -75,8 +73,7 @@ class Router:
         sender = self._senders[name]
         retry, concurrency = sender.destination.retry, sender.destination.concurrency
         more = {"name": f"{self.settings.name}-{name}", "retry": retry, "concurrency": concurrency, "prefetch": 0}
-        settings = configuration.settings.model_copy(update={**more, "ordered": False})
-        app = Consumer.configured(Configuration(settings, configuration.orthanc), inbox_only=True)
+        app = Consumer.configured(configuration.with_settings(**more, ordered=False), inbox_only=True)
 
         async def send(event: Event, orthanc: httpx.AsyncClient) -> None:
             await self._send(app, sender, event, orthanc)

@@ -13,18 +13,23 @@ from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
 
 
-class Rule(Options):
-    """One rule: what it is for, and where that goes."""
+class Conditional(Options):
+    """A rule's beginning: what it is for."""
 
     name: str = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
     when: When | None = Field(
         default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
     )
-    to: tuple[str, ...] = Field(min_length=1, description="Names of destinations, or of projects.", examples=[["pacs"]])
 
     def judge(self, resource: Resource) -> Verdict:
         """Is it for that?"""
         return judge(self.when or (), resource)
+
+
+class Rule(Conditional):
+    """One rule: what it is for, and where that goes."""
+
+    to: tuple[str, ...] = Field(min_length=1, description="Names of destinations, or of projects.", examples=[["pacs"]])
 
 
 class Decision:
@@ -48,9 +53,17 @@ class Decision:
                     break
 
 
-def wanted_by(rules: Sequence[Rule]) -> Wanted:
+def wanted_by(rules: Sequence[Conditional]) -> Wanted:
     """What has to be known of a resource, for these to be asked."""
     return Wanted.by(condition for rule in rules for condition in rule.when or ())
+
+
+def named_twice(rules: Sequence[Conditional]) -> Iterator[tuple[Place, PydanticCustomError]]:
+    """Names of rules that are there twice."""
+    names = [rule.name for rule in rules]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
 
 
 def mistakes(rules: Sequence[Rule], places: Collection[str], kind: str) -> Iterator[tuple[Place, PydanticCustomError]]:
@@ -58,10 +71,8 @@ def mistakes(rules: Sequence[Rule], places: Collection[str], kind: str) -> Itera
 
     :param kind: of places: ``destination``.
     """
-    names = [rule.name for rule in rules]
+    yield from named_twice(rules)
     for number, rule in enumerate(rules):
-        if rule.name in names[:number]:
-            yield ("rules", number, "name"), mistake("is the name of another rule", "give each one of its own")
         for position, place in enumerate(rule.to):
             if place not in places:
                 right = f"the {kind}s are: {', '.join(places)}"

@@ -8,11 +8,11 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from orthanc_events_bridge.errors import GoneError
-from orthanc_events_bridge.workflows.asking import ask
+from orthanc_events_bridge.workflows.asking import ask, moment, time_of
 from orthanc_events_bridge.workflows.facts import Wanted, look
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def content_of(orthanc: httpx.AsyncClient, study: str) -> Content:
     found = [one for one in answer.raise_for_status().json() if one["Metadata"].get("ReceptionDate")]
     if not found:
         raise GoneError(f"Orthanc has no instance of /studies/{study} any more")
-    now = moment((await ask(orthanc, "/tools/now")).text)
+    now = await time_of(orthanc)
     return Content(
         study,
         str(itself["ParentPatient"]),
@@ -84,11 +84,6 @@ async def content_of(orthanc: httpx.AsyncClient, study: str) -> Content:
         frozenset(str(one["ParentSeries"]) for one in found),
         now,
     )
-
-
-def moment(text: str) -> datetime:
-    """A time as Orthanc spells it: UTC, whole seconds."""
-    return datetime.strptime(text.strip()[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
 
 
 def quiet_for(since: datetime, now: datetime) -> float:

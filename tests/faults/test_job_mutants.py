@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import wait_until
 from tests.integration.commands import PATIENCE, Started, wait_for
 from tests.integration.routers import Receiver, gateway, ids, running
@@ -20,15 +22,23 @@ pytestmark = pytest.mark.mutant
 _ATTEMPTS = 3
 
 
-def somebody_else_sends_it(folder: Path, without: str) -> int:
-    """How often too often it arrives."""
-    pacs = Receiver(folder / "pacs")
-    text = "name: job-retry\nresubmit: {attempts: 3, initial: 5s, maximum: 5s}\n"
+@contextmanager
+def retrying(folder: Path, pacs: Receiver, resubmit: str, without: str) -> Iterator[tuple[Line, Started]]:
+    """A gateway to a PACS, and the job retry without a protection, not started yet."""
+    text = f"name: job-retry\nresubmit: {resubmit}\n"
     program = ("orthanc_events_bridge.testing.job_mutants", without)
     with (
         gateway(folder / "line", "nats", modalities=[pacs]) as line,
         Started(folder / "retry", line, "retry-jobs", text, program) as retry,
     ):
+        yield line, retry
+
+
+def somebody_else_sends_it(folder: Path, without: str) -> int:
+    """How often too often it arrives."""
+    pacs = Receiver(folder / "pacs")
+    resubmit = "{attempts: 3, initial: 5s, maximum: 5s}"
+    with retrying(folder, pacs, resubmit, without) as (line, retry):
         retry.start()
         study = uploaded(line)
         ended(line, submit(line, "/modalities/pacs/store", study))
@@ -46,12 +56,8 @@ def workers_are_killed_between_failures(folder: Path, without: str) -> int:
     """How often too often it is submitted again."""
     most, lives = 2, 6
     pacs = Receiver(folder / "pacs")
-    text = f"name: job-retry\nresubmit: {{attempts: {most}, initial: 2s, maximum: 2s}}\n"
-    program = ("orthanc_events_bridge.testing.job_mutants", without)
-    with (
-        gateway(folder / "line", "nats", modalities=[pacs]) as line,
-        Started(folder / "retry", line, "retry-jobs", text, program) as retry,
-    ):
+    resubmit = f"{{attempts: {most}, initial: 2s, maximum: 2s}}"
+    with retrying(folder, pacs, resubmit, without) as (line, retry):
         submit(line, "/modalities/pacs/store", uploaded(line))
         for life in range(1, lives):
             wait_for(lambda life=life: told(line, "job.failed") >= life, "a failure")
@@ -69,12 +75,8 @@ def workers_are_killed_between_failures(folder: Path, without: str) -> int:
 def orthanc_is_killed_behind_a_resubmission(folder: Path, without: str) -> int:
     """How much never arrives."""
     pacs = Receiver(folder / "pacs")
-    text = "name: job-retry\nresubmit: {attempts: 50, initial: 3s, maximum: 3s}\n"
-    program = ("orthanc_events_bridge.testing.job_mutants", without)
-    with (
-        gateway(folder / "line", "nats", modalities=[pacs]) as line,
-        Started(folder / "retry", line, "retry-jobs", text, program) as retry,
-    ):
+    resubmit = "{attempts: 50, initial: 3s, maximum: 3s}"
+    with retrying(folder, pacs, resubmit, without) as (line, retry):
         retry.start()
         study = uploaded(line)
         job = submit(line, "/modalities/pacs/store", study)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,10 @@ import pytest
 from orthanc_events_bridge.testing.dicom import make_study
 from orthanc_events_bridge.testing.line import Line
 from tests.integration.commands import wait_for
-from tests.integration.routers import Receiver, Routers, gateway, running
+from tests.integration.routers import Receiver, Routers, gateway, in_a_circle, running
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.mutant
-
-
-@contextmanager
-def in_a_circle(folder: Path, without: Sequence[str]) -> Iterator[Routers]:
-    """A study comes from a place, and is to be sent back there, and to the very Orthanc that the router is at."""
-    source = Receiver(folder / "source")
-    rules = """
-destinations:
-  source: {modality: source}
-  itself: {peer: gateway}
-rules:
-  - {name: all, to: [source, itself]}
-"""
-    with (
-        running(source),
-        gateway(folder / "line", "nats", modalities=[source], OverwriteInstances=True) as line,
-        Routers(folder / "routers", line, rules, without) as routers,
-    ):
-        orthanc = line.orthanc
-        orthanc.client.put("/peers/gateway", json={"Url": orthanc.url}).raise_for_status()
-        source.client.put("/modalities/gateway", json=["GATEWAY", "127.0.0.1", orthanc.dicom_port]).raise_for_status()
-        study = make_study(modality="CT")
-        for instance in study:
-            source.upload(instance.data)
-        routers.start()
-        source.post("/modalities/gateway/store", {"Resources": [study.id]})
-        yield routers
 
 
 def looked_at(routers: Routers, destination: str, count: int) -> None:
@@ -56,13 +28,13 @@ def looked_at(routers: Routers, destination: str, count: int) -> None:
 
 def it_comes_again(folder: Path, without: Sequence[str]) -> int:
     """To itself: Orthanc takes it as new, and it is stable once more."""
-    with in_a_circle(folder, without) as routers:
+    with in_a_circle(folder, without) as (routers, _, _):
         looked_at(routers, "itself", 2)
         return len(routers.audit(destination="itself")) - 1
 
 
 def it_is_to_be_sent_back(folder: Path, without: Sequence[str]) -> int:
-    with in_a_circle(folder, without) as routers:
+    with in_a_circle(folder, without) as (routers, _, _):
         looked_at(routers, "source", 1)
         return len(routers.audit(destination="source"))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthanc_events_bridge.testing.dicom import Instance
+from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.servers import OrthancServer
 from tests.integration.commands import Started
@@ -110,6 +110,33 @@ class Routers(Started):
             return []
         lines = [json.loads(line) for line in self.audit_file.read_text("utf-8").splitlines()]
         return [line for line in lines if line["what"] == what and all(line[name] == more[name] for name in more)]
+
+
+@contextlib.contextmanager
+def in_a_circle(folder: Path, without: Sequence[str] = (), instances: int = 1) -> Iterator[tuple[Routers, Line, Study]]:
+    """A study comes from a place, and is to be sent back there, and to the very Orthanc that the router is at."""
+    source = Receiver(folder / "source")
+    rules = """
+destinations:
+  source: {modality: source}
+  itself: {peer: gateway}
+rules:
+  - {name: all, to: [source, itself]}
+"""
+    with (
+        running(source),
+        gateway(folder / "line", "nats", modalities=[source], OverwriteInstances=True) as line,
+        Routers(folder / "routers", line, rules, without) as routers,
+    ):
+        orthanc = line.orthanc
+        orthanc.client.put("/peers/gateway", json={"Url": orthanc.url}).raise_for_status()
+        source.client.put("/modalities/gateway", json=["GATEWAY", "127.0.0.1", orthanc.dicom_port]).raise_for_status()
+        study = make_study(modality="CT", instances=instances)
+        for instance in study:
+            source.upload(instance.data)
+        routers.start()
+        source.post("/modalities/gateway/store", {"Resources": [study.id]})
+        yield routers, line, study
 
 
 def ids(instances: Sequence[Instance]) -> set[str]:

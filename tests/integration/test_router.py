@@ -18,7 +18,7 @@ from orthanc_events_bridge.testing.dicom import Instance, Study, make_study
 from orthanc_events_bridge.testing.processes import free_port
 from orthanc_events_bridge.testing.programs import find_dicomweb_plugin, find_python_plugin, require
 from tests.integration.commands import PATIENCE, wait_for
-from tests.integration.routers import Receiver, Routers, gateway, ids, running
+from tests.integration.routers import Receiver, Routers, gateway, ids, in_a_circle, running
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.integration
@@ -235,33 +235,13 @@ rules:
 def test_nothing_goes_round_in_circles(tmp_path: Path) -> None:
     """A router that sends to where it came from, and to its own Orthanc, which takes everything again as new."""
     broker_or_skip("nats")
-    source = Receiver(tmp_path / "source")
-    rules = """
-destinations:
-  source: {modality: source}
-  itself: {peer: gateway}
-rules:
-  - {name: all, to: [source, itself]}
-"""
-    with (
-        running(source),
-        gateway(tmp_path / "line", "nats", modalities=[source], OverwriteInstances=True) as line,
-        Routers(tmp_path / "routers", line, rules) as routers,
-    ):
-        orthanc = line.orthanc
-        orthanc.client.put("/peers/gateway", json={"Url": orthanc.url}).raise_for_status()
-        source.client.put("/modalities/gateway", json=["GATEWAY", "127.0.0.1", orthanc.dicom_port]).raise_for_status()
-        study = make_study(modality="CT", instances=3)
-        for instance in study:
-            source.upload(instance.data)
-        routers.start()
-        source.post("/modalities/gateway/store", {"Resources": [study.id]})
+    with in_a_circle(tmp_path, instances=3) as (routers, line, study):
         wait_for(lambda: routers.audit("not sent", destination="source", why="it has come from there"), "source")
         # By itself it is stored once more, as if it were new, and is stable again.
         wait_for(lambda: routers.audit("not sent", destination="itself", why="it was sent already"), "the second round")
         more = make_study(modality="CT", patient_id=study.patient_id, study_uid=study.study_uid)
         for instance in more:
-            orthanc.upload(instance.data)
+            line.orthanc.upload(instance.data)
         wait_for(lambda: len(routers.audit(destination="itself")) == 2, "what was added is sent")
         wait_for(lambda: len(routers.audit("not sent", destination="itself")) == 2, "and that once")
         assert [one["instances"] for one in routers.audit(destination="itself")] == [3, 4]

@@ -85,7 +85,7 @@ class Recorded:
 
 
 def test_what_orthanc_refuses_is_put_there_again_and_is_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with made(settings).consumer.test() as kit:
+    with made(settings).app.test() as kit:
         orthanc = Recorded(kit.orthanc, STUDY, refuse=1)
         kit.send(event("study.stable", study=STUDY.id))
         kit.finish()
@@ -109,7 +109,7 @@ def test_what_orthanc_refuses_is_put_there_again_and_is_the_same(tmp_path: Path,
 def test_what_cannot_be_read_is_named_and_the_rest_is_pseudonymised(
     tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with made(settings).consumer.test() as kit:
+    with made(settings).app.test() as kit:
         orthanc = Recorded(kit.orthanc, STUDY)
         broken = STUDY.instances[0].id
         kit.orthanc.get(f"/instances/{broken}/file").respond(content=b"P-4711, and no DICOM")
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_pseudonymised(
 
 def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: dict[str, Any]) -> None:
     first = made(settings)
-    with first.consumer.test() as kit:
+    with first.app.test() as kit:
         Recorded(kit.orthanc, STUDY)
         kit.send(event("study.stable", study=STUDY.id))
         kit.finish()
@@ -134,13 +134,13 @@ def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: d
         patient_id=pseudonyms.patient("P-4711"), study_uid=pseudonyms.uid(STUDY.study_uid), modality="SR"
     )
     more = {"projects": {"other": settings["projects"]["trial"]}, "rules": [{"name": "all", "to": ["other"]}]}
-    with made({**settings, **more}).consumer.test() as kit:
+    with made({**settings, **more}).app.test() as kit:
         orthanc = Recorded(kit.orthanc, result)
         kit.send(event("study.stable", study=result.id))
         kit.finish()
         assert "there is no project trial any more" in str(kit.dead[0].reason)
         assert not orthanc.stored
-    with made(settings).consumer.test() as kit:
+    with made(settings).app.test() as kit:
         orthanc = Recorded(kit.orthanc, result)
         kit.send(event("study.stable", study=result.id), event("study.stable", study=result.id))
         kit.finish()
@@ -155,7 +155,7 @@ def test_what_the_audit_file_does_not_have_is_not_done(tmp_path: Path, settings:
     study = make_study(instances=51)
     file = tmp_path / "audit.jsonl"
     file.mkdir()
-    with made(settings).consumer.test() as kit:
+    with made(settings).app.test() as kit:
         orthanc = Recorded(kit.orthanc, study)
         kit.send(event("study.stable", study=study.id))
         kit.settle()
