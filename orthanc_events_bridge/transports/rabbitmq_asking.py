@@ -69,6 +69,10 @@ class Asking:
         """Whether there is such an exchange."""
         return await self._found(exchange, lambda channel: channel.exchange_declare(exchange, passive=True))
 
+    async def begun(self, queue: str, told: str) -> bool:
+        """Whether there is a past that is still to be received, in this queue; not if there is such an exchange."""
+        return await self.exists(queue) and not await self.leads(told)
+
     async def _found(self, name: str, question: Callable[[Channel], Awaitable[object]]) -> bool:
         try:
             await self._answer(question)

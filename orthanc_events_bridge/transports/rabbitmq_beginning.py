@@ -5,8 +5,8 @@ anybody take from the name's queue. So every event comes, in order, and only onc
 
 How far it has come is said by one message in the queue ``orthanc.beginning.{name}``. Whoever holds it does the work,
 one step at a time, and puts the next such message there before it acknowledges the last: another goes on where it died.
-The last copy is followed by a message that says so, and whoever receives that deletes the queue, by which others learn
-of it.
+The last copy is followed by a message that says so, and whoever receives that makes the exchange ``orthanc.told.{name}``
+and deletes the queue, by which others learn of it.
 
 The past of an ordered name goes into a queue for each partition, ``orthanc.beginning.{name}.00`` to ``.63``, and is
 received before what its partition gets now.
@@ -114,6 +114,9 @@ class Beginning:
                 if self._deleted:
                     break
                 if self._received:
+                    await connection.ask(
+                        channel.exchange_declare(self._queues.told, exchange_type="fanout", durable=True)
+                    )
                     await connection.ask(channel.queue_delete(queue))
                     return True
                 if self._stopped:
@@ -319,7 +322,7 @@ async def check_over(connection: Connection, options: RabbitOptions, queues: Que
     try:
         # In this order: `rabbitmq_queues` makes the second before the first.
         deleted = options.declare and not await asking.leads(queues.live)
-        if deleted or await asking.exists(queues.beginning):
+        if deleted or await asking.begun(queues.beginning, queues.told):
             raise NotConnectedError(
                 f"the exchange {options.exchange} of RabbitMQ was deleted, and the history is told to {queues.name} "
                 "from its beginning",

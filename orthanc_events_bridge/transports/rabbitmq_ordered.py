@@ -94,7 +94,9 @@ class OrderedSubscription(RabbitSubscription):
         await asyncio.sleep(_PASSED)
         asking = Asking(self._connection)
         try:
-            if await asking.exists(self._queues.beginning):  # another past has begun: they are that one's
+            if await asking.begun(
+                self._queues.beginning, self._queues.told
+            ):  # another past has begun: they are that one's
                 return
             for queue in self._queues.pasts:
                 await asking.delete(queue)

@@ -85,6 +85,15 @@ class Queues:
         return f"orthanc.beginning.{self.name}"
 
     @property
+    def told(self) -> str:
+        """An exchange that carries nothing: as long as it is there, the past has been received.
+
+        That `beginning` is gone does not say so: RabbitMQ 4 tells of its deletion a moment before it is, and it is made
+        anew where the exchange of what is published was deleted.
+        """
+        return f"orthanc.told.{self.name}"
+
+    @property
     def published(self) -> dict[str, str]:
         """The queues of what is published, each with the routing keys that it is bound by."""
         if self.inbox_only:
@@ -170,7 +179,7 @@ async def open_queues(
         if queues.inbox_only:
             return False
         # Where there is one, it was made before the name's queues.
-        beginning = await asking.exists(queues.beginning)
+        beginning = await asking.begun(queues.beginning, queues.told)
         if options.declare:
             for queue, arguments in queues.lasting.items():
                 await asking.declare(queue, arguments)
@@ -289,6 +298,7 @@ async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[No
             await asking.delete(queue)
         await asyncio.sleep(_TOLD)
     if begin is not None:
+        await asking.ask(queues.told, lambda channel: channel.exchange_delete(queues.told))
         for queue in (queues.beginning, *pasts):
             await asking.declare(queue, ONE_AT_A_TIME)
         await begin()

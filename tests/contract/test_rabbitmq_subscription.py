@@ -558,7 +558,7 @@ def test_what_takes_longer_than_the_server_allows_is_refused_before_it_begins(
 
 def test_every_name_of_a_queue_is_within_the_documented_permissions(queues: Queues) -> None:
     for own in (queues, dataclasses.replace(queues, ordered=True)):
-        names = (*own.lasting, own.beginning, *own.pasts, own.dead, own.workers)
+        names = (*own.lasting, own.beginning, *own.pasts, own.told, own.dead, own.workers)
         assert all(name.startswith("orthanc.") for name in names)
     assert RabbitOptions(servers=("amqp://127.0.0.1",)).exchange.startswith("orthanc.")
 
