@@ -27,8 +27,9 @@ _BATCH: Final = 1000
 #: while has not heard its callbacks either.
 _QUIET: Final = 10
 _GIVE_UP: Final = 1.0
-#: How long a new instance may wait for the callbacks that name its parents.
-_RUN_WAIT: Final = 0.050
+#: How long a new instance may wait for the callbacks that name its parents. They come at once, unless the machine stands
+#: still; and who goes on without them asks Orthanc, where the instance may be gone by then, and its parents with it.
+_RUN_WAIT: Final = 1.0
 
 
 class MisalignedError(BridgeError):
