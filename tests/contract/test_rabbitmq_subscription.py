@@ -651,7 +651,8 @@ def test_a_subscription_that_could_not_look_at_an_event_is_given_it_again(
         raise LookupError(SECRET)
 
     async def main() -> None:
-        async with connected(rabbit.transport()) as transport:
+        # Of its own: who publishes may be told behind the end of the connection that is given up.
+        async with connected(rabbit.transport()) as publisher, connected(rabbit.transport()) as transport:
             async with subscribed(transport, queues, oldest=False) as subscription:
                 with monkeypatch.context() as patched:
                     if later:
@@ -659,7 +660,7 @@ def test_a_subscription_that_could_not_look_at_an_event_is_given_it_again(
                         patched.setattr(rabbitmq_subscription, "is_end", once_then(False, defective))
                     else:
                         patched.setattr(rabbitmq_subscription, "seconds_left", defective)
-                    await transport.publish([sent])
+                    await publisher.publish([sent])
                     with failing(rabbit, NotConnectedError) as caught:
                         async with asyncio.timeout(PATIENCE):
                             await subscription.receive(1, 2 * PATIENCE)
