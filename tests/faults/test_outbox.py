@@ -89,7 +89,8 @@ def test_nothing_is_lost_when_the_outbox_has_reached_its_limit(make_line: Callab
     report = line.report()
     print(report)
     report.assert_clean()
-    assert line.status()["outbox"]["bytes"] < 400 * 1024
+    # What came at once, up to a thousand rows, may pass the limit.
+    assert line.status()["outbox"]["bytes"] < 700 * 1024
 
 
 def test_a_detached_transport_is_marked_with_its_gap(make_line: Callable[..., Line]) -> None:
