@@ -179,7 +179,13 @@ async def open_queues(
         if queues.inbox_only:
             return False
         # Where there is one, it was made before the name's queues.
-        beginning = await asking.begun(queues.beginning, queues.told)
+        beginning = await asking.exists(queues.beginning)
+        if beginning and await asking.leads(queues.told):  # whoever received all of it died before it deleted that
+            beginning = False
+            if options.declare:
+                async with alone(connection, f"{queues.live}.making"):
+                    if await asking.leads(queues.told):  # still: no other has begun
+                        await asking.delete(queues.beginning)
         if options.declare:
             for queue, arguments in queues.lasting.items():
                 await asking.declare(queue, arguments)

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize("start", ["now", "log"])
 def test_first_start_records_from_now_or_the_whole_log(tmp_path: Path, start: str) -> None:
     require("nats-server", "orthanc", "orthanc-python")
-    with OrthancServer(tmp_path / "line" / "orthanc", stable_age=60) as plain:
+    with OrthancServer(tmp_path / "line" / "orthanc", stable_age=10) as plain:
         before = [plain.upload(instance.data) for instance in dicom.make_study(instances=3)]
     settings = "capture:\n  start: log\n" if start == "log" else ""
-    with Line(tmp_path / "line", settings=settings, stable_age=60) as line:
+    with Line(tmp_path / "line", settings=settings, stable_age=10) as line:
         after = [line.orthanc.upload(instance.data) for instance in dicom.make_study(instances=2)]
         line.settle()
         told = [event.resource for event in line.events() if event.kind == "instance.created"]
@@ -32,7 +32,7 @@ def test_first_start_records_from_now_or_the_whole_log(tmp_path: Path, start: st
 
 def test_a_lost_outbox_goes_on_where_the_transports_are(tmp_path: Path) -> None:
     require("nats-server", "orthanc", "orthanc-python")
-    with Line(tmp_path / "line", stable_age=60) as line:
+    with Line(tmp_path / "line", stable_age=10) as line:
         for instance in dicom.make_study(instances=3):
             line.ledger.stored(line.orthanc.upload(instance.data))
         line.settle()
@@ -59,7 +59,7 @@ def test_a_lost_outbox_goes_on_where_the_transports_are(tmp_path: Path) -> None:
 
 def test_an_older_database_behind_a_lost_outbox_is_recognised(tmp_path: Path) -> None:
     require("nats-server", "orthanc", "orthanc-python")
-    with Line(tmp_path / "line", stable_age=60) as line:
+    with Line(tmp_path / "line", stable_age=10) as line:
         for instance in dicom.make_study(instances=5):
             line.orthanc.upload(instance.data)
         line.settle()
