@@ -346,9 +346,9 @@ def document(brokers: Sequence[Broker] = BROKERS) -> dict[str, Any]:
             "version": catalog.VERSION.removeprefix("v"),
             "description": "Every change of an Orthanc DICOM server as a CloudEvent 1.0.2 on NATS JetStream, RabbitMQ, "
             "Kafka or a webhook: in structured JSON, as described here, or by option in binary mode, with the "
-            "attributes in headers that begin with `ce-` (Kafka: `ce_`). All names are shown with their defaults. `data` has "
-            "Orthanc's ids only, unless the configuration allows tags or metadata; these ids are pseudonyms, not "
-            "anonymous.",
+            "attributes in headers that begin with `ce-` (Kafka: `ce_`). All names are shown with their defaults. "
+            "`data` has Orthanc's ids only, unless the configuration allows tags or metadata; these are pseudonyms, "
+            "not anonymous.",
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
         "defaultContentType": mapping.STRUCTURED,

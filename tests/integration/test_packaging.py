@@ -38,10 +38,12 @@ def test_every_locked_package_is_pinned_and_hashed_and_no_index_is_named(name: s
     assert not re.search(r"https?://|--(extra-)?index|--find-links", text)
 
 
-def test_the_build_backend_is_the_locked_one() -> None:
+def test_what_builds_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    (backend,) = project["build-system"]["requires"]
-    assert f"\n{backend} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
+    required = project["build-system"]["requires"]
+    assert [one.partition("==")[0] for one in required] == ["hatchling", "hatch-vcs"]
+    for one in required:
+        assert f"\n{one} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
 
 
 def test_what_the_container_mounts_is_there() -> None:

@@ -1,7 +1,7 @@
 """What a plain client of a broker reads back, with a decoder of its own.
 
-Nothing here uses the package's own mapping or transports: a fault of theirs must not be able to hide itself. Every event
-that is read is judged by the schema that the package has of it (`orthanc_events_bridge.testing.brokers.contract`).
+Nothing here uses the package's own mapping or transports: a fault of theirs must not be able to hide itself. Every
+event that is read is judged by the schema that the package has of it: `orthanc_events_bridge.testing.brokers.contract`.
 """
 
 from __future__ import annotations
