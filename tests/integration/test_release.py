@@ -153,8 +153,8 @@ import sys, types
 sys.modules["orthanc"] = types.ModuleType("orthanc")
 import orthanc_events_bridge.plugin
 ours = {name for name in sys.modules if name.startswith("orthanc_events_bridge")}
-own = {"orthanc", "__main__", "sitecustomize"}
-print([name for name in sys.modules if name.partition(".")[0] not in {*sys.stdlib_module_names, *own} and name not in ours])
+own = {*sys.stdlib_module_names, "orthanc", "__main__", "sitecustomize"}
+print([name for name in sys.modules if name.partition(".")[0] not in own and name not in ours])
 """
 
 
