@@ -2,8 +2,8 @@
 
 From the options: docs/configuration.md, docs/consumer-configuration.md, the tables in docs/consumers/router.md, and the
 JSON Schemas for editors. From the catalog of event types: a JSON Schema for each, asyncapi.yaml, the tables in
-docs/events.md, and docs/events.html. ``--check`` writes nothing, and exits with 1 if a file is not what would be written, or is there and
-would not be.
+docs/events.md, and docs/events.html. From the lock: docs/licences.md. ``--check`` writes nothing, and exits with 1 if a
+file is not what would be written, or is there and would not be.
 """
 
 from __future__ import annotations
