@@ -37,12 +37,13 @@ from orthanc_events_bridge.workflows.conditions import Condition, OneOrMany  # n
 from orthanc_events_bridge.workflows.destinations import Destination  # noqa: E402
 from orthanc_events_bridge.workflows.router_settings import RouterSettings  # noqa: E402
 from orthanc_events_bridge.workflows.rules import Rule  # noqa: E402
-from tools import api_page, asyncapi_document, event_schemas, events_html  # noqa: E402
+from tools import api_page, asyncapi_document, event_schemas, events_html, licences  # noqa: E402
 from tools.event_schemas import change_of, default  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "orthanc_events_bridge" / "bridge" / "orthanc-events.schema.json"
 API = ROOT / "docs" / "api.md"
+LICENCES = ROOT / "docs" / "licences.md"
 CONSUMER_DOCUMENT = ROOT / "docs" / "consumer-configuration.md"
 CONSUMER_SCHEMA = ROOT / "orthanc_events_bridge" / "consumers" / "orthanc-consumer.schema.json"
 ROUTER_PAGE = ROOT / "docs" / "consumers" / "router.md"
@@ -445,6 +446,7 @@ def files() -> dict[Path, str]:
         ROUTER_PAGE: router_page(ROUTER_PAGE.read_text("utf-8")),
         ROUTER_SCHEMA: router_schema(),
         API: api_page.page(),
+        LICENCES: licences.page(),
         EVENTS: events_page(EVENTS.read_text("utf-8")),
         EVENTS_HTML: events_html.page(),
         event_schemas.FOLDER / "asyncapi.yaml": asyncapi_document.text(),

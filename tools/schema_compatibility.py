@@ -89,7 +89,7 @@ def _lists(old: Schema, new: Schema, place: str) -> Iterator[str]:
         for value in (one for one in before if one not in now):
             yield f"{place}the value {_said(value)} is gone, and is in events that were sent before"
         for value in (one for one in now if one not in before):
-            yield f"{place}the value {_said(value)} is new, and consumers were told that there are no others: see {OPEN}"
+            yield f"{place}the value {_said(value)} is new, and consumers were told that there are no others ({OPEN})"
     elif before != now:
         yield _changed("enum", old, new, place)
     if OPEN in old and OPEN not in new:

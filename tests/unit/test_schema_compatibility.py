@@ -119,7 +119,7 @@ def test_what_may_change(change: tuple[str, Any]) -> None:
         (("properties/kind/enum", ["a"]), 'kind: the value "b" is gone, and is in events that were sent before'),
         (
             ("properties/kind/enum", ["a", "b", "c"]),
-            f'kind: the value "c" is new, and consumers were told that there are no others: see {OPEN}',
+            f'kind: the value "c" is new, and consumers were told that there are no others ({OPEN})',
         ),
         (("properties/kind/enum", GONE), 'kind: enum was ["a", "b"], and is not there'),
         (("properties/id/enum", ["x"]), 'id: enum was not there, and is ["x"]'),
