@@ -12,7 +12,7 @@ import pytest
 from tools import licences
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What may be installed with the package. Another one is a decision: it goes here, with what follows from it in the page.
+#: What may be installed with the package. Another one is a decision: it goes here, and what it asks for into the page.
 ACCEPTED = {
     "MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0", "MPL-2.0", "LGPL-3.0-only",
     "Apache-2.0 OR BSD-2-Clause", "Apache-2.0 AND BSD-2-Clause",
