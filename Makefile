@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
-	test-slow test-mutants test-bare lint format bench docs lock clean
+	test-slow test-mutants test-bare lint format bench docs build lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -82,12 +82,13 @@ test-mutants: ## each protection switched off: the ledger must report the harm
 test-bare: ## `make demo` and `make test` in a freshly debootstrapped Debian 12 (root; result in tests/bare/)
 	scripts/test-bare.sh
 
-lint: setup ## ruff, mypy, import-linter, and whether generated files are up to date
+lint: setup ## ruff, mypy, import-linter; whether generated files are up to date, and schemas keep what was released
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
 	@if [ -e tools/generate_docs.py ]; then set -x; $(BIN)/python tools/generate_docs.py --check; fi
+	@if [ -e tools/schema_compatibility.py ]; then set -x; $(BIN)/python tools/schema_compatibility.py; fi
 
 format: setup ## let ruff put the code in order
 	$(BIN)/ruff check --fix $(CODE)
@@ -96,8 +97,11 @@ format: setup ## let ruff put the code in order
 bench: setup ## measure, and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-docs: setup ## generate docs/configuration.md and the JSON Schema for editors
+docs: setup ## generate what is declared elsewhere: pages, tables, all schemas, the list of licences
 	$(BIN)/python tools/generate_docs.py
+
+build: setup ## what is released, in dist/: the source distribution and the wheel
+	$(BIN)/python -m build --no-isolation
 
 lock: setup ## pin the newest allowed versions that are needed, by hash
 	scripts/lock.sh

@@ -3,4 +3,9 @@
 This module is loaded inside Orthanc's own process too: it imports the standard library only.
 """
 
-__version__ = "0.1.0"
+try:
+    from orthanc_events_bridge._version import __version__
+except ImportError:  # files as git has them, which were never built or installed
+    __version__ = "0.0.0"
+
+__all__ = ["__version__"]

@@ -27,6 +27,7 @@ from orthanc_events_bridge import (
     cli_replay,
     cli_retry_jobs,
     cli_route,
+    cli_schema,
     cli_status,
     cli_tail,
     cli_transports,
@@ -140,8 +141,10 @@ def _parser() -> argparse.ArgumentParser:
         cli_route,
     ):
         module.define(commands)
-    schema = add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")
+    summary = "print the JSON Schema of the configuration, for editors, or of events"
+    schema = add_command(commands, "schema", _schema, summary, epilog=cli_schema.EPILOG)
     of = schema.add_mutually_exclusive_group()
+    cli_schema.options(of)
     of.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
     of.add_argument("--router", action="store_true", help="of a router's")
     return parser
@@ -246,6 +249,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _schema(options: argparse.Namespace) -> int:
     from importlib import resources
+
+    if cli_schema.is_named(options):
+        return cli_schema.run(options)
 
     package, name = "bridge", "orthanc-events"
     if options.consumer:

@@ -4,7 +4,7 @@
 #
 #   scripts/bootstrap.sh [rabbitmq] [kafka] [postgresql] [docker] [faketime]
 #
-# Orthanc, its plugins for Python and DICOMweb, DCMTK and NATS always; these only where they are named:
+# Orthanc, its plugins for Python and DICOMweb, DCMTK, git and NATS always; these only where they are named:
 #
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
@@ -105,6 +105,7 @@ has_certificates() { [ ! -e /etc/debian_version ] || [ -s /etc/ssl/certs/ca-cert
 missing_packages() {
     has_certificates || echo ca-certificates
     has_dcmtk || echo dcmtk
+    command -v git >/dev/null || echo git
     has_orthanc || echo orthanc
     has_python_plugin || echo orthanc-python
     has_dicomweb_plugin || echo orthanc-dicomweb
@@ -236,7 +237,7 @@ stamp() { printf '%s\n' "$2" >".venv/stamp-$1"; }
 environment() {
     local lock project
     lock=$(cat requirements/build.txt requirements/dev.txt | cksum)
-    project=$(cat pyproject.toml orthanc_events_bridge/__init__.py | cksum)
+    project=$(cksum <pyproject.toml)
 
     # Made anew for another lock: what is no longer locked must not linger.
     if ! fresh lock "$lock" || ! fresh place "$PWD" || ! .venv/bin/python --version >/dev/null 2>&1 \

@@ -126,7 +126,8 @@ _LOG: Final = {
     "description": "What is known of the log.",
     "properties": {
         "reason": {
-            "enum": ["emptied", "counter-behind", "numbers-reused"],
+            "type": "string",
+            "x-extensible-enum": ["emptied", "counter-behind", "numbers-reused"],  # others may come
             "description": "emptied: by DELETE /changes. The others: another or a restored database, whose counter is"
             " behind what was recorded, or which has given recorded numbers to other changes.",
         },

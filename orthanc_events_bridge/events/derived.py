@@ -116,6 +116,7 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         told = catalog.schema(event_type, base)
         return {**told, "properties": {**told["properties"], **properties}}
     about = levels(event_type)
+    above = catalog.LEVELS[: max(map(catalog.LEVELS.index, about))]
     identifier = {"type": "string", "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -129,7 +130,7 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
             "parents": {
                 "type": "object",
                 "description": "Level → Orthanc id of what is above it, as far as that is known.",
-                "properties": dict.fromkeys(("patient", "study", "series"), identifier),
+                "properties": dict.fromkeys(above, identifier),
                 "additionalProperties": False,
             },
             **properties,

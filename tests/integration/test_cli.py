@@ -136,7 +136,7 @@ def test_help_of_every_command(name: str, run: Run) -> None:
         ("check", "--no-such-option"),
         ("status", "surplus"),
         ("run", "--config"),
-        ("schema", "x"),
+        ("schema", "--all", "--router"),
         ("transports", "pause"),
         ("transports", "forget", "a", "b"),
         ("transports", "stop", "nats"),

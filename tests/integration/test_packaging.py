@@ -38,10 +38,12 @@ def test_every_locked_package_is_pinned_and_hashed_and_no_index_is_named(name: s
     assert not re.search(r"https?://|--(extra-)?index|--find-links", text)
 
 
-def test_the_build_backend_is_the_locked_one() -> None:
+def test_what_builds_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    (backend,) = project["build-system"]["requires"]
-    assert f"\n{backend} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
+    required = project["build-system"]["requires"]
+    assert [one.partition("==")[0] for one in required] == ["hatchling", "hatch-vcs"]
+    for one in required:
+        assert f"\n{one} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
 
 
 def test_what_the_container_mounts_is_there() -> None:
@@ -85,3 +87,36 @@ def test_the_scripts_are_executable() -> None:
     scripts = [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]
     assert len(scripts) > 1
     assert not [script for script in scripts if not os.access(script, os.X_OK)]
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    found: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text("utf-8"))
+    return found
+
+
+def test_the_workflow_does_what_ci_does_on_a_bare_debian_and_keeps_what_setup_downloads() -> None:
+    job = workflow("ci")["jobs"]["ci"]
+    assert job["container"]["image"] == "debian:12"
+    steps = job["steps"]
+    assert steps[-1] == {"run": ".ci/run"}
+    uses = {str(step["uses"]).partition("@")[0]: step["with"] for step in steps if "uses" in step}
+    assert uses["actions/checkout"]["fetch-depth"] == 0  # without tags there is no version
+    cache = uses["actions/cache"]
+    # Kafka's jars (scripts/bootstrap.sh), and by the environment what pip fetches.
+    assert cache["path"] == ".cache"
+    assert job["env"]["PIP_CACHE_DIR"].endswith("/.cache/pip")
+    assert "kafka_jars=.cache/" in (ROOT / "scripts" / "bootstrap.sh").read_text("utf-8")
+    for pattern in re.findall(r"'(.+?)'", cache["key"]):
+        assert list(ROOT.glob(pattern)), pattern
+
+
+def test_nothing_is_published_before_all_of_ci_has_passed_for_the_tag() -> None:
+    release = workflow("release")
+    assert release[True] == {"push": {"tags": ["v*"]}}  # YAML's name for `on`
+    jobs = release["jobs"]
+    assert jobs["ci"] == {"uses": "./.github/workflows/ci.yml"}
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("ci", "build")
+    assert "workflow_call" in workflow("ci")[True]
+    assert {"run": "make build"} in jobs["build"]["steps"]
+    others = {name: job.get("permissions", {}) for name, job in jobs.items() if name != "publish"}
+    assert not any(others.values())

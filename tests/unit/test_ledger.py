@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from orthanc_events_bridge.consumers.publishing import derive
+from orthanc_events_bridge.testing import event as made
 from orthanc_events_bridge.testing.brokers.events import MalformedEventError, decode
 from orthanc_events_bridge.testing.dicom import Instance, Study, make_study, orthanc_id
 from orthanc_events_bridge.testing.ledger import Event, Ledger, Report
@@ -514,6 +516,7 @@ def test_the_report_is_one_table_with_examples(run: Run, study: Study) -> None:
 
 
 def document(**changes: Any) -> dict[str, Any]:
+    kind = ".".join(str(changes.get("type", "io.orthanc-events.study.instance-added.v1")).split(".")[-3:])
     return {
         "specversion": "1.0",
         "id": "2f1c1d0e-6f0b-4d0c-9a39-0d3a3d8f3b6e",
@@ -521,9 +524,13 @@ def document(**changes: Any) -> dict[str, Any]:
         "type": "io.orthanc-events.study.instance-added.v1",
         "subject": "studies/abc",
         "time": "2024-01-02T03:04:05.678Z",
+        "datacontenttype": "application/json",
+        "dataschema": f"urn:orthanc-events:schema:{kind}",
         "recorder": "0d3a3d8f-0000-4000-8000-000000000000",
         "sequence": "00000000000000000042",
         "partitionkey": "abc",
+        "recordedtime": "2024-01-02T03:04:05.679Z",
+        "traceparent": "00-8886c6e5063dbc1d21772efd48294da5-c1f0f98f3b39a058-01",
         "data": {"change": "NewChildInstance", "level": "study", "id": "abc", "parents": {}},
     } | changes
 
@@ -558,3 +565,42 @@ def test_events_are_decoded() -> None:
 def test_what_is_no_event_is_refused(body: bytes) -> None:
     with pytest.raises(MalformedEventError):
         decode(body, "subject", 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"recordedtime": "yesterday"}, "recordedtime"),
+        ({"id": "of-no-uuid"}, "id: "),
+        ({"traceparent": "00"}, "traceparent"),
+        ({"dataschema": "urn:orthanc-events:schema:study.stable.v1"}, "not that of its type"),
+        ({"type": "io.orthanc-events.study.celebrated.v1"}, "no event is called 'study.celebrated'"),
+        ({"undescribed": "x"}, "'undescribed' was unexpected"),
+        ({"data": {"change": "NewChildInstance", "level": "study", "id": "abc"}}, '"parents" is a required'),
+        ({"data": document()["data"] | {"seq": "7"}}, "data/seq"),
+        ({"data": document()["data"] | {"undescribed": 1}}, "'undescribed' was unexpected"),
+        ({"data": document()["data"] | {"parents": {"series": "abc"}}}, "data/parents"),
+    ],
+)
+def test_what_is_not_as_the_schema_says_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(MalformedEventError, match=r"message 3 at subject is not as its schema says: ") as caught:
+        decode(json.dumps(document(**changes)).encode(), "subject", 3)
+    assert words in str(caught.value)
+
+
+def test_what_is_derived_is_judged_by_its_own_schema_and_types_of_others_by_their_attributes() -> None:
+    cause = made("study.stable")
+    ready = {"rule": "all", "complete": True, "series": 2, "instances": 40}
+    body = json.loads(derive("study.ready", ready, cause, producer="derive", now=0.0).body)
+    assert decode(json.dumps(body).encode()).kind == "study.ready"
+    for wrong in (
+        {**body, "data": {**body["data"], "instances": "40"}},
+        {**body, "data": {**body["data"], "undescribed": 1}},
+        {name: value for name, value in body.items() if name != "recordedtime"},
+    ):
+        with pytest.raises(MalformedEventError, match="not as its schema says"):
+            decode(json.dumps(wrong).encode())
+    own = json.loads(derive("org.example.report.signed.v1", {"x": 1}, cause, producer="reports", now=0.0).body)
+    assert decode(json.dumps(own).encode()).kind == "report.signed"
+    with pytest.raises(MalformedEventError, match="'undescribed' was unexpected"):
+        decode(json.dumps({**own, "undescribed": 1}).encode())

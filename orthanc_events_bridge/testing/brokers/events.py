@@ -1,6 +1,7 @@
 """What a plain client of a broker reads back, with a decoder of its own.
 
-Nothing here uses the package's own mapping or transports: a fault of theirs must not be able to hide itself.
+Nothing here uses the package's own mapping or transports: a fault of theirs must not be able to hide itself. Every
+event that is read is judged by the schema that the package has of it: `orthanc_events_bridge.testing.brokers.contract`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from orthanc_events_bridge.testing.brokers import contract
 
 _PLURALS = {
     "patient": "patients",
@@ -69,7 +72,7 @@ class Event:
 def decode(body: bytes, address: str = "", position: int = 0) -> Event:
     """Read a message in structured mode.
 
-    :raises MalformedEventError: it is not one, or it contradicts itself.
+    :raises MalformedEventError: it is not one, it is not as its schema says, or it contradicts itself.
     """
     try:
         document = json.loads(body)
@@ -77,6 +80,8 @@ def decode(body: bytes, address: str = "", position: int = 0) -> Event:
             raise MalformedEventError(f"message {position} at {address}: specversion {document['specversion']!r}")
         level, verb, version = document["type"].rsplit(".", 3)[-3:]
         data = document["data"]
+        if problem := contract.fault(document):
+            raise MalformedEventError(f"message {position} at {address} is not as its schema says: {problem}")
         if "producer" in document:
             return _derived(document, f"{level}.{verb}", address, position)
         resource = data["id"] or ""

@@ -1,0 +1,147 @@
+"""Compare the events' schemas with those of the last release: what consumers count on must still be so.
+
+Both directions count. Whoever reads was written for the released schema, and gets what is sent now. And what was sent
+before lies in streams and outboxes for weeks, and is judged by today's schema, since both are called ``v1``. So within
+a version nothing changes but that types, properties that need not be there, and values of open lists are added, and
+that texts are worded better (docs/events.md#what-can-change-within-v1).
+
+Without arguments it compares, and exits with 1 if something breaks. ``--store VERSION`` writes what the present schemas
+are down as those of a release (docs/releasing.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from orthanc_events_bridge.events import described  # noqa: E402
+
+#: One file for each release, as ``orthanc-events schema --all`` prints it.
+RELEASED: Final = ROOT / "tools" / "released-schemas"
+
+#: Words for readers, which constrain nothing.
+_TEXTS: Final = {"title", "description", "$comment", "examples", "default", "deprecated"}
+#: A list to which values can be added: consumers are told to expect others.
+OPEN: Final = "x-extensible-enum"
+_OWN_RULE: Final = {"properties", "required", "enum", OPEN, "items", *_TEXTS}
+_ABSENT: Final = object()
+
+Schema = Mapping[str, Any]
+
+
+def breaks(released: Mapping[str, Schema], present: Mapping[str, Schema]) -> list[str]:
+    """What is not as it was released: a line each, with its place."""
+    found = []
+    for name, old in released.items():
+        if name in present:
+            found += [f"{name}: {line}" for line in _compare(old, present[name], "")]
+        else:
+            found.append(f"{name}: the type is gone")
+    return found
+
+
+def _compare(old: Any, new: Any, place: str) -> Iterator[str]:
+    """
+    :param place: where in the event it is, with a colon behind it; empty at the top.
+    """
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            yield f"{place}{_said(old)} became {_said(new)}"
+        return
+    yield from _properties(old, new, place)
+    yield from _lists(old, new, place)
+    if "items" in old and "items" in new:
+        yield from _compare(old["items"], new["items"], f"{place}items: ")
+    elif "items" in old or "items" in new:
+        yield _changed("items", old, new, place)
+    for word in dict.fromkeys((*old, *new)):
+        if word not in _OWN_RULE and old.get(word, _ABSENT) != new.get(word, _ABSENT):
+            yield _changed(word, old, new, place)
+
+
+def _properties(old: Schema, new: Schema, place: str) -> Iterator[str]:
+    before, now = old.get("properties", {}), new.get("properties", {})
+    for name in before:
+        if name in now:
+            yield from _compare(before[name], now[name], f"{place}{name}: ")
+        else:
+            yield f"{place}the property {name} is gone"
+    if old.get("additionalProperties", True) is not True:
+        for name in now.keys() - before.keys():
+            yield f"{place}the property {name} is new, and consumers were told that there are no others"
+    needed, needed_now = set(old.get("required", ())), set(new.get("required", ()))
+    for name in sorted(needed - needed_now):
+        yield f"{place}the property {name} was always there, and need not be any more"
+    for name in sorted(needed_now - needed):
+        yield f"{place}the property {name} has to be there, and is not in events that were sent before"
+
+
+def _lists(old: Schema, new: Schema, place: str) -> Iterator[str]:
+    before, now = old.get("enum"), new.get("enum")
+    if before is not None and now is not None:
+        for value in (one for one in before if one not in now):
+            yield f"{place}the value {_said(value)} is gone, and is in events that were sent before"
+        for value in (one for one in now if one not in before):
+            yield f"{place}the value {_said(value)} is new, and consumers were told that there are no others ({OPEN})"
+    elif before != now:
+        yield _changed("enum", old, new, place)
+    if OPEN in old and OPEN not in new:
+        yield _changed(OPEN, old, new, place)
+    for value in (one for one in old.get(OPEN, ()) if one not in new.get(OPEN, old[OPEN])):
+        yield f"{place}the value {_said(value)} is gone, and consumers may wait for it"
+
+
+def _changed(word: str, old: Schema, new: Schema, place: str) -> str:
+    return f"{place}{word} was {_said(old.get(word, _ABSENT))}, and is {_said(new.get(word, _ABSENT))}"
+
+
+def _said(value: Any) -> str:
+    return "not there" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+
+
+def last_release(folder: Path = RELEASED) -> Path:
+    """The file of the newest release.
+
+    :raises SystemExit: there is none.
+    """
+    files = [path for path in folder.glob("*.json") if path.stem.replace(".", "").isdigit()]
+    if not files:
+        raise SystemExit(f"{folder} has no released schemas: get them from git, or write them with --store VERSION")
+    return max(files, key=lambda path: tuple(map(int, path.stem.split("."))))
+
+
+def main() -> int:
+    """Compare, or store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", metavar="VERSION", help="write the present schemas down as this release's")
+    store = parser.parse_args().store
+    present = {name: described.schema(name) for name in described.names()}
+    if store is not None:
+        if not store.replace(".", "").isdigit():
+            parser.error(f"{store} is no version of a release: 0.1.0, say")
+        path = RELEASED / f"{store}.json"
+        path.write_text(json.dumps(present, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        print(f"{path.relative_to(ROOT)} written")
+        return 0
+    path = last_release()
+    found = breaks(json.loads(path.read_text("utf-8")), present)
+    for line in found:
+        print(line, file=sys.stderr)
+    if found:
+        print(
+            f"this breaks consumers of {path.stem}: add a property or a type in its place, or make it v2"
+            " (docs/events.md#what-can-change-within-v1)",
+            file=sys.stderr,
+        )
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
