@@ -43,6 +43,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--of", type=int, default=1, help=argparse.SUPPRESS)  # how many are supervised
     parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -90,7 +91,7 @@ def _supervise(arguments: list[str], count: int) -> int:
     """
     from orthanc_events_bridge.consumers.workers import Workers
 
-    command = [sys.executable, "-m", "orthanc_events_bridge", *arguments]
+    command = [sys.executable, "-m", "orthanc_events_bridge", *arguments, "--of", str(count)]
     # Once, and not by each worker: what keeps it from beginning is said one time. As the last of them, for its port.
     trial = [*command, "--worker", str(count - 1), "--only-load"]
     code = subprocess.run(trial, stdin=subprocess.DEVNULL, check=False).returncode
@@ -138,7 +139,10 @@ def work(options: argparse.Namespace, one: Working) -> int:
 
     :return: the exit code.
     """
+    from orthanc_events_bridge.consumers.limit import among
+
     if options.worker is not None:
+        among.number, among.count = options.worker, options.of
         one.numbered(options.worker)
     if options.only_load:
         one.complete()
