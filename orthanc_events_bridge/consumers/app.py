@@ -304,9 +304,9 @@ class Consumer:
 
         Needs the extra ``testing`` where handlers ask Orthanc.
         """
-        from orthanc_events_bridge.testing.kit import Trial
+        from orthanc_events_bridge.testing.kit import Parts, Trial
 
-        return Trial(self._terms, self._routes, self._orthanc, self._turns, self._publisher)
+        return Trial(Parts(self._terms, self._routes, self._orthanc, self._turns, self._publisher))
 
     def _held_for(self, longest: float) -> float:
         """Seconds that one delivery may be held; 0: what the broker allows. In order, all its waits are among them."""

@@ -46,7 +46,7 @@ class Count(Options):
 
     tag: str | None = Field(
         default=None,
-        description="A DICOM attribute's keyword, in the images: the largest value counts.",
+        description="A DICOM attribute's keyword, in the images, where a modality writes it: the largest value counts.",
         examples=["NumberOfStudyRelatedInstances"],
     )
     modality: str | None = Field(

@@ -70,7 +70,7 @@ class Resubmission(Options):
 
 
 class JobRetrySettings(ConsumerSettings):
-    """The file of ``orthanc-events retry-jobs``: the options of every consumer, and these."""
+    """The file of `orthanc-events retry-jobs`: the options of every consumer, and these."""
 
     name: ConsumerName = Field(default="job-retry", description="Of the consumer.")
     types: tuple[str, ...] = Field(
@@ -82,14 +82,15 @@ class JobRetrySettings(ConsumerSettings):
     source: str | None = Field(
         default=None,
         description="Only what comes from the Orthanc that has this `source` in its bridge's configuration. Needed "
-        "where several share the broker.",
+        "where several share the broker. Left out: from any.",
         examples=["https://pacs.example.org/orthanc/main"],
     )
     resubmit: Resubmission = Field(default_factory=Resubmission, description="When and how often.")
     # However long Orthanc is down, a failure is not given up for that within its age.
     retry: RetrySettings = Field(
         default_factory=lambda: RetrySettings(max_attempts=0),
-        description="What becomes of a failure that could not be looked at, because Orthanc or the store is down.",
+        description="What becomes of a failure that could not be looked at, because Orthanc or the store is down. "
+        "Left out: no limit of attempts, 7 days.",
     )
 
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
