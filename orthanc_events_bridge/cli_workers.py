@@ -57,11 +57,30 @@ def configuration(options: argparse.Namespace, settings: type[_Settings]) -> Con
     """What the file, the environment and the command line say.
 
     :param settings: what can be said.
-    :raises ConfigError: something of that makes no sense.
+    :raises UsageError: no file is named, and it can't do without.
+    :raises ConfigError: something of that makes no sense; or where events come from, or which Orthanc is asked, is not
+        said.
     """
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+    from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, ENVIRONMENT, CommandLine, configure_as
+    from orthanc_events_bridge.loading import ConfigError, Problem
+    from orthanc_events_bridge.orthanc_api import ENVIRONMENT as ORTHANC_ENVIRONMENT
 
-    return configure_as(settings, {}, given=CommandLine(options.config, given(options)))
+    file = options.config or os.environ.get(ENVIRONMENT)
+    if not file and any(field.is_required() for field in settings.model_fields.values()):
+        raise UsageError("which file it works by is not said", f"say --config FILE, or set {ENVIRONMENT}")
+    found = configure_as(settings, {}, given=CommandLine(options.config, given(options)))
+    place = str(file or f"the consumer {found.settings.name}")
+    missing = [
+        Problem(place, None, option, wrong, f"give its URL, or set {variable}")
+        for option, value, wrong, variable in (
+            ("broker", found.settings.broker, "where events come from is not said", BROKER_ENVIRONMENT),
+            ("orthanc", found.orthanc, "which Orthanc is asked is not said", f"{ORTHANC_ENVIRONMENT}URL"),
+        )
+        if value is None
+    ]
+    if missing:
+        raise ConfigError(missing)
+    return found
 
 
 def several(options: argparse.Namespace, *command: str, alone: bool) -> int | None:

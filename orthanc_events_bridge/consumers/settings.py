@@ -39,12 +39,15 @@ LONGEST_ORDERED_RETRY: Final = 300.0
 #: What is ordered is held while it waits: all its waits, 20 minutes, lie within what every broker allows by itself
 #: (RabbitMQ 3.10: half an hour).
 ORDERED_ATTEMPTS: Final = 12
+#: Characters of a consumer's name.
+LONGEST_NAME: Final = 128
 _POLICY: Final = RetryPolicy()
 
 
 def _name(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", value) is None:
-        raise mistake("can't be the name of a consumer", "use letters, digits, _ and -, at most 128", shown=value)
+    if re.fullmatch(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}", value) is None:
+        right = f"use letters, digits, _ and -, at most {LONGEST_NAME}"
+        raise mistake("can't be the name of a consumer", right, shown=value)
     return value
 
 
