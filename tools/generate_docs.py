@@ -398,8 +398,9 @@ def anchor(title: str) -> str:
 def program_page(program: Program, page: str) -> str:
     """A finished consumer's page with its options: those that are its own, and those of its blocks."""
     elsewhere: dict[type[Options], Program | None] = dict.fromkeys(blocks(ConsumerSettings))
-    for other in PROGRAMS[: PROGRAMS.index(program)]:
-        elsewhere = dict.fromkeys(blocks(other.settings), other) | elsewhere
+    for earlier in PROGRAMS[: PROGRAMS.index(program)]:
+        for block in blocks(earlier.settings):
+            elsewhere.setdefault(block, earlier)
     own = program.settings.__annotations__
     place = program.schema.relative_to(ROOT)
     beside = "These beside those of [every consumer](../consumer-configuration.md)."

@@ -63,7 +63,8 @@ class Consumer:
         ``ORTHANC_EVENTS_BROKER`` names another.
     :param orthanc: where Orthanc's REST API is, for handlers that take a second argument; or
         `orthanc_events_bridge.orthanc_api.OrthancOptions`, with TLS and a login. What the environment says
-        (``ORTHANC_EVENTS_ORTHANC_URL`` …) comes first.
+        (``ORTHANC_EVENTS_ORTHANC_URL`` …) comes first. Of all consumers in a process it gets at most ``max_requests``
+        requests at once.
     :param start: where the name's very first start begins: with the next event (``new``, if nothing is said), or with
         the oldest that the broker keeps. Later ones go on where it was.
     :param concurrency: how many events one worker handles at a time. Of one key it is always one at a time.

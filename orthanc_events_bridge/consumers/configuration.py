@@ -152,8 +152,8 @@ def configure_as(
         problems.append(Problem(source, number if in_document else None, spell(place), wrong, right))
     if settings is None or problems:
         raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
-    place = (str(path), document.lines.get(("orthanc",))) if "orthanc" in in_file else None
-    return Configuration(settings, _orthanc(settings, said, orthanc, environment, place))
+    asked = (str(path), document.lines.get(("orthanc",))) if "orthanc" in in_file else None
+    return Configuration(settings, _orthanc(settings, said, orthanc, environment, asked))
 
 
 def _orthanc(

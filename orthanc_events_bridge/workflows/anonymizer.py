@@ -29,10 +29,10 @@ from orthanc_events_bridge.workflows.anonymizer_settings import BASIC, Anonymize
 from orthanc_events_bridge.workflows.asking import ask, file_of
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.batch import Batch
-from orthanc_events_bridge.workflows.conditions import odd
 from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
 from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
 from orthanc_events_bridge.workflows.facts import Resource, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.memory import Memory, Remembered
 from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.program import Program

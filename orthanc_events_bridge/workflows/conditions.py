@@ -7,7 +7,6 @@ none does.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,20 +75,6 @@ def _keyword(value: str) -> str:
         right = "write its keyword, such as Modality, or BodyPartExamined"
         raise mistake("is no keyword of a DICOM attribute", right, shown=value)
     return value
-
-
-def odd(keywords: Iterable[str]) -> Iterator[str]:
-    """Say which of these DICOM doesn't know, each with what may be meant. Orthanc can be told of others, so that it is
-    no mistake. Without pydicom nobody can tell.
-    """
-    try:
-        from pydicom.datadict import DicomDictionary, tag_for_keyword
-    except ImportError:
-        return
-    for keyword in sorted({part for path in keywords for part in path.split(".")}):
-        if tag_for_keyword(keyword) is None:
-            near = difflib.get_close_matches(keyword, [entry[4] for entry in DicomDictionary.values()], 1, 0.8)
-            yield f"DICOM knows no attribute {keyword}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 class OneOrMany:

@@ -24,9 +24,10 @@ from orthanc_events_bridge.consumers.retry import Retry
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
-from orthanc_events_bridge.workflows.conditions import Keyword, Verdict, When, judge, odd
+from orthanc_events_bridge.workflows.conditions import Keyword, Verdict, When, judge
 from orthanc_events_bridge.workflows.destinations import Symbol
 from orthanc_events_bridge.workflows.facts import Wanted, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.program import Program
 from orthanc_events_bridge.workflows.rules import Conditional, RuleName, named_twice, wanted_by
 from orthanc_events_bridge.workflows.studies import Content, content_of, expected_of, quiet_for

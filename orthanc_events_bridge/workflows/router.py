@@ -32,9 +32,9 @@ from orthanc_events_bridge.moments import iso
 from orthanc_events_bridge.transports import create
 from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.workflows.audit import Audit
-from orthanc_events_bridge.workflows.conditions import odd
 from orthanc_events_bridge.workflows.destinations import Sender
 from orthanc_events_bridge.workflows.facts import Resource, Wanted, check_labels, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 

@@ -16,6 +16,7 @@ from orthanc_events_bridge.consumers.configuration import CommandLine, configure
 from orthanc_events_bridge.loading import ConfigError
 from orthanc_events_bridge.workflows.conditions import Condition, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision
 
@@ -199,6 +200,11 @@ def test_a_mistake_is_named(tmp_path: Path, right: str, wrong: str, message: str
     text = str(caught.value)
     assert message in text
     assert len(set(text.splitlines())) == len(text.splitlines())
+
+
+def test_what_dicom_does_not_know_is_said_with_what_may_be_meant() -> None:
+    said = list(odd(["Modality", "Modalty", "RequestAttributesSequence.Nothing"]))
+    assert said == ["DICOM knows no attribute Modalty (did you mean Modality?)", "DICOM knows no attribute Nothing"]
 
 
 def test_the_example_is_right() -> None:

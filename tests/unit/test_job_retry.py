@@ -100,7 +100,8 @@ def described(one: Event, **more: Any) -> dict[str, Any]:
     return {"ID": one.job_id, **said, **dates, "Content": content, **more}
 
 
-def test_each_failure_waits_longer_and_in_the_end_it_is_given_up(kit: Kit) -> None:
+def test_each_failure_waits_longer_and_in_the_end_it_is_given_up(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     at = AT
     for number, minutes in enumerate((1, 2, 4), 1):
         one = failed(number, at=at)
@@ -115,6 +116,7 @@ def test_each_failure_waits_longer_and_in_the_end_it_is_given_up(kit: Kit) -> No
         kit.advance(minutes=1)
         assert kit.waiting is None and again.call_count == number
         at = kit.now
+    assert {one.levelname for one in caplog.records} == {"INFO"}  # to wait is nothing to be warned of
     one = failed(4, at=at)
     known(kit, described(one))
     kit.send(one)

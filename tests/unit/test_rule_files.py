@@ -292,7 +292,12 @@ def test_the_schema_takes_the_example_and_not_what_the_command_refuses(program: 
     found: dict[str, Any] = yaml.safe_load(example(program).read_text("utf-8"))
     for right in (found, yaml.safe_load(RIGHT[program.command])):
         jsonschema.validate(right, schema)
-    for wrong in ({"concurency": 3}, {"rules": [], "types": []}, {"orthanc": {"max_requests": "many"}}):
+    mistakes: tuple[dict[str, Any], ...] = (
+        {"concurency": 3},
+        {"rules": [], "types": []},
+        {"orthanc": {"max_requests": "many"}},
+    )
+    for wrong in mistakes:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(found | wrong, schema)
 
