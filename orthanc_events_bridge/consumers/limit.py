@@ -64,9 +64,15 @@ def limit_of(url: str, most: int) -> Limit:
     with _lock:
         found = _limits.get(place)
         if found is None:
-            found = _limits[place] = Limit(most)
+            found = _limits[place] = Limit(most, name=url)
         found.most = min(found.most, most)
         return found
+
+
+def limits() -> list[Limit]:
+    """Of all Orthancs that are asked now."""
+    with _lock:
+        return sorted(_limits.values(), key=lambda one: one.name)
 
 
 class Limit:
@@ -74,10 +80,12 @@ class Limit:
 
     :param now: seconds, monotonic.
     :ivar most: how many.
+    :ivar name: the Orthanc's address.
     """
 
-    def __init__(self, most: int, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int, now: Callable[[], float] = time.monotonic, name: str = "") -> None:
         self.most = most
+        self.name = name
         self._now = now
         self._taken = 0
         self._busy = 0  # of these, those that Orthanc is at

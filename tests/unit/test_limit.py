@@ -14,6 +14,7 @@ import pytest
 from orthanc_events_bridge.consumers import limit as module
 from orthanc_events_bridge.consumers.limit import MOMENT, Among, Limit, limit_of
 from orthanc_events_bridge.consumers.limited import AsyncLimited, Limited
+from orthanc_events_bridge.consumers.metrics import metrics_text
 
 
 def alone(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
@@ -176,6 +177,20 @@ def test_one_address_has_one_limit_and_the_least_counts() -> None:
     assert limit_of("http://localhost:80/a", 3) is limit and limit.most == 3
     assert limit_of("http://localhost/b", 7) is not limit
     assert limit_of("https://localhost/a", 7) is not limit
+
+
+@alone
+async def test_what_each_orthanc_has_and_what_waits_can_be_watched() -> None:
+    pytest.importorskip("prometheus_client")
+    limit = limit_of("http://watched:1", 1)
+    place = await limit.enter_async()
+    waiting = asyncio.create_task(limit.enter_async())
+    await turn()
+    lines = metrics_text([]).decode().splitlines()
+    assert 'orthanc_consumer_orthanc_requests{orthanc="http://watched:1"} 1.0' in lines
+    assert 'orthanc_consumer_orthanc_requests_waiting{orthanc="http://watched:1"} 1.0' in lines
+    place.leave()
+    (await waiting).leave()
 
 
 def answer(request: httpx.Request) -> httpx.Response:
