@@ -95,7 +95,7 @@ class Options(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         given = {key: value for key, value in data.items() if value is not None or key not in known}
         found = [_at(place, error) for place, error in cls.conflicts(given)]
-        nothing = mistake("has nothing behind it", "write it, or take its line out: that means something else")
+        nothing = mistake("has nothing behind it", "write something there, or remove the line if that is meant")
         found += [_at((name,), nothing) for name in cls.spoken if data.get(name, "") is None]
         try:
             options = handler(given)

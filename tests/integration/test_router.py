@@ -354,7 +354,10 @@ rules:
         done = routers.run("--explain", "1.2.3")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "orthanc-events: Orthanc has no study 1.2.3 (give its Orthanc id or its UID)\n"
-        routers.path.write_text(routers.path.read_text().replace("modality: known", "modality: unknown"))
+        right = routers.path.read_text()
+        routers.path.write_text(right.replace("tag: Modality", "tag: Modalty"))
+        assert "DICOM knows no attribute Modalty (did you mean Modality?)\n" in routers.run("--check").stdout
+        routers.path.write_text(right.replace("modality: known", "modality: unknown"))
         done = routers.run("--check")
         assert done.returncode == 1 and "(add the modality unknown to Orthanc's DicomModalities)" in done.stderr
         routers.path.write_text(routers.path.read_text().replace("to: [known]", "to: [knwon]"))

@@ -148,7 +148,7 @@ def test_files_that_are_not_there_and_what_goes_with_no_file(say: Say, tmp_path:
 @pytest.mark.parametrize(
     ("when", "words"),
     [
-        ("", ".when: has nothing behind it; write it, or take its line out"),
+        ("", ".when: has nothing behind it; write something there, or remove the line"),
         ("CT", ".when: a list is expected, and text was found; write a list of blocks, each beginning with `- tag: …`"),
         ("{}", ".when: it says nothing; write one of tag, metadata, label, all, any, not"),
         ("{tag: 0008, is: CT}", ".when.tag: '0008' is no keyword of a DICOM attribute; write its keyword"),
