@@ -44,6 +44,14 @@ from orthanc_events_bridge.cli_options import (
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.logs import quiet_clients
 
+#: What has a schema beside the bridge's file: where it lies, and what it is of.
+_SCHEMAS: Final = {
+    "consumer": ("consumers", "of a consumer's configuration"),
+    "router": ("workflows", "of that of `route`"),
+    "anonymizer": ("workflows", "of that of `anonymize`"),
+    "derive": ("workflows", "of that of `derive`"),
+    "job-retry": ("workflows", "of that of `retry-jobs`"),
+}
 _EPILOG: Final = "documentation: README.md and docs/ in the project's repository"
 
 
@@ -145,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     schema = add_command(commands, "schema", _schema, summary, epilog=cli_schema.EPILOG)
     of = schema.add_mutually_exclusive_group()
     cli_schema.options(of)
-    of.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
-    of.add_argument("--router", action="store_true", help="of a router's")
+    for name, (_, meaning) in _SCHEMAS.items():
+        of.add_argument(f"--{name}", dest="of", action="store_const", const=name, help=meaning)
     return parser
 
 
@@ -254,10 +262,8 @@ def _schema(options: argparse.Namespace) -> int:
         return cli_schema.run(options)
 
     package, name = "bridge", "orthanc-events"
-    if options.consumer:
-        package, name = "consumers", "orthanc-consumer"
-    elif options.router:
-        package, name = "workflows", "orthanc-router"
+    if options.of is not None:
+        package, name = _SCHEMAS[options.of][0], f"orthanc-{options.of}"
     text = resources.files(f"orthanc_events_bridge.{package}").joinpath(f"{name}.schema.json")
     print(text.read_text(encoding="utf-8"), end="")
     return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 from typing import TYPE_CHECKING, Final
 
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import add_rule_options, orthanc_id, show
-from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command
+from orthanc_events_bridge.cli_rules import add_rule_options, answer_or_work, orthanc_id, show
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration
 from orthanc_events_bridge.errors import BridgeError, GoneError
 
 if TYPE_CHECKING:
@@ -54,21 +53,10 @@ def define(commands: Commands) -> None:
     what.add_argument(
         "--who", metavar="ID", help="say what a PatientID or UID stands for, or what stands for it: PATIENT DATA"
     )
-    parser.add_argument("--json", action="store_true", help="with --explain or --who: for programs")
 
 
 def _anonymize(options: argparse.Namespace) -> int:
-    if options.json and options.explain is None and options.who is None:
-        raise UsageError("--json says how to answer", "say --explain ID or --who ID too")
-    alone = options.check or options.dry_run or options.explain or options.who
-    if (code := several(options, "anonymize", alone=bool(alone))) is not None:
-        return code
-    anonymizer = _made(options)
-    if options.explain is not None:
-        return asyncio.run(_explain(anonymizer, options.explain, as_json=options.json))
-    if options.who is not None:
-        return asyncio.run(_who(anonymizer, options.who, as_json=options.json))
-    return work(options, anonymizer)
+    return answer_or_work(options, "anonymize", _made, explain=_explain, who=_who)
 
 
 def _made(options: argparse.Namespace) -> Anonymizer:
@@ -82,7 +70,7 @@ def _made(options: argparse.Namespace) -> Anonymizer:
     return Anonymizer(configuration(options, AnonymizerSettings), dry=options.dry_run)
 
 
-async def _explain(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:
+async def _explain(anonymizer: Anonymizer, identifier: str, as_json: bool) -> int:
     try:
         async with anonymizer.app.asking() as orthanc:
             found = await orthanc_id(orthanc, identifier, anonymizer.level)
@@ -95,7 +83,7 @@ async def _explain(anonymizer: Anonymizer, identifier: str, *, as_json: bool) ->
     return 0
 
 
-async def _who(anonymizer: Anonymizer, identifier: str, *, as_json: bool) -> int:
+async def _who(anonymizer: Anonymizer, identifier: str, as_json: bool) -> int:
     try:
         studies = await anonymizer.memory.studies(identifier)
         uids = await anonymizer.memory.who(identifier)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import add_rule_options, as_dict, orthanc_id, tree
-from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command
+from orthanc_events_bridge.cli_rules import add_rule_options, answer_or_work, as_dict, orthanc_id, tree
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.derive import Deriver, Finding
@@ -56,19 +55,10 @@ def define(commands: Commands) -> None:
         "say what would be told from now on, and tell nothing",
         "say what is missing of a study that is there: its Orthanc id or UID",
     )
-    parser.add_argument("--json", action="store_true", help="with --explain: for programs")
 
 
 def _derive(options: argparse.Namespace) -> int:
-    if options.json and options.explain is None:
-        raise UsageError("--json says how to explain", "say --explain ID too")
-    alone = options.check or options.dry_run or options.explain
-    if (code := several(options, "derive", alone=bool(alone))) is not None:
-        return code
-    deriver = _deriver(options)
-    if options.explain is not None:
-        return asyncio.run(_explain(deriver, options.explain, as_json=options.json))
-    return work(options, deriver)
+    return answer_or_work(options, "derive", _deriver, explain=_explain)
 
 
 def _deriver(options: argparse.Namespace) -> Deriver:
@@ -77,7 +67,7 @@ def _deriver(options: argparse.Namespace) -> Deriver:
     return Deriver(configuration(options, DeriveSettings), dry=options.dry_run)
 
 
-async def _explain(deriver: Deriver, identifier: str, *, as_json: bool) -> int:
+async def _explain(deriver: Deriver, identifier: str, as_json: bool) -> int:
     async with deriver.app.asking() as orthanc:
         finding = await deriver.find(orthanc, await orthanc_id(orthanc, identifier, "study"))
     if as_json:

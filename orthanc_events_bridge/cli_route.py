@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from typing import TYPE_CHECKING, Final
 
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
-from orthanc_events_bridge.cli_rules import add_rule_options, orthanc_id, show
-from orthanc_events_bridge.cli_workers import add_worker_options, configuration, several, work
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command
+from orthanc_events_bridge.cli_rules import add_rule_options, answer_or_work, orthanc_id, show
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.router import Router
@@ -50,19 +49,10 @@ def define(commands: Commands) -> None:
     parser = add_command(commands, "route", _route, "send studies where rules say", text, epilog=_EPILOG)
     add_worker_options(parser)
     add_rule_options(parser, "decide for what comes from now on, and send nothing")
-    parser.add_argument("--json", action="store_true", help="with --explain: for programs")
 
 
 def _route(options: argparse.Namespace) -> int:
-    if options.json and options.explain is None:
-        raise UsageError("--json says how to explain", "say --explain ID too")
-    alone = options.check or options.dry_run or options.explain
-    if (code := several(options, "route", alone=bool(alone))) is not None:
-        return code
-    router = _router(options)
-    if options.explain is not None:
-        return asyncio.run(_explain(router, options.explain, as_json=options.json))
-    return work(options, router)
+    return answer_or_work(options, "route", _router, explain=_explain)
 
 
 def _router(options: argparse.Namespace) -> Router:
@@ -72,7 +62,7 @@ def _router(options: argparse.Namespace) -> Router:
     return Router(configuration(options, RouterSettings), dry=options.dry_run)
 
 
-async def _explain(router: Router, identifier: str, *, as_json: bool) -> int:
+async def _explain(router: Router, identifier: str, as_json: bool) -> int:
     async with router.deciding.asking() as orthanc:
         resource, decision = await router.explain(orthanc, await orthanc_id(orthanc, identifier, router.level))
     show(resource, decision, as_json=as_json)

@@ -1,13 +1,16 @@
-"""What the commands say of rules: which of them fit a resource, and why."""
+"""What the commands have in common that work by rules: questions in place of work, and why rules fit a resource."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from orthanc_events_bridge.cli_options import UsageError
+from orthanc_events_bridge.cli_workers import Working, several, work
 from orthanc_events_bridge.errors import GoneError
 
 if TYPE_CHECKING:
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.conditions import Verdict
     from orthanc_events_bridge.workflows.facts import Resource
     from orthanc_events_bridge.workflows.rules import Decision
+
+
+_Program = TypeVar("_Program", bound=Working)
 
 
 def add_rule_options(
@@ -33,7 +39,32 @@ def add_rule_options(
     what.add_argument("--check", action="store_true", help="connect everywhere, say what was found, and leave")
     what.add_argument("--dry-run", action="store_true", help=dry_run)
     what.add_argument("--explain", metavar="ID", help=explain)
+    parser.add_argument("--json", action="store_true", help="with a question that has an ID: for programs")
     return what
+
+
+def answer_or_work(
+    options: argparse.Namespace,
+    command: str,
+    make: Callable[[argparse.Namespace], _Program],
+    **questions: Callable[[_Program, str, bool], Coroutine[Any, Any, int]],
+) -> int:
+    """Do what a command is told: answer a question, or work, in as many processes as are asked for.
+
+    :param make: makes what works, by the options.
+    :param questions: of each option that takes an id, what answers it, for programs or for people.
+    :return: the exit code.
+    :raises UsageError: nothing is asked that could be answered for programs; or there can't be so many processes.
+    """
+    asked = {name: getattr(options, name) for name in questions if getattr(options, name) is not None}
+    if options.json and not asked:
+        raise UsageError("--json says how to answer", f"say {' or '.join(f'--{name} ID' for name in questions)} too")
+    if (code := several(options, command, alone=bool(options.check or options.dry_run or asked))) is not None:
+        return code
+    program = make(options)
+    for name, identifier in asked.items():  # there is one
+        return asyncio.run(questions[name](program, identifier, options.json))
+    return work(options, program)
 
 
 def show(resource: Resource, decision: Decision, *, as_json: bool) -> None:

@@ -43,6 +43,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # its number, of one that is supervised
+    parser.add_argument("--of", type=int, default=1, help=argparse.SUPPRESS)  # how many are supervised
     parser.add_argument("--only-load", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -56,11 +57,30 @@ def configuration(options: argparse.Namespace, settings: type[_Settings]) -> Con
     """What the file, the environment and the command line say.
 
     :param settings: what can be said.
-    :raises ConfigError: something of that makes no sense.
+    :raises UsageError: no file is named, and it can't do without.
+    :raises ConfigError: something of that makes no sense; or where events come from, or which Orthanc is asked, is not
+        said.
     """
-    from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
+    from orthanc_events_bridge.consumers.configuration import BROKER_ENVIRONMENT, ENVIRONMENT, CommandLine, configure_as
+    from orthanc_events_bridge.loading import ConfigError, Problem
+    from orthanc_events_bridge.orthanc_api import ENVIRONMENT as ORTHANC_ENVIRONMENT
 
-    return configure_as(settings, {}, given=CommandLine(options.config, given(options)))
+    file = options.config or os.environ.get(ENVIRONMENT)
+    if not file and any(field.is_required() for field in settings.model_fields.values()):
+        raise UsageError("which file it works by is not said", f"say --config FILE, or set {ENVIRONMENT}")
+    found = configure_as(settings, {}, given=CommandLine(options.config, given(options)))
+    place = str(file or f"the consumer {found.settings.name}")
+    missing = [
+        Problem(place, None, option, wrong, f"give its URL, or set {variable}")
+        for option, value, wrong, variable in (
+            ("broker", found.settings.broker, "where events come from is not said", BROKER_ENVIRONMENT),
+            ("orthanc", found.orthanc, "which Orthanc is asked is not said", f"{ORTHANC_ENVIRONMENT}URL"),
+        )
+        if value is None
+    ]
+    if missing:
+        raise ConfigError(missing)
+    return found
 
 
 def several(options: argparse.Namespace, *command: str, alone: bool) -> int | None:
@@ -90,7 +110,7 @@ def _supervise(arguments: list[str], count: int) -> int:
     """
     from orthanc_events_bridge.consumers.workers import Workers
 
-    command = [sys.executable, "-m", "orthanc_events_bridge", *arguments]
+    command = [sys.executable, "-m", "orthanc_events_bridge", *arguments, "--of", str(count)]
     # Once, and not by each worker: what keeps it from beginning is said one time. As the last of them, for its port.
     trial = [*command, "--worker", str(count - 1), "--only-load"]
     code = subprocess.run(trial, stdin=subprocess.DEVNULL, check=False).returncode
@@ -138,7 +158,10 @@ def work(options: argparse.Namespace, one: Working) -> int:
 
     :return: the exit code.
     """
+    from orthanc_events_bridge.consumers.limit import among
+
     if options.worker is not None:
+        among.number, among.count = options.worker, options.of
         one.numbered(options.worker)
     if options.only_load:
         one.complete()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from orthanc_events_bridge.document import UNKNOWN, Document, read
 from orthanc_events_bridge.errors import BridgeError
-from orthanc_events_bridge.mistakes import explain, kind_of, spell
+from orthanc_events_bridge.mistakes import explain, kind_of, spell, written
 from orthanc_events_bridge.values import Options
 
 if TYPE_CHECKING:
@@ -144,11 +144,10 @@ def validate(model: type[_O], document: Document, folder: Path) -> tuple[_O | No
         except ValidationError as error:
             errors = error.errors(include_url=False)
         # Where text is wanted, an unquoted `no`, `0123` or `2024-01-01` is meant as it is written.
-        restored = [
-            error["loc"]
-            for error in errors
-            if error["type"] in ("string_type", "path_type") and error["loc"] in document.texts
+        places = [
+            written(document.data, error["loc"]) for error in errors if error["type"] in ("string_type", "path_type")
         ]
+        restored = [place for place in places if place in document.texts]
         for place in restored:
             block = document.data
             for step in place[:-1]:

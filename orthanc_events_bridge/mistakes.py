@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -33,7 +34,7 @@ def explain(
     for error in errors:
         if _consequence(document.data, error, errors):
             continue
-        place = error["loc"]
+        place = written(document.data, error["loc"])
         context = error.get("ctx", {})
         if error["type"] == MISTAKE:
             wrong, right, shown = context["wrong"], context["right"], context["shown"]
@@ -49,10 +50,32 @@ def explain(
             if variables:
                 wrong = f"the value with {' and '.join(f'${{{name}}}' for name in variables)} {wrong}"
             else:
+                shown = "".join(one if one.isprintable() else "�" for one in shown)
                 wrong = f"'{shown if len(shown) <= 60 else shown[:57] + '…'}' {wrong}"
         if (place, wrong) not in said:
             said.add((place, wrong))
             yield place, document.line(place), wrong, right
+
+
+def written(data: Any, place: Place) -> Place:
+    """A place of pydantic's as it is in the file: there, what counts as a list of one is none, and a name has no place.
+
+    :param data: of the file. What a value of it is turned into is not in it, and is left as pydantic has it.
+    """
+    found: list[str | int] = []
+    for number, step in enumerate(place):
+        if step == "[key]":
+            continue
+        if isinstance(data, Mapping) and not isinstance(step, int):
+            data = data.get(step)
+        elif isinstance(data, list) and isinstance(step, int):
+            data = data[step]
+        elif not isinstance(step, int):
+            return (*found, *place[number:])
+        else:
+            continue
+        found.append(step)
+    return tuple(found)
 
 
 def spell(place: Place) -> str:
@@ -66,7 +89,7 @@ def spell(place: Place) -> str:
 def _consequence(data: Any, error: ErrorDetails, errors: list[ErrorDetails]) -> bool:
     """Whether it only follows from a mistake that is reported anyway."""
     value, place = data, error["loc"]
-    for step in place:
+    for step in written(data, place):
         if isinstance(value, Mapping):
             value = value.get(step)
         elif isinstance(value, list) and isinstance(step, int):
@@ -74,7 +97,7 @@ def _consequence(data: Any, error: ErrorDetails, errors: list[ErrorDetails]) -> 
     if value is UNKNOWN:
         return True
     if error["type"] == "too_short":  # pydantic counts right items only
-        return bool(value)
+        return bool(value) or isinstance(value, Mapping)
     return (
         error["type"] == "missing"
         and any(  # there, but misspelt
@@ -95,7 +118,10 @@ def _translate(place: Place, error: ErrorDetails, data: Any, model: type[Options
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     field = _field(place, data, model)
     found = f"and {kind_of(value)} was found"
-    sample = _sample(place, field)
+    if field is None and place and (named := _field(place[:-1], data, model)) and get_origin(named.annotation) is dict:
+        sample = _sample(place[:-1], named)  # a name of the operator's own
+    else:
+        sample = _sample(place, field)
     if kind == "missing":
         return "is required", sample, None
     if kind == "extra_forbidden":
@@ -110,6 +136,8 @@ def _translate(place: Place, error: ErrorDetails, data: Any, model: type[Options
     if kind in ("greater_than_equal", "less_than_equal"):
         bound = f"at least {context['ge']}" if "ge" in context else f"at most {context['le']}"
         return "is out of range", f"it has to be {bound}", str(value)
+    if kind == "string_too_short":
+        return "is empty", sample, None
     if kind == "too_short":
         return "is an empty list", f"name at least one; {sample}", None
     expected = {
@@ -124,12 +152,17 @@ def _translate(place: Place, error: ErrorDetails, data: Any, model: type[Options
         "int_type": "a whole number is expected",
         "int_parsing": "a whole number is expected",
         "int_from_float": "a whole number is expected",
+        "float_type": "a number is expected",
+        "float_parsing": "a number is expected",
+        "finite_number": "a number with an end is expected",
     }.get(kind, "another value is expected")
     right = sample
     if expected == "true or false is expected":
         right = "write true or false"
     elif expected == "a whole number is expected":
         right = "write a whole number"
+    elif "a number" in expected:
+        right = "write a number"
     elif expected == "a block of options is expected":
         right = "write its options below it, indented, one `option: value` per line"
     return f"{expected}, {found}", right, None
@@ -140,7 +173,7 @@ def _unknown_option(place: Place, data: Any, model: type[Options]) -> tuple[str,
     known = list(options_of(block)) if block else []
     for option, field in options_of(block).items() if block else ():
         inner = options_class(field.annotation)
-        if inner is not None and name in inner.model_fields:
+        if inner is not None and inner is not block and name in options_of(inner):
             return "there is no such option here", f"it belongs into the block {option}", None
     if len(place) > 1 and name in model.model_fields:
         return "there is no such option here", "it belongs to the top of the file, not indented", None
@@ -217,9 +250,15 @@ def _sample(place: Place, field: FieldInfo | None) -> str:
         return f"write a list of blocks, each beginning with `- type: nats` (types: {', '.join(transport_types())})"
     if field.examples:
         example = field.examples[0]
-        if isinstance(example, list):
-            example = "[" + ", ".join(f'"{item}"' for item in example) + "]"
+        if isinstance(example, list | dict):
+            example = json.dumps(example)
         return f"write it as in `{place[-1]}: {example}`"
+    inner = options_class(field.annotation)
+    first = next(iter(options_of(inner))) if inner else ""
+    if get_origin(field.annotation) is dict:
+        return f"write names of your own, each with its options: `NAME: {{{first}: …}}`"
+    if inner:
+        return f"write a list of blocks, each beginning with `- {first}: …`"
     return "write text, in quotes if need be"
 
 

@@ -30,6 +30,8 @@ from orthanc_events_bridge.transports.tls import client_context
 #: In front of each option's name, in capitals, in the environment.
 ENVIRONMENT: Final = "ORTHANC_EVENTS_ORTHANC_"
 _TIMEOUT: Final = 30.0
+#: Requests at once: less than half of what Orthanc has threads for (``HttpThreadsCount``, 50).
+MAX_REQUESTS: Final = 24
 #: Seconds that a connection may be idle. Orthanc ends it after 0.5 or 1, and a request that meets that has no answer.
 _IDLE: Final = 0.25
 _LOGIN: Final = ("user", "password", "password_file", "token", "token_file")
@@ -45,6 +47,7 @@ class OrthancOptions:
     :ivar ca_file: PEM file with the authorities to trust, in place of the system's.
     :ivar cert_file: PEM file with our own certificate (mutual TLS), with `key_file`, not encrypted.
     :ivar timeout: seconds to connect, and to wait for each piece of an answer.
+    :ivar max_requests: at once, of all consumers of one command together.
     """
 
     url: str
@@ -57,6 +60,7 @@ class OrthancOptions:
     cert_file: Path | None = None
     key_file: Path | None = None
     timeout: float = _TIMEOUT
+    max_requests: int = MAX_REQUESTS
 
     def __repr__(self) -> str:
         return f"OrthancOptions({self.url!r})"  # nothing secret
@@ -88,6 +92,11 @@ class OrthancOptions:
         except ValueError:
             wrong = f"{ENVIRONMENT}TIMEOUT is no number of seconds: {options['timeout']}"
             raise OrthancError(wrong, "write 30, say") from None
+        try:
+            options["max_requests"] = int(options.get("max_requests", MAX_REQUESTS))
+        except ValueError:
+            wrong = f"{ENVIRONMENT}MAX_REQUESTS is no whole number: {options['max_requests']}"
+            raise OrthancError(wrong, f"write {MAX_REQUESTS}, say") from None
         found = cls(**options)
         found.check()
         return found
@@ -119,6 +128,8 @@ class OrthancOptions:
             raise OrthancError("the URL of Orthanc holds characters that no URL has", right)
         if not self.timeout > 0:
             raise OrthancError(f"{self.place}: the timeout is {self.timeout:g} s", "give more than 0")
+        if self.max_requests < 1:
+            raise OrthancError(f"{self.place}: max_requests is {self.max_requests}", "give 1 or more")
         ways = [name for name in _LOGIN if name != "user" and getattr(self, name) is not None]
         if len(ways) > 1:
             raise OrthancError(f"{self.place}: {' and '.join(ways)} are given", "keep one of them")

@@ -70,6 +70,8 @@ class Options(BaseModel):
     """A block of options. Unknown ones are refused; one with nothing behind it counts as left out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    #: Options of which it is a mistake to leave nothing behind them.
+    spoken: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, PydanticCustomError]]:
@@ -90,8 +92,11 @@ class Options(BaseModel):
     def _every_mistake(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, Mapping):
             return handler(data)
-        given = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        given = {key: value for key, value in data.items() if value is not None or key not in known}
         found = [_at(place, error) for place, error in cls.conflicts(given)]
+        nothing = mistake("has nothing behind it", "write something there, or remove the line if that is meant")
+        found += [_at((name,), nothing) for name in cls.spoken if data.get(name, "") is None]
         try:
             options = handler(given)
         except ValidationError as error:

@@ -63,7 +63,8 @@ class Consumer:
         ``ORTHANC_EVENTS_BROKER`` names another.
     :param orthanc: where Orthanc's REST API is, for handlers that take a second argument; or
         `orthanc_events_bridge.orthanc_api.OrthancOptions`, with TLS and a login. What the environment says
-        (``ORTHANC_EVENTS_ORTHANC_URL`` …) comes first.
+        (``ORTHANC_EVENTS_ORTHANC_URL`` …) comes first. Of all consumers in a process it gets at most ``max_requests``
+        requests at once.
     :param start: where the name's very first start begins: with the next event (``new``, if nothing is said), or with
         the oldest that the broker keeps. Later ones go on where it was.
     :param concurrency: how many events one worker handles at a time. Of one key it is always one at a time.
@@ -304,9 +305,9 @@ class Consumer:
 
         Needs the extra ``testing`` where handlers ask Orthanc.
         """
-        from orthanc_events_bridge.testing.kit import Trial
+        from orthanc_events_bridge.testing.kit import Parts, Trial
 
-        return Trial(self._terms, self._routes, self._orthanc, self._turns, self._publisher)
+        return Trial(Parts(self._terms, self._routes, self._orthanc, self._turns, self._publisher))
 
     def _held_for(self, longest: float) -> float:
         """Seconds that one delivery may be held; 0: what the broker allows. In order, all its waits are among them."""

@@ -1,4 +1,5 @@
-"""What handlers ask Orthanc with: ``httpx`` clients that know the address, log in, and try again what may be.
+"""What handlers ask Orthanc with: ``httpx`` clients that know the address, log in, try again what may be, and wait for
+their turn where a burst would drown it.
 
 Needs the extra ``orthanc``.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orthanc_events_bridge.consumers.limit import Limit, limit_of
 from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions, client_settings
 
@@ -27,6 +29,7 @@ class Clients:
         self._options = options
         self._async: httpx.AsyncClient | None = None
         self._sync: httpx.Client | None = None
+        self._limit: Limit | None = None
 
     def check(self) -> None:
         """Can they be made?
@@ -44,8 +47,10 @@ class Clients:
             import httpx
             from httpx_retries import RetryTransport
 
+            from orthanc_events_bridge.consumers.limited import AsyncLimited
+
             settings = self._settings()
-            wire = self._async_wire(settings.pop("verify"), settings.pop("limits"))
+            wire = AsyncLimited(self._async_wire(settings.pop("verify"), settings.pop("limits")), self._limited())
             self._async = httpx.AsyncClient(transport=RetryTransport(wire, self._retries()), **settings)
         return self._async
 
@@ -58,8 +63,10 @@ class Clients:
             import httpx
             from httpx_retries import RetryTransport
 
+            from orthanc_events_bridge.consumers.limited import Limited
+
             settings = self._settings()
-            wire = self._sync_wire(settings.pop("verify"), settings.pop("limits"))
+            wire = Limited(self._sync_wire(settings.pop("verify"), settings.pop("limits")), self._limited())
             self._sync = httpx.Client(transport=RetryTransport(wire, self._retries()), **settings)
         return self._sync
 
@@ -79,6 +86,15 @@ class Clients:
                 "give the consumer orthanc=URL, or let the handler take the event alone",
             )
         return client_settings(self._options)
+
+    def _limited(self) -> Limit:
+        """Shared with all others of this process that ask the same Orthanc. A request that waits to be repeated has no
+        place meanwhile.
+        """
+        if self._limit is None:
+            assert self._options is not None  # `_settings` says so
+            self._limit = limit_of(self._options.url, self._options.max_requests)
+        return self._limit
 
     # What tests replace.
 

@@ -152,16 +152,16 @@ def configure_as(
         problems.append(Problem(source, number if in_document else None, spell(place), wrong, right))
     if settings is None or problems:
         raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
-    return Configuration(settings, _orthanc(settings, said, orthanc, "orthanc" in in_file, environment, str(path)))
+    asked = (str(path), document.lines.get(("orthanc",))) if "orthanc" in in_file else None
+    return Configuration(settings, _orthanc(settings, said, orthanc, environment, asked))
 
 
 def _orthanc(
     settings: ConsumerSettings,
     said: Mapping[str, Any],
     options: object,
-    in_file: bool,
     environment: Mapping[str, str],
-    file: str,
+    in_file: tuple[str, int | None] | None,
 ) -> OrthancOptions | None:
     """The environment, then the file, then the code; a login comes from one of them."""
     layers: list[Mapping[str, Any]] = []
@@ -178,6 +178,8 @@ def _orthanc(
         return OrthancOptions.find({}, environment, *layers)
     except OrthancError as error:
         outside = [name for name in environment if name.startswith(ORTHANC_ENVIRONMENT) and environment[name]]
-        said_here = [file if in_file else f"the consumer {settings.name}"] if layers else []
-        source = " and ".join([*said_here, *sorted(outside)])
-        raise ConfigError([Problem(source, None, "orthanc", error.message, error.remedy)]) from None
+        place, line = in_file or (f"the consumer {settings.name}", None)
+        source = " and ".join([*([place] if layers else []), *sorted(outside)])
+        raise ConfigError(
+            [Problem(source, None if outside else line, "orthanc", error.message, error.remedy)]
+        ) from None

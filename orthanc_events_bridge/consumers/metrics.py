@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
+from orthanc_events_bridge.consumers.limit import Limit, limits
 from orthanc_events_bridge.consumers.meter import BUCKETS, OUTCOMES, Meter
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Collector:
                 if (value := read(meter)) is not None:
                     gauge.add_metric([name], value)
             yield gauge
+        for what, (text, number) in _OF_ORTHANCS.items():
+            gauge = GaugeMetricFamily(f"{_PREFIX}_{what}", text, labels=["orthanc"])
+            for limit in limits():
+                gauge.add_metric([limit.name], number(limit))
+            yield gauge
 
     def _meters(self) -> Iterator[tuple[str, Meter]]:
         return ((one.name, one.meter) for one in self._consumers)
@@ -75,6 +81,13 @@ _GAUGES: Final[dict[str, tuple[str, Callable[[Meter], float | None]]]] = {
         "Between recording and the end of handling, of the newest event.",
         lambda meter: None if meter.newest is None else meter.lag,
     ),
+}
+
+
+#: The same of each Orthanc that the process asks.
+_OF_ORTHANCS: Final[dict[str, tuple[str, Callable[[Limit], int]]]] = {
+    "orthanc_requests": ("Requests that it has now.", lambda limit: limit.taken),
+    "orthanc_requests_waiting": ("Requests that wait, for it has enough.", lambda limit: limit.waiting),
 }
 
 

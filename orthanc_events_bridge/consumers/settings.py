@@ -27,7 +27,7 @@ from orthanc_events_bridge.consumers import stores
 from orthanc_events_bridge.consumers.broker import block_of
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import OrthancError
-from orthanc_events_bridge.orthanc_api import OrthancOptions
+from orthanc_events_bridge.orthanc_api import MAX_REQUESTS, OrthancOptions
 from orthanc_events_bridge.secret import given_twice
 from orthanc_events_bridge.transports.blocks import ByType, transport_of
 from orthanc_events_bridge.transports.nats_options import NatsOptions
@@ -39,12 +39,15 @@ LONGEST_ORDERED_RETRY: Final = 300.0
 #: What is ordered is held while it waits: all its waits, 20 minutes, lie within what every broker allows by itself
 #: (RabbitMQ 3.10: half an hour).
 ORDERED_ATTEMPTS: Final = 12
+#: Characters of a consumer's name.
+LONGEST_NAME: Final = 128
 _POLICY: Final = RetryPolicy()
 
 
 def _name(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", value) is None:
-        raise mistake("can't be the name of a consumer", "use letters, digits, _ and -, at most 128", shown=value)
+    if re.fullmatch(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}", value) is None:
+        right = f"use letters, digits, _ and -, at most {LONGEST_NAME}"
+        raise mistake("can't be the name of a consumer", right, shown=value)
     return value
 
 
@@ -118,6 +121,13 @@ class OrthancSettings(Options):
         default=None,
         description="How long an answer is waited for: to connect, and for each piece of it. Left out: 30 seconds.",
         examples=["30s"],
+    )
+    max_requests: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        default=None,
+        description="How many requests Orthanc gets at once from one command: from all its consumers and handlers, and "
+        "its `--workers` together (each has its part, and one at least). A download or upload counts until its end. "
+        f"Others wait. Left out: {MAX_REQUESTS}.",
+        examples=[MAX_REQUESTS],
     )
 
     def given(self) -> dict[str, Any]:

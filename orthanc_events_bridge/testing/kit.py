@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.consumers.once import Turns
@@ -44,6 +44,19 @@ _ENDLESS: Final = 10_000
 _ORTHANC: Final = "http://orthanc.test"
 
 
+class Parts(NamedTuple):
+    """A consumer's, that are tested.
+
+    :ivar options: which Orthanc its handlers ask.
+    """
+
+    terms: Terms
+    routes: Sequence[Route]
+    options: OrthancOptions | None
+    turns: Turns
+    publisher: Publisher
+
+
 class _Published(MemoryTransport):
     """Notes what is published."""
 
@@ -65,23 +78,16 @@ class _Kit(Outcomes):
         The consumer is given it too, as everybody is.
     """
 
-    def __init__(
-        self,
-        terms: Terms,
-        routes: Sequence[Route],
-        options: OrthancOptions | None,
-        turns: Turns,
-        publisher: Publisher,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self._now = 0.0
         self.broker = Broker(lambda: self._now)
         self.published: list[Event] = []
-        self._terms = replace(terms, oldest=True)
-        self._routes = [replace(one, handler=self._watched(one)) for one in routes]
-        self._clients = RecordedClients(_ORTHANC if options is None else options.url)
-        self._turns = turns
-        self._publisher = publisher
+        self._terms = replace(parts.terms, oldest=True)
+        self._routes = [replace(one, handler=self._watched(one)) for one in parts.routes]
+        self._clients = RecordedClients(_ORTHANC if parts.options is None else parts.options.url)
+        self._turns = parts.turns
+        self._publisher = parts.publisher
         self._calls: dict[tuple[str, int], list[Call]] = {}
         self._lock = threading.Lock()
         self._sent = 0
@@ -297,22 +303,15 @@ class Kit(_Kit):
 class Trial:
     """What `Consumer.test` returns: ``with`` gives a `Kit`, ``async with`` an `AsyncKit`."""
 
-    def __init__(
-        self,
-        terms: Terms,
-        routes: Sequence[Route],
-        options: OrthancOptions | None,
-        turns: Turns,
-        publisher: Publisher,
-    ) -> None:
-        if not routes:
-            raise no_handler(terms.name)
-        self._make = terms, routes, options, turns, publisher
+    def __init__(self, parts: Parts) -> None:
+        if not parts.routes:
+            raise no_handler(parts.terms.name)
+        self._parts = parts
         self._kit: Kit | None = None
         self._async: AsyncKit | None = None
 
     def __enter__(self) -> Kit:
-        self._kit = Kit(*self._make)
+        self._kit = Kit(self._parts)
         self._kit.start()
         return self._kit
 
@@ -323,7 +322,7 @@ class Trial:
             self._kit.end()
 
     async def __aenter__(self) -> AsyncKit:
-        self._async = AsyncKit(*self._make)
+        self._async = AsyncKit(self._parts)
         await self._async._begin()
         return self._async
 

@@ -8,9 +8,9 @@ Each is one module on `orthanc_events_bridge.consumers`, and an example to copy:
 - `job_retry`: resubmits Orthanc's jobs that have failed.
 
 What they share: `rules` and `conditions` (their language), `facts` (what Orthanc knows of a resource, as conditions ask
-for it), `jobs` (Orthanc's jobs, waited for), `audit` (what left the house), `program` (what a command runs). Of the
-router: `router_settings`, `destinations` (ways to send). Of the anonymizer: `anonymizer_settings`, `profile` (what
-becomes of which element), `pseudonyms`, `deidentify` and `reidentify` (one file), `dicom_files`, `batch` (files into
-Orthanc), `memory` (what stands for what), `telling` (its events). Of the job retry: `job_again`, `job_progress`. Of the
-derived events: `studies`.
+for it), `jobs` (Orthanc's jobs, waited for), `audit` (what left the house), `keywords` (of DICOM), `program` (what a
+command runs). Of the router: `router_settings`, `destinations` (ways to send). Of the anonymizer:
+`anonymizer_settings`, `profile` (what becomes of which element), `pseudonyms`, `deidentify` and `reidentify` (one
+file), `dicom_files`, `batch` (files into Orthanc), `memory` (what stands for what), `telling` (its events). Of the job
+retry: `job_again`, `job_progress`. Of the derived events: `studies`.
 """

@@ -32,6 +32,7 @@ from orthanc_events_bridge.workflows.batch import Batch
 from orthanc_events_bridge.workflows.deidentify import LeftOutError, pseudonymise
 from orthanc_events_bridge.workflows.dicom_files import UnreadableFileError
 from orthanc_events_bridge.workflows.facts import Resource, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.memory import Memory, Remembered
 from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.program import Program
@@ -279,7 +280,7 @@ class Anonymizer(Program):
             await self._ready()
         finally:
             await self.memory.close()
-        found = await self.app.check()
+        found = [*await self.app.check(), *odd(self._wanted.tags)]
         return found + [f"project {name}: profile {one.profile}" for name, one in self.settings.projects.items()]
 
     async def explain(self, orthanc: httpx.AsyncClient, identifier: str) -> tuple[Resource, Decision, str]:

@@ -84,6 +84,8 @@ class AnonymizerSettings(ConsumerSettings):
         if self.memory is None:
             yield ("store",), mistake("is no database, and what stands for what has to be remembered in one", _RIGHT)
         yield from mistakes(self.rules, self.projects, "project")
+        if BASIC in self.profiles:
+            yield ("profiles", BASIC), mistake("is there by itself, as DICOM has it", "give yours another name")
         for name, project in self.projects.items():
             if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
                 wrong, right = "can't be the name of a project", "use letters, digits and -, at most 32"

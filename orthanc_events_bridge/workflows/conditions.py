@@ -86,6 +86,8 @@ class OneOrMany:
         return {"anyOf": [many["items"], many]}
 
 
+#: A DICOM attribute's keyword.
+Keyword = Annotated[str, AfterValidator(_keyword)]
 _Texts = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_more), OneOrMany()]
 _Parts = Annotated["tuple[Condition, ...]", Field(min_length=1), BeforeValidator(_conditions), OneOrMany()]
 
@@ -93,7 +95,7 @@ _Parts = Annotated["tuple[Condition, ...]", Field(min_length=1), BeforeValidator
 class Condition(Options):
     """One condition: about a `tag`, a `metadata` or a `label`, or made of others."""
 
-    tag: Annotated[str, AfterValidator(_keyword)] | None = Field(
+    tag: Keyword | None = Field(
         default=None,
         description="A DICOM attribute's keyword. Of a study or series it is looked for in all its series, in the "
         "first instance of each. Inside of a sequence, with dots between: "
@@ -102,6 +104,7 @@ class Condition(Options):
     )
     metadata: str | None = Field(
         default=None,
+        min_length=1,
         description="A metadata of Orthanc: `RemoteAET`, `CalledAET`, `Origin`, `ReceptionDate` …, of the resource or "
         "of the first instance of each of its series.",
         examples=["RemoteAET"],
@@ -124,8 +127,12 @@ class Condition(Options):
         description="A regular expression of Python's that fits anywhere; `^` and `$` tie it to the ends.",
         examples=["(?i)thorax"],
     )
-    above: float | None = Field(default=None, description="It is a number, or a DICOM date, greater than this.")
-    below: float | None = Field(default=None, description="It is a number, or a DICOM date, less than this.")
+    above: float | None = Field(
+        default=None, allow_inf_nan=False, description="It is a number, or a DICOM date, greater than this."
+    )
+    below: float | None = Field(
+        default=None, allow_inf_nan=False, description="It is a number, or a DICOM date, less than this."
+    )
     exists: bool | None = Field(default=None, description="`true`: it is there. `false`: it is not, or is empty.")
     all: _Parts | None = Field(default=None, description="All of these hold.")
     any: _Parts | None = Field(default=None, description="One of these holds.")

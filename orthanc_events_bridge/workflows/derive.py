@@ -24,10 +24,12 @@ from orthanc_events_bridge.consumers.retry import Retry
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
 from orthanc_events_bridge.errors import BridgeError, GoneError
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
-from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
+from orthanc_events_bridge.workflows.conditions import Keyword, Verdict, When, judge
+from orthanc_events_bridge.workflows.destinations import Symbol
 from orthanc_events_bridge.workflows.facts import Wanted, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.program import Program
-from orthanc_events_bridge.workflows.rules import Conditional, named_twice, wanted_by
+from orthanc_events_bridge.workflows.rules import Conditional, RuleName, named_twice, wanted_by
 from orthanc_events_bridge.workflows.studies import Content, content_of, expected_of, quiet_for
 
 if TYPE_CHECKING:
@@ -44,12 +46,12 @@ _LEASE: Final = 10.0
 class Count(Options):
     """How it is known how many instances a study has: by a `tag`, or from a `modality`."""
 
-    tag: str | None = Field(
+    tag: Keyword | None = Field(
         default=None,
-        description="A DICOM attribute's keyword, in the images: the largest value counts.",
+        description="A DICOM attribute's keyword, in the images, where a modality writes it: the largest value counts.",
         examples=["NumberOfStudyRelatedInstances"],
     )
-    modality: str | None = Field(
+    modality: Symbol | None = Field(
         default=None,
         description="A modality by its name in Orthanc's `DicomModalities`, which is asked by C-FIND: commonly the "
         "PACS that the study is moved from.",
@@ -66,7 +68,7 @@ class Count(Options):
 class Rule(Conditional):
     """One rule: what it is for, and when that is ready."""
 
-    name: str = Field(description="For the event, for `--explain`, and for people.", examples=["mr-brain"])
+    name: RuleName = Field(description="For the event, for `--explain`, and for people.", examples=["mr-brain"])
     quiet: Annotated[float, Duration(minimum=1, maximum=86400)] = Field(
         default=60.0, description="For so long no instance must have come.", examples=["2m"]
     )
@@ -74,6 +76,7 @@ class Rule(Conditional):
         default_factory=dict,
         description="Series that must be there, by names of your own: of each the conditions that one series has to "
         "meet.",
+        examples=[{"t1": {"tag": "SeriesDescription", "glob": "*T1*"}}],
     )
     instances: Count | None = Field(default=None, description="How it is known how many instances there must be.")
     deadline: Annotated[float, Duration(minimum=1, maximum=30 * 86400)] = Field(
@@ -284,6 +287,8 @@ class Deriver(Program):
             raise BridgeError(
                 f"Orthanc knows no modality {modality}", f"add the modality {modality} to Orthanc's DicomModalities"
             )
+        counts = {rule.instances.tag for rule in self.rules if rule.instances and rule.instances.tag}
+        found += odd(self._wanted.tags | self._of_series.tags | counts)
         return [*found, *(f"modality {modality}: known to Orthanc" for modality in sorted(wanted))]
 
 

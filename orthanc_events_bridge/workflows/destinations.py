@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.consumers.clients import Clients
@@ -29,21 +30,30 @@ from orthanc_events_bridge.workflows.jobs import Submission, run_job
 if TYPE_CHECKING:
     import httpx
 
+
+def _symbol(value: str) -> str:
+    if re.fullmatch(r"[^\s/?#%]+", value) is None:
+        raise mistake("can't be a name in Orthanc's configuration", "write it as it is there", shown=value)
+    return value
+
+
+#: An option that is a name in Orthanc's configuration; it becomes a part of a path.
+Symbol = Annotated[str, AfterValidator(_symbol)]
 _KINDS: Final = ("modality", "peer", "dicomweb", "orthanc", "folder")
 
 
 class Destination(Options):
     """One place to send to: one of `modality`, `peer`, `dicomweb`, `orthanc` and `folder`, with its limits."""
 
-    modality: str | None = Field(
+    modality: Symbol | None = Field(
         default=None,
         description="A modality by its name in Orthanc's `DicomModalities`: C-STORE, as a job of Orthanc's.",
         examples=["pacs"],
     )
-    peer: str | None = Field(
+    peer: Symbol | None = Field(
         default=None, description="A peer by its name in Orthanc's `OrthancPeers`, as a job.", examples=["archive"]
     )
-    dicomweb: str | None = Field(
+    dicomweb: Symbol | None = Field(
         default=None,
         description="A server by its name in the configuration of Orthanc's DICOMweb plugin: STOW-RS, as a job.",
         examples=["cloud"],
@@ -81,6 +91,18 @@ class Destination(Options):
         if len(kinds) != 1:
             wrong = f"it is {' and '.join(kinds)}" if kinds else "where it sends to is not said"
             yield (), mistake(wrong, f"give one of {', '.join(_KINDS)}")
+
+    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """Another Orthanc of which not all is said; nothing of it comes from the environment."""
+        if self.orthanc is None:
+            return
+        if self.orthanc.url is None:
+            yield ("orthanc",), mistake("where it is is not said", "give its url: https://HOST/PATH, say")
+            return
+        try:
+            OrthancOptions(**self.orthanc.given()).check()
+        except OrthancError as error:
+            yield ("orthanc",), mistake(error.message, error.remedy)
 
     @property
     def kind(self) -> str:

@@ -21,7 +21,6 @@ from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings, RetrySettings
 from orthanc_events_bridge.errors import GoneError
-from orthanc_events_bridge.loading import ConfigError, Problem
 from orthanc_events_bridge.values import Duration, Options, Place, mistake
 from orthanc_events_bridge.workflows.asking import ask, time_of
 from orthanc_events_bridge.workflows.job_again import MODALITY, PEER, STOW, again, does, names, since_then
@@ -70,7 +69,7 @@ class Resubmission(Options):
 
 
 class JobRetrySettings(ConsumerSettings):
-    """The file of ``orthanc-events retry-jobs``: the options of every consumer, and these."""
+    """The file of `orthanc-events retry-jobs`: the options of every consumer, and these."""
 
     name: ConsumerName = Field(default="job-retry", description="Of the consumer.")
     types: tuple[str, ...] = Field(
@@ -81,15 +80,17 @@ class JobRetrySettings(ConsumerSettings):
     )
     source: str | None = Field(
         default=None,
+        min_length=1,
         description="Only what comes from the Orthanc that has this `source` in its bridge's configuration. Needed "
-        "where several share the broker.",
+        "where several share the broker. Left out: from any.",
         examples=["https://pacs.example.org/orthanc/main"],
     )
     resubmit: Resubmission = Field(default_factory=Resubmission, description="When and how often.")
     # However long Orthanc is down, a failure is not given up for that within its age.
     retry: RetrySettings = Field(
         default_factory=lambda: RetrySettings(max_attempts=0),
-        description="What becomes of a failure that could not be looked at, because Orthanc or the store is down.",
+        description="What becomes of a failure that could not be looked at, because Orthanc or the store is down. "
+        "Left out: no limit of attempts, 7 days.",
     )
 
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
@@ -100,22 +101,17 @@ class JobRetrySettings(ConsumerSettings):
             yield ("retry", "max_age"), mistake("{0} is shorter than {1}", "give a longer time", options=options)
         if self.ordered:
             yield ("ordered",), mistake("would hold up all other jobs", "leave it out")
-        if self.broker is None:
-            yield ("broker",), mistake("where events come from is not said", "give its URL: nats://127.0.0.1:4222, say")
         yield from self.without_store("how often something has failed")
 
 
 class JobRetry(Program):
     """The consumer of one configuration.
 
-    :raises ConfigError: the store makes no sense, or which Orthanc is meant is not said.
+    :raises BridgeError: it can't be.
     """
 
     def __init__(self, configuration: Configuration[JobRetrySettings]) -> None:
         self.settings = configuration.settings
-        if configuration.orthanc is None:
-            wrong, right = "whose jobs are meant is not said", "give its URL, or set ORTHANC_EVENTS_ORTHANC_URL"
-            raise ConfigError([Problem(f"the consumer {self.settings.name}", None, "orthanc", wrong, right)])
         self._rule = self.settings.resubmit
         waits = sum(self._rule.wait(number) for number in range(1, self._rule.attempts + 1))
         self.app = Consumer.configured(configuration)

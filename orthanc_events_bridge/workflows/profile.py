@@ -81,7 +81,7 @@ _Elements = Annotated[tuple[Annotated[str, AfterValidator(_element)], ...], Befo
 
 
 class Profile(Options):
-    """What is kept, replaced and removed: the basic profile of DICOM PS3.15 with nothing said."""
+    """What is kept, replaced and removed. With nothing said it is the basic profile of DICOM PS3.15."""
 
     retain: tuple[Literal["device", "institution", "patient"], ...] = Field(
         default=(),
@@ -92,7 +92,8 @@ class Profile(Options):
     dates: Literal["remove", "shift", "keep"] = Field(
         default="remove",
         description="`remove`: as the basic profile has it. `shift`: all dates of a patient are moved back by the same "
-        "number of days; times stay. `keep`: they stay. The date of birth goes in any case.",
+        "1 to `shift_days` days, which follow from secret and PatientID; times stay (Retain Longitudinal Temporal "
+        "Information with Modified Dates). `keep`: they stay (… with Full Dates). The date of birth goes in any case.",
     )
     shift_days: int = Field(
         default=365, ge=1, le=36500, description="With `dates: shift`: by how many days at most dates are moved back."

@@ -34,6 +34,7 @@ from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.destinations import Sender
 from orthanc_events_bridge.workflows.facts import Resource, Wanted, check_labels, look
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 
@@ -229,7 +230,7 @@ class Router:
                 await check_labels(orthanc)
             for sender in self._senders.values():
                 found.append(await sender.describe(orthanc))
-        return found
+        return [*found, *odd(self._wanted.tags)]
 
     async def explain(self, orthanc: httpx.AsyncClient, identifier: str) -> tuple[Resource, Decision]:
         """What the rules say of a resource that is there now.

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from orthanc_events_bridge.consumers.settings import ConsumerName, ConsumerSettings
+from orthanc_events_bridge.consumers.settings import LONGEST_NAME, ConsumerName, ConsumerSettings
 from orthanc_events_bridge.values import FileName, Place, mistake
 from orthanc_events_bridge.workflows.destinations import Destination
 from orthanc_events_bridge.workflows.rules import Rule, mistakes
@@ -46,4 +46,7 @@ class RouterSettings(ConsumerSettings):
             if re.fullmatch(r"[A-Za-z0-9_-]{1,48}", destination) is None:
                 wrong, right = "can't be the name of a destination", "use letters, digits, _ and -, at most 48"
                 yield ("destinations", destination), mistake(wrong, right, shown=destination)
+            elif len(self.name) + 1 + len(destination) > LONGEST_NAME:
+                wrong = f"{self.name}-{destination} would be too long for the name of a consumer"
+                yield ("destinations", destination), mistake(wrong, f"use at most {LONGEST_NAME} characters together")
         yield from mistakes(self.rules, self.destinations, "destination")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.values import Options, Place, mistake
@@ -13,10 +13,22 @@ from orthanc_events_bridge.workflows.conditions import Verdict, When, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
 
 
+def _printable(value: str) -> str:
+    if not value or not value.isprintable():
+        raise mistake("can't be the name of a rule", "write some words, in one line", shown=value)
+    return value
+
+
+#: An option that is the name of a rule.
+RuleName = Annotated[str, AfterValidator(_printable)]
+
+
 class Conditional(Options):
     """A rule's beginning: what it is for."""
 
-    name: str = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
+    # Whose conditions somebody has taken out, and no more, would be for everything.
+    spoken = ("when",)
+    name: RuleName = Field(description="For the audit log, for `--explain`, and for people.", examples=["mr-to-pacs"])
     when: When | None = Field(
         default=None, description="Conditions that must all hold; left out: it is for everything. One, or a list."
     )

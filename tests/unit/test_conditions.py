@@ -16,6 +16,7 @@ from orthanc_events_bridge.consumers.configuration import CommandLine, configure
 from orthanc_events_bridge.loading import ConfigError
 from orthanc_events_bridge.workflows.conditions import Condition, judge
 from orthanc_events_bridge.workflows.facts import Resource, Wanted
+from orthanc_events_bridge.workflows.keywords import odd
 from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision
 
@@ -182,9 +183,9 @@ def test_all_rules_that_fit_or_the_first(tmp_path: Path) -> None:
         ("{modality: pacs}", "{modalty: pacs}", "destinations.pacs.modalty: there is no such option; did you mean mod"),
         ("{modality: pacs}", "{concurrency: 1}", "destinations.pacs: where it sends to is not said; give one of"),
         ("  pacs: {", "  pacs 1: {", "'pacs 1' can't be the name of a destination"),
-        ("tag: Modality", "tag: modality", "rules[0].when[0].tag: 'modality' is no keyword of a DICOM attribute"),
-        ("tag: Modality, is: MR", "tag: Modality", "rules[0].when[0]: it doesn't say what it has to be; add one of is"),
-        ("is: MR", "iss: MR", "rules[0].when[0].iss: there is no such option; did you mean is?"),
+        ("tag: Modality", "tag: modality", "rules[0].when.tag: 'modality' is no keyword of a DICOM attribute"),
+        ("tag: Modality, is: MR", "tag: Modality", "rules[0].when: it doesn't say what it has to be; add one of is"),
+        ("is: MR", "iss: MR", "rules[0].when.iss: there is no such option; did you mean is?"),
         ("is: MR", "regex: '('", "regex: '(' is no regular expression: "),
         ("is: MR", "is: MR, glob: M*", "it has is and glob; keep one"),
         ("tag: Modality, is: MR", "tag: Modality, label: x", "it has tag and label; write one of tag, metadata"),
@@ -199,6 +200,11 @@ def test_a_mistake_is_named(tmp_path: Path, right: str, wrong: str, message: str
     text = str(caught.value)
     assert message in text
     assert len(set(text.splitlines())) == len(text.splitlines())
+
+
+def test_what_dicom_does_not_know_is_said_with_what_may_be_meant() -> None:
+    said = list(odd(["Modality", "Modalty", "RequestAttributesSequence.Nothing"]))
+    assert said == ["DICOM knows no attribute Modalty (did you mean Modality?)", "DICOM knows no attribute Nothing"]
 
 
 def test_the_example_is_right() -> None:
