@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ pytest.importorskip("highdicom", reason="it has no wheels for Python 3.14")
 import highdicom as hd
 import numpy as np
 from ai_service.measure import UnfitError, measure, otsu
-from ai_service.multipart import MultipartError, TooLargeError, boundary_of, join, parts
+from ai_service.multipart import MultipartError, TooLargeError, boundary_of, join, kind_of, parts
 from ai_service.results import make
-from ai_service.store import Store, is_uid
+from ai_service.store import InUseError, Store, is_uid
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
@@ -26,7 +27,7 @@ from orthanc_events_bridge.testing.phantoms import Phantom
 
 def image(z: float, stored: list[list[int]], **tags: Any) -> Dataset:
     """A CT of a few pixels of 2 by 3 mm, which stores HU + 1000 in steps of 2."""
-    (made,) = Phantom().ct(slices=1, rows=2)
+    (made,) = Phantom("P1", "1.2.4").ct(slices=1, rows=2)
     made.ImagePositionPatient, made.PixelSpacing, made.SliceThickness = [0, 0, z], [2, 3], 99
     made.RescaleSlope, made.RescaleIntercept = 2, -1000
     made.FrameOfReferenceUID = "1.2.3"
@@ -67,6 +68,8 @@ def test_otsu_parts_two_heaps_and_finds_nothing_in_one() -> None:
         ([image(z, [[0, 0], [0, 0]]) for z in (0, 1, 3)], "not evenly spaced"),
         ([image(z, [[0, 0], [0, 0]]) for z in (0, 0)], "not evenly spaced"),
         ([image(z, [[0, 0], [0, 0]], PixelSpacing=[1 + z, 1]) for z in (0, 1)], "one geometry"),
+        ([image(z, [[0, 0], [0, 0]], PatientID=f"P{z}") for z in (0, 1)], "one study and patient"),
+        ([], "no images"),
     ],
 )
 def test_what_can_not_be_measured_is_refused_with_the_reason(images: list[Dataset], why: str) -> None:
@@ -135,19 +138,21 @@ def cut(body: bytes, size: int, boundary: bytes, largest: int = 1000) -> list[by
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 10_000])
 def test_parts_are_the_same_however_the_body_is_cut(size: int) -> None:
     files = [b"one", b"\r\n--", b"", b"--x\r\n\r\nfour\r\n"]
-    kind, body = join(files)
-    assert cut(body, size, boundary_of(kind)) == files
+    body = join(files)
+    assert cut(body, size, boundary_of(kind_of(body))) == files
 
 
 def test_what_is_no_such_body_is_refused() -> None:
-    kind, body = join([b"x" * 900])
-    boundary = boundary_of(kind)
+    body = join([b"x" * 900])
+    boundary = boundary_of(kind_of(body))
     with pytest.raises(TooLargeError):
         cut(body, 64, boundary, 500)
     with pytest.raises(MultipartError, match="last boundary"):
         cut(body[:-6], 64, boundary)
     with pytest.raises(MultipartError, match="not application/dicom"):
         cut(body.replace(b"application/dicom", b"text/html"), 64, boundary)
+    with pytest.raises(MultipartError, match="no parts"):
+        cut(b"--x--", 64, b"x")
     for wrong in ("application/dicom", "multipart/related; type=text/html; boundary=x", "multipart/related"):
         with pytest.raises(MultipartError):
             boundary_of(wrong)
@@ -163,35 +168,92 @@ class Clock:
         return self.now
 
 
-def test_a_series_is_ready_when_it_is_quiet_or_complete_also_after_a_restart(tmp_path: Path) -> None:
-    clock = Clock()
-    store = Store(tmp_path, clock)
-    store.add("1.1", "1.1.1", b"a")
-    store.add("1.2", "1.2.1", b"b", expected=1)
-    assert list(store.ready(5)) == ["1.2"]
-    clock.now += 5
-    again = Store(tmp_path, clock)
-    assert list(again.ready(5)) == ["1.1", "1.2"]
-    assert [path.read_bytes() for path in again.images("1.1")] == [b"a"]
-    assert again.state_of("1.3").number == 3
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
-def test_what_has_ended_is_taken_up_by_another_image_and_forgotten_in_the_end(tmp_path: Path) -> None:
-    clock = Clock()
-    store = Store(tmp_path, clock)
-    store.add("1.1", "1.1.1", b"a")
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    with contextlib.closing(Store(tmp_path / "store", clock)) as made:
+        yield made
+
+
+def add(store: Store, series: str, sop: str, content: bytes) -> None:
+    with store.staging() as folder:
+        path = Path(folder) / "1"
+        path.write_bytes(content)
+        store.add(series, [(sop, path)])
+
+
+def test_a_series_is_ready_when_it_is_quiet_also_after_a_restart(store: Store, tmp_path: Path, clock: Clock) -> None:
+    add(store, "1.1", "1.1.1", b"a")
+    clock.now += 3
+    add(store, "1.2", "1.2.1", b"b")
+    assert store.ready(5) == []
+    clock.now += 2
+    assert store.ready(5) == ["1.1"]
+    clock.now += 3
+    with pytest.raises(InUseError):
+        Store(tmp_path / "store", clock)
+    store.close()
+    with contextlib.closing(Store(tmp_path / "store", clock)) as again:
+        assert again.ready(5) == ["1.1", "1.2"]
+        assert [path.read_bytes() for path in again.images("1.1")] == [b"a"]
+
+
+def test_what_was_not_acknowledged_is_gone_after_a_restart(store: Store, tmp_path: Path) -> None:
+    with store.staging() as staged:
+        (Path(staged) / "1").write_bytes(b"a")
+        half = tmp_path / "store" / "series" / "1.1"
+        half.mkdir()
+        (half / "1.1.1.dcm").write_bytes(b"a")
+        store.close()
+        with contextlib.closing(Store(tmp_path / "store")) as again:
+            assert not again.states
+            assert not half.exists()
+            assert not Path(staged).exists()
+
+
+def test_the_same_image_opens_a_series_again_and_another_drops_its_results(store: Store) -> None:
+    def done() -> None:
+        store.keep_results("1.1", b"results")
+        store.states["1.1"].state = "done"
+        store.note("1.1")
+
+    add(store, "1.1", "1.1.1", b"a")
+    done()
+    assert store.ready(0) == []
+    add(store, "1.1", "1.1.1", b"a")
+    assert store.ready(0) == ["1.1"]
+    assert store.results("1.1") == b"results"
+    for sop, content in (("1.1.1", b"other"), ("1.1.2", b"b")):
+        done()
+        add(store, "1.1", sop, content)
+        assert store.ready(0) == ["1.1"]
+        assert store.results("1.1") is None
+
+
+def test_what_is_unfit_stays_so_until_other_images_come(store: Store) -> None:
+    add(store, "1.1", "1.1.1", b"a")
+    store.states["1.1"].state = "unfit"
+    add(store, "1.1", "1.1.1", b"a")
+    assert store.ready(0) == []
+    add(store, "1.1", "1.1.2", b"b")
+    assert store.ready(0) == ["1.1"]
+
+
+def test_what_has_ended_is_forgotten_and_what_is_open_is_not(store: Store, tmp_path: Path, clock: Clock) -> None:
+    for series in ("1.1", "1.2"):
+        add(store, series, f"{series}.1", b"a")
     store.states["1.1"].state = "done"
-    store.note("1.1")
-    assert not list(store.ready(0))
     store.forget(10)
-    store.add("1.1", "1.1.1", b"a")
-    assert list(store.ready(0)) == ["1.1"]
-    store.states["1.1"].state = "done"
+    assert set(store.states) == {"1.1", "1.2"}
     clock.now += 10
     store.forget(10)
-    assert store.counts() == {"open": 0, "done": 0, "unfit": 0}
-    assert not store.images("1.1")
-    assert Store(tmp_path, clock).state_of("1.2").number == 2  # no number is given twice
+    assert set(store.states) == {"1.2"}
+    assert [path.name for path in (tmp_path / "store" / "series").iterdir()] == ["1.2"]
+    assert store.counts() == {"open": 1, "done": 0, "unfit": 0, "undelivered": 0}
 
 
 def test_only_uids_become_names_of_files() -> None:

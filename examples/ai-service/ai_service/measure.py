@@ -73,12 +73,16 @@ def _real(image: Dataset) -> NDArray[np.float64]:
 
 
 def _ordered(images: Sequence[Dataset]) -> tuple[list[Dataset], float]:
+    if not images:
+        raise UnfitError("there are no images")
     needed = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID", "PixelData")
     for image in images:
         if image.get("Modality") not in ("CT", "MR") or int(image.get("NumberOfFrames") or 1) != 1:
             raise UnfitError("only single-frame CT and MR are measured")
         if missing := [name for name in needed if not image.get(name)]:
             raise UnfitError(f"an image has no {', '.join(missing)}")
+    if len({(image.get("StudyInstanceUID"), image.get("PatientID")) for image in images}) != 1:
+        raise UnfitError("the images don't share one study and patient")
     shapes = {
         (image.Rows, image.Columns, image.FrameOfReferenceUID, *image.PixelSpacing, *image.ImageOrientationPatient)
         for image in images

@@ -39,17 +39,22 @@ async def parts(body: AsyncIterable[bytes], boundary: bytes, largest: int) -> As
     :raises TooLargeError: a part is larger.
     """
     delimiter = b"\r\n--" + boundary
-    buffer, begun, looked = bytearray(b"\r\n"), False, 0
+    buffer, begun, given, looked = bytearray(b"\r\n"), False, False, 0
     async for chunk in body:
         buffer += chunk
         # Behind a delimiter at least two more bytes are needed: an end (--) or the end of the line.
         while (found := buffer.find(delimiter, looked)) >= 0 and len(buffer) >= found + len(delimiter) + 2:
+            if found > largest:
+                break
             if begun:
+                given = True
                 yield _content(bytes(buffer[:found]))
             begun = True
             del buffer[: found + len(delimiter)]
             looked = 0
             if buffer.startswith(b"--"):
+                if not given:
+                    raise MultipartError("the body has no parts")
                 return
         looked = max(0, len(buffer) - len(delimiter) - 2)
         if len(buffer) > largest:
@@ -68,11 +73,14 @@ def _content(part: bytes) -> bytes:
     return content
 
 
-def join(files: Iterable[bytes]) -> tuple[str, bytes]:
-    """Return content type and body of DICOM files."""
-    boundary = uuid.uuid4().hex
-    pieces = [
-        b"--%b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % (boundary.encode(), content) for content in files
-    ]
-    kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
-    return kind, b"".join([*pieces, b"--%b--\r\n" % boundary.encode()])
+def join(files: Iterable[bytes]) -> bytes:
+    """Return the body that has these DICOM files."""
+    boundary = uuid.uuid4().hex.encode()
+    pieces = [b"--%b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % (boundary, content) for content in files]
+    return b"".join([*pieces, b"--%b--\r\n" % boundary])
+
+
+def kind_of(body: bytes) -> str:
+    """Return the content type of a body that `join` has made: its first line is the boundary."""
+    boundary = body[: body.index(b"\r\n")].removeprefix(b"--").decode()
+    return f'multipart/related; type="application/dicom"; boundary={boundary}'

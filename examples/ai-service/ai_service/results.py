@@ -18,6 +18,7 @@ from ai_service.measure import Measurement
 VERSION: Final = "1.0.0"
 _NAMESPACE: Final = uuid.UUID("3f0b3f5e-5a0f-5d1c-9e0e-0d4b0f5f2f61")
 _MAKER: Final = "orthanc-events-bridge"
+_STUDY: Final = ("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
 _NAME: Final = "Threshold segmentation"
 
 
@@ -33,6 +34,10 @@ def make(found: Measurement) -> list[bytes]:
     """
     names = [VERSION, *sorted(str(image.SOPInstanceUID) for image in found.images)]
     images = list(found.images)
+    # Images that were pseudonymised may lack what may be empty (type 2), and highdicom copies it.
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", *_STUDY):
+        if keyword not in images[0]:
+            setattr(images[0], keyword, None)
     segmentation = _segmentation(found, images, names) if found.mask.any() else None
     report = _report(found, images, segmentation, names)
     return [_file(one) for one in (segmentation, report) if one is not None]
