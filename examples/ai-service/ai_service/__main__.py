@@ -27,11 +27,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
-    # pydicom's and highdicom's warnings repeat values of the images: patient data.
-    warnings.simplefilter("ignore")
-    for name in ("pydicom", "highdicom"):
-        logging.getLogger(name).disabled = True
+    quieten()
     try:
         settings = read(os.environ)
         asyncio.run(_serve(settings))
@@ -44,6 +40,13 @@ def main() -> int:
     except KeyboardInterrupt:  # by uvicorn, when it has ended in good order
         pass
     return 0
+
+
+def quieten() -> None:
+    """Keep the libraries out of the log: pydicom's warnings repeat values of images, which are patient data."""
+    warnings.simplefilter("ignore")
+    for name in ("highdicom", "httpcore", "httpx", "pydicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # theirs below it too, which `disabled` leaves out
 
 
 async def _serve(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 
 import httpx
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -66,7 +67,7 @@ class Service:
             Route("/studies/{study}", _guarded(self._studies), methods=["POST"]),
             Route("/results", _guarded(self._results), methods=["POST"]),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _unrouted})
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -179,6 +180,13 @@ def _guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
             return _error(500, "an error of the service, see its log")
 
     return answer
+
+
+async def _unrouted(_: Request, error: Exception) -> Response:
+    """There is no such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers) if error.headers else None
+    return _error(error.status_code, f"{error.detail}: POST /studies or /results, GET /health or /series/…", headers)
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
