@@ -22,6 +22,7 @@ from orthanc_events_bridge import (
     cli_backup,
     cli_consume,
     cli_derive,
+    cli_dispatch,
     cli_dlq,
     cli_orthanc,
     cli_replay,
@@ -31,6 +32,7 @@ from orthanc_events_bridge import (
     cli_tail,
     cli_transports,
     cli_verify,
+    cli_workflow,
 )
 from orthanc_events_bridge.cli_options import (
     UsageError,
@@ -135,9 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         cli_backup,
         cli_consume,
         cli_derive,
+        cli_dispatch,
         cli_dlq,
         cli_retry_jobs,
         cli_route,
+        cli_workflow,
     ):
         module.define(commands)
     schema = add_command(commands, "schema", _schema, "print the JSON Schema of the configuration, for editors")

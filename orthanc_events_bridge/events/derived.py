@@ -27,9 +27,11 @@ DERIVED: Final[dict[EventType, str]] = {
 
 #: A router's own order to send something: in inboxes only, and no contract for others.
 ORDERED: Final = "transfer.ordered"
+#: An AI dispatch's own order to go on with a workflow: the same.
+STEP_ORDERED: Final = "step.ordered"
 
 #: The short names of all types that consumers can meet.
-NAMES: Final = tuple(dict.fromkeys((*(one.name for one in (*catalog.TYPES, *DERIVED)), ORDERED)))
+NAMES: Final = tuple(dict.fromkeys((*(one.name for one in (*catalog.TYPES, *DERIVED)), ORDERED, STEP_ORDERED)))
 
 _BY_NAME: Final = {one.name: one for one in DERIVED}
 _COUNT: Final = {"type": "integer", "minimum": 0}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -47,17 +47,34 @@ class Submission:
     since: datetime | None = None
 
 
-async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: float) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Left:
+    """By what a job is known again that can't be by its content.
+
+    :ivar job: the id of one that was submitted for this before; empty: none was.
+    :ivar note: keeps the id of one as soon as it is submitted.
+    """
+
+    job: str
+    note: Callable[[str], Awaitable[None]]
+
+
+async def run_job(
+    orthanc: httpx.AsyncClient, submission: Submission, deadline: float, left: Left | None = None
+) -> Mapping[str, Any]:
     """Have a job done, once: one that somebody has submitted already, and that has not failed, is waited for.
 
     :param deadline: seconds that it may take.
+    :param left: what is known of earlier ones.
     :return: the job, as Orthanc describes it.
     :raises JobError: it has failed, or has taken too long.
     :raises httpx.HTTPError: Orthanc doesn't answer.
     """
-    job = await _submitted(orthanc, submission)
+    job = await _submitted(orthanc, submission) or (await _known(orthanc, left.job) if left else None)
     if job is None:
         identifier = await submit(orthanc, submission)
+        if left is not None:
+            await left.note(identifier)
     else:
         identifier = str(job["ID"])
         log.info("job %s was submitted already: it is waited for", identifier)
@@ -118,6 +135,17 @@ async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapp
         ):
             return dict(job)
     return None
+
+
+async def _known(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any] | None:
+    """A job that has not failed, and that Orthanc has not forgotten."""
+    if not identifier:
+        return None
+    try:
+        job: Mapping[str, Any] = (await ask(orthanc, f"/jobs/{identifier}")).json()
+    except GoneError:
+        return None
+    return None if job.get("State") == "Failure" else job
 
 
 def _created(job: Mapping[str, Any]) -> datetime:

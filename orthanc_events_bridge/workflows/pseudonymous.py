@@ -113,7 +113,7 @@ async def without_results(
         results.update(await memory.made(one.uid, "result"))
     instances = await instances_of(orthanc, resource.level, resource.id)
     without = {instance for uid, instance in instances.items() if uid in results}
-    if without:
+    if 0 < len(without) < len(instances):
         resource = await look(orthanc, resource.level, resource.id, wanted, without)
     return resource, {uid: one for uid, one in instances.items() if one not in without}
 
