@@ -75,7 +75,7 @@ async def _explain(dispatcher: Dispatcher, identifier: str, *, as_json: bool) ->
     try:
         async with dispatcher.looking.asking() as orthanc:
             found = await dispatcher.explain(orthanc, await orthanc_id(orthanc, identifier, "series"))
-        workflows = await dispatcher.workflows.matching(found.series)
+        workflows = await dispatcher.steps.workflows.matching(found.series)
     finally:
         await dispatcher.close()
     if as_json:

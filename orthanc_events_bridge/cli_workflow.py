@@ -102,7 +102,7 @@ async def _list(dispatcher: Dispatcher, options: argparse.Namespace) -> int:
     states = options.state or ()
     if unknown := [one for one in states if one not in STATES]:
         raise UsageError(f"there is no state {unknown[0]}", f"the states are: {', '.join(STATES)}")
-    found = await dispatcher.workflows.all(states)
+    found = await dispatcher.steps.workflows.all(states)
     if options.json:
         print(json.dumps([one.shown() for one in found], indent=2))
     elif found:
@@ -155,7 +155,7 @@ async def _cancel(dispatcher: Dispatcher, options: argparse.Namespace) -> int:
 
 
 async def _one(dispatcher: Dispatcher, identifier: str) -> Workflow:
-    found = await dispatcher.workflows.matching(identifier)
+    found = await dispatcher.steps.workflows.matching(identifier)
     if not found:
         raise GoneError(f"there is no workflow {identifier}", "see orthanc-events workflow list")
     if len(found) > 1:

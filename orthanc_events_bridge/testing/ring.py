@@ -1,4 +1,4 @@
-"""The ring of the AI dispatch on one machine, for tests and demo: PACS → gateway with the bridge → AI service → back."""
+"""The ring of the AI dispatch, for tests and demo: PACS → gateway with the bridge → AI service → gateway → PACS."""
 
 from __future__ import annotations
 
