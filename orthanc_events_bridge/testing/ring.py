@@ -10,7 +10,6 @@ from typing import Any, Self
 from orthanc_events_bridge.testing.ai_service import AiService
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import find_dicomweb_plugin, find_python_plugin
-from orthanc_events_bridge.testing.reacting import consumer_url
 from orthanc_events_bridge.testing.servers import OrthancServer
 
 
@@ -59,20 +58,15 @@ class Ring:
         """The PACS sends a series to the gateway, by C-STORE."""
         self.pacs.post("/modalities/gateway/store", {"Resources": [series]})
 
-    def write(self, folder: Path, more: str = "", service: str = "") -> Path:
-        """Write the dispatch's file, with its secret beside it.
+    def options(self, folder: Path, service: str = "") -> str:
+        """A dispatch's options, beside broker and Orthanc. Its secret is written into the folder.
 
-        :param more: the rest of the file.
+        :param folder: of its file.
         :param service: options of the service, in YAML's short form, in place of STOW-RS to it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "secret").write_text("0123456789abcdef0123456789abcdef\n")
-        path = folder / "dispatch.yaml"
-        path.write_text(
-            f"""broker: {consumer_url(self.line.broker)}
-orthanc: {self.gateway.url}
-store: sqlite:///{folder}/dispatch.db
-start: oldest
+        return f"""store: sqlite:///{folder}/dispatch.db
 rules:
   - name: ct-or-mr-of-the-pacs
     when:
@@ -80,7 +74,9 @@ rules:
       - {{metadata: RemoteAET, is: PACS}}
 anonymize: {{secret_file: secret}}
 service: {{{service or "dicomweb: ai"}}}
-results: {{to: {{modality: pacs}}}}
-{more}"""
-        )
-        return path
+results:
+  to: {{modality: pacs}}
+  expect:
+    segmentation: {{tag: Modality, is: SEG}}
+    report: {{tag: Modality, is: SR}}
+"""

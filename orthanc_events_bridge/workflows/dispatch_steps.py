@@ -98,6 +98,7 @@ class Steps:
         elif found.state in STOPPED:
             self.audit.note("not given back", **told, why=f"its workflow is {found.state}")
         else:
+            log.info("%r: a result, of workflow %s", event, found.id)
             return await self.workflows.change(found.id, arrived(self._outcome(resource, results)))
         return None
 

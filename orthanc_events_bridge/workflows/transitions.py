@@ -69,15 +69,17 @@ def delivered(expected: Collection[str]) -> Change:
 
 
 def begun_again(row: Workflow) -> Workflow | None:
-    """A person wants it to go on: from the step that was given up, or at which it was cancelled; one whose result is
-    overdue is sent again. One that is under way stays as it is.
+    """A person wants it to go on: from the step that was given up, or at which it was cancelled; one whose result has
+    not come is sent again. One that is under way stays as it is.
 
     :raises BridgeError: it has ended.
     """
     _check_ended(row, "done again")
     if row.state not in ("failed", "cancelled", "overdue"):
         return None
-    state = "sending" if row.state == "overdue" else _BACK[row.step]
+    state = _BACK.get(row.step, "anonymizing")
+    # Sent again, what has come meanwhile is found too.
+    state = "sending" if state == "waiting" else state
     return row.to(state, run=row.run + 1, job="", reason="", step="")
 
 
