@@ -106,7 +106,7 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         fault_late_seconds=6,
         fault_refuse="1",
     )
-    service = "dicomweb: ai, deadline: 4s, retry: {max_attempts: 6, initial: 1s, maximum: 2s}"
+    service = "dicomweb: ai, deadline: 4s, retry: {max_attempts: 5, initial: 1s, maximum: 1s}"
     with ring.running(), Dispatches(tmp_path / "dispatch", ring, service) as dispatch:
         began = time.monotonic()
         dispatch.start(2)
@@ -142,7 +142,7 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
 
         (failed,) = [one for one in shown if one["state"] == "failed"]
         assert {one["series"] for one in shown} == {one.series for one in everything}
-        assert failed["step"] == "send" and "failed 6 times of 6: job" in failed["reason"]
+        assert failed["step"] == "send" and "failed 5 times of 5: job" in failed["reason"]
         check_results(ring, everything, {failed["series"]})
         assert set(stored(ring.gateway).values()) == {1}  # nothing was made twice
         assert set(stored(pacs).values()) == {1}
