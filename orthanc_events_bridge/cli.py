@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     of = schema.add_mutually_exclusive_group()
     of.add_argument("--consumer", action="store_true", help="of a consumer's configuration")
     of.add_argument("--router", action="store_true", help="of a router's")
+    of.add_argument("--dispatch", action="store_true", help="of an AI dispatch's")
     return parser
 
 
@@ -254,8 +255,8 @@ def _schema(options: argparse.Namespace) -> int:
     package, name = "bridge", "orthanc-events"
     if options.consumer:
         package, name = "consumers", "orthanc-consumer"
-    elif options.router:
-        package, name = "workflows", "orthanc-router"
+    elif options.router or options.dispatch:
+        package, name = "workflows", "orthanc-router" if options.router else "orthanc-dispatch"
     text = resources.files(f"orthanc_events_bridge.{package}").joinpath(f"{name}.schema.json")
     print(text.read_text(encoding="utf-8"), end="")
     return 0

@@ -110,6 +110,8 @@ class Dispatcher(Programs):
             if found.state == state:
                 found = await work(app, event, orthanc, found)
                 log.info("workflow %s: %s is done: %s", found.id, step, found.state)
+            else:
+                log.info("workflow %s: %s was done before: %s", found.id, step, found.state)
             # Also where it was done before: whoever did it may have died before this.
             await self._order(found)
 

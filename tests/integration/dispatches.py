@@ -12,9 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydicom.dataset import Dataset
+
+from orthanc_events_bridge.testing.dicom import orthanc_id
+from orthanc_events_bridge.testing.phantoms import Phantom, file_of
 from orthanc_events_bridge.testing.ring import Ring
 from tests.integration.commands import ran
 from tests.integration.routers import Routers
+
+
+class Sent:
+    """A series that the PACS has sent to the gateway.
+
+    :ivar images: its data sets.
+    :ivar series: Orthanc's id, in PACS and gateway alike.
+    """
+
+    def __init__(self, ring: Ring, phantom: Phantom, images: list[Dataset]) -> None:
+        self.phantom, self.images = phantom, images
+        self.series = [ring.pacs.upload(file_of(one))["ParentSeries"] for one in images][-1]
+        self.study = orthanc_id(phantom.patient_id, phantom.study_uid)
+        ring.send(self.series)
+
+    @property
+    def uids(self) -> set[str]:
+        return {str(one.SOPInstanceUID) for one in self.images}
 
 
 class Dispatches(Routers):

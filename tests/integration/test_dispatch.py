@@ -7,45 +7,23 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("highdicom", reason="it has no wheels for Python 3.14")
 
-from pydicom.dataset import Dataset
-
-from orthanc_events_bridge.testing.dicom import orthanc_id
-from orthanc_events_bridge.testing.phantoms import Phantom, file_of
+from orthanc_events_bridge.testing.phantoms import Phantom
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.ring import Ring
 from tests.integration.anonymized import as_dataset, elements, files
 from tests.integration.commands import PATIENCE, wait_for
-from tests.integration.dispatches import Dispatches
+from tests.integration.dispatches import Dispatches, Sent
 from tests.integration.routers import Receiver, stored
 from tests.integration.whole import broker_or_skip
 
 pytestmark = pytest.mark.integration
 
 KINDS = ("nats", "rabbitmq", "kafka")
-
-
-class Sent:
-    """A series that the PACS has sent to the gateway.
-
-    :ivar images: its data sets.
-    :ivar series: Orthanc's id, in PACS and gateway alike.
-    """
-
-    def __init__(self, ring: Ring, phantom: Phantom, images: list[Dataset]) -> None:
-        self.phantom, self.images = phantom, images
-        self.series = [ring.pacs.upload(file_of(one))["ParentSeries"] for one in images][-1]
-        self.study = orthanc_id(phantom.patient_id, phantom.study_uid)
-        ring.send(self.series)
-
-    @property
-    def uids(self) -> set[str]:
-        return {str(one.SOPInstanceUID) for one in self.images}
 
 
 def sent(ring: Ring, count: int) -> list[Sent]:
@@ -137,7 +115,6 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         looked = {f"subject='series/{result[name]}')" for result in results for name in ("series", "given")}
         wait_for(lambda: all(text in dispatch.log() for text in looked), "its own results are looked at")
         assert dispatch.states() == {"done": series - 1, "failed": 1}
-        assert dispatch.stop() == [0, 0]
         assert crashes == 2
 
         (failed,) = [one for one in shown if one["state"] == "failed"]
@@ -172,12 +149,91 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         ring.service.start()
         done = dispatch.workflow("retry", failed["id"][:8])
         assert (done.returncode, done.stdout) == (0, f"workflow {failed['id']} is sending again\n"), done.stderr
-        dispatch.start()
         wait_for(lambda: dispatch.states() == {"done": series}, "the last one")
         check_results(ring, everything, set())
+        assert dispatch.stop() == [0, 0]
+
+
+def receiver(folder: Path) -> Receiver:
+    return Receiver(folder / "pacs")
+
+
+def test_what_is_cancelled_gets_nothing_and_goes_on_when_a_person_says_so(tmp_path: Path) -> None:
+    """Its result comes meanwhile, and is left alone; sent again, that one is found."""
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    ring = Ring(tmp_path, "nats", receiver(tmp_path), fault_late="1", fault_late_seconds=3)
+    with ring.running(), Dispatches(tmp_path / "dispatch", ring) as dispatch:
+        assert dispatch.workflow("list").stdout == "consumer dispatch: no workflows\n"
+        dispatch.start(1, "--dry-run")
+        wait_for(lambda: "the consumer dispatch-dry-run receives events" in dispatch.log(), "the dry run")
+        phantom = Phantom()
+        one = Sent(ring, phantom, phantom.ct(slices=4))
+        wait_for(lambda: "to the service, by ct-or-mr-of-the-pacs" in dispatch.log(), "a decision")
+        assert dispatch.stop() == [0]
+        assert not dispatch.states()
+        dispatch.start()
+        wait_for(lambda: dispatch.states() == {"waiting": 1}, "it is sent")
+        done = dispatch.workflow("cancel", one.series)
+        (shown,) = dispatch.shown()
+        assert (done.returncode, done.stdout) == (0, f"workflow {shown['id']} is cancelled\n"), done.stderr
+        assert (shown["state"], shown["step"]) == ("cancelled", "watch")
+        wait_for(lambda: len(dispatch.audit("not given back", why="its workflow is cancelled")) == 2, "its results")
+        assert len(ring.pacs.has()) == 4
+        assert dispatch.workflow("retry", shown["id"]).stdout == f"workflow {shown['id']} is sending again\n"
+        wait_for(lambda: dispatch.states() == {"done": 1}, "an end")
+        check_results(ring, [one], set())
+        assert set(stored(ring.gateway).values()) == {1}
+
+        # What there is to be seen, and what can't be meant.
+        (shown,) = dispatch.shown()
+        done = dispatch.workflow("show", shown["id"][:6])
+        assert done.stdout.startswith(f"workflow {shown['id']}: done, its results were sent on\n"), done.stderr
+        assert done.stdout.count("sent on\n") == 3 and "  run: 1\n" in done.stdout
+        assert json.loads(dispatch.workflow("show", one.study, "--json").stdout)["state"] == "done"
+        header, row = dispatch.workflow("list", "--state", "done").stdout.splitlines()
+        assert header.split() == ["ID", "STATE", "SINCE", "RULE", "SERIES", "RESULTS", "REASON"]
+        assert row.startswith(f"{shown['id']}  done") and "2 of 2" in row
+        for arguments, code, said in (
+            (("show", "nothing"), 1, "there is no workflow nothing (see orthanc-events workflow list)"),
+            (("retry", shown["id"]), 1, f"workflow {shown['id']} is done: there is nothing to be done again"),
+            (("cancel", shown["id"]), 1, f"workflow {shown['id']} is done: there is nothing to be cancelled"),
+            (("list", "--state", "finished"), 2, "there is no state finished (the states are: anonymizing, "),
+        ):
+            done = dispatch.workflow(*arguments)
+            assert (done.returncode, done.stdout) == (code, "")
+            assert done.stderr.startswith(f"orthanc-events: {said}")
+        done = dispatch.run("--explain", one.series)
+        assert "yes rule ct-or-mr-of-the-pacs\n" in done.stdout
+        assert done.stdout.endswith(
+            f"it goes to the service, by ct-or-mr-of-the-pacs\nworkflow {shown['id']} is done\n"
+        ), done.stderr
+        found = json.loads(dispatch.run("--explain", shown["results"][0]["series"], "--json").stdout)
+        assert (found["sent"], found["why"]) == (None, "it is pseudonymous: made here, or a result")
         assert dispatch.stop() == [0]
 
 
-def one_of(found: list[dict[str, Any]]) -> dict[str, Any]:
-    (one,) = found
-    return one
+def test_what_the_service_answers_are_results_and_what_it_refuses_fails_at_once(tmp_path: Path) -> None:
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    ring = Ring(tmp_path, "nats", receiver(tmp_path), fault_refuse="2")
+    service = f"answers: '{ring.service.url}/results', timeout: 1m, concurrency: 1"
+    with ring.running(), Dispatches(tmp_path / "dispatch", ring, service) as dispatch:
+        done = dispatch.run("--check")
+        assert done.returncode == 0, done.stderr
+        assert f"service: its answers, from {ring.service.url}/results\n" in done.stdout
+        assert "destination results: modality pacs, PACS at " in done.stdout
+        dispatch.start()
+        first, second = Phantom(), Phantom()
+        one = Sent(ring, first, first.ct(slices=4))
+        wait_for(lambda: dispatch.states() == {"done": 1}, "the first")
+        other = Sent(ring, second, second.mr(slices=4))
+        wait_for(lambda: dispatch.states() == {"done": 1, "failed": 1}, "the second")
+        check_results(ring, [one, other], {other.series})
+        (failed,) = [each for each in dispatch.shown() if each["state"] == "failed"]
+        assert (failed["series"], failed["reason"]) == (
+            other.series,
+            "the service refuses it: answers 409, failure reason 0124",
+        )
+        assert len(dispatch.audit("sent")) == 1
+        assert dispatch.stop() == [0]
