@@ -363,8 +363,13 @@ def options_page(path: Path, settings: type[ConsumerSettings], blocks: dict[str,
     return "\n\n".join([f"{before}{OPTIONS_BEGIN}", *parts, f"{TABLE_ENDS}{behind}"])
 
 
-ROUTER_BLOCKS = {"a rule": Rule, "a condition": Condition, "a destination": Destination}
-DISPATCH_BLOCKS = {"a rule": Conditional, "`anonymize`": Anonymize, "`service`": Service, "`results`": Results}
+ROUTER_BLOCKS: dict[str, type[Options]] = {"a rule": Rule, "a condition": Condition, "a destination": Destination}
+DISPATCH_BLOCKS: dict[str, type[Options]] = {
+    "a rule": Conditional,
+    "`anonymize`": Anonymize,
+    "`service`": Service,
+    "`results`": Results,
+}
 
 
 def schema() -> str:

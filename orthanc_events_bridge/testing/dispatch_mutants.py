@@ -24,7 +24,7 @@ def _without_noting_jobs() -> None:
     async def nothing(_: str) -> None:
         """It is forgotten."""
 
-    dispatch_steps.Left = lambda *_: jobs.Left("", nothing)  # type: ignore[assignment, misc]
+    dispatch_steps.Left = lambda *_: jobs.Left("", nothing)  # type: ignore[assignment, attr-defined]
 
 
 def _without_ordering_again() -> None:
@@ -41,7 +41,7 @@ def _without_ordering_again() -> None:
         if workflow.state == "anonymizing" or (workflow.id, workflow.state) in done:
             await order(self, workflow, more)
 
-    Workflows.change = noting  # type: ignore[method-assign]
+    Workflows.change = noting  # type: ignore[assignment, method-assign]
     Dispatcher._order = only_own  # type: ignore[method-assign]
 
 
@@ -57,7 +57,7 @@ def _dying() -> None:
             os._exit(9)
         return found
 
-    Workflows.change = dying  # type: ignore[method-assign]
+    Workflows.change = dying  # type: ignore[assignment, method-assign]
 
 
 #: Those of a dispatch's process.

@@ -58,15 +58,16 @@ class Ring:
         """The PACS sends a series to the gateway, by C-STORE."""
         self.pacs.post("/modalities/gateway/store", {"Resources": [series]})
 
-    def options(self, folder: Path, service: str = "") -> str:
+    def options(self, folder: Path, service: str = "", store: str | None = None) -> str:
         """A dispatch's options, beside broker and Orthanc. Its secret is written into the folder.
 
         :param folder: of its file.
         :param service: options of the service, in YAML's short form, in place of STOW-RS to it.
+        :param store: where it remembers; none: a file.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "secret").write_text("0123456789abcdef0123456789abcdef\n")
-        return f"""store: sqlite:///{folder}/dispatch.db
+        return f"""store: {store or f"sqlite:///{folder}/dispatch.db"}
 rules:
   - name: ct-or-mr-of-the-pacs
     when:

@@ -144,6 +144,8 @@ class Steps:
         async with app.once(event, "send", of=f"{one.id} {one.run}", lease=self.settings.ack_wait) as first:
             if first:
                 series = await look(orthanc, "series", one.anonymized, Wanted())
+                # Before it leaves: whoever dies behind that, it is known what may have left.
+                self.audit.note("sending", **told(one), destination=self.service.name, instances=len(series.instances))
                 job = await self.service.send(orthanc, series, Left(one.job, note))
                 self.audit.note("sent", **told(one), destination=self.service.name, job=job or None)
         due = time.time() + self.settings.service.deadline

@@ -122,6 +122,14 @@ async def all_jobs(orthanc: httpx.AsyncClient) -> list[Mapping[str, Any]]:
     return list((await ask(orthanc, "/jobs?expand")).json())
 
 
+def error_of(job: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The code and the text of a failed job's error; none where Orthanc says none. Of a plugin's job they are in its
+    content. Not the details: what a remote says can hold anything."""
+    content = job.get("Content") or {}
+    code = content.get("FunctionErrorCode", job.get("ErrorCode"))
+    return code, content.get("FunctionErrorDescription", job.get("ErrorDescription"))
+
+
 async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapping[str, Any] | None:
     if not submission.content:
         return None
@@ -162,9 +170,10 @@ async def _end(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any]
         if job.get("State") == "Success":
             return job
         if job.get("State") == "Failure":
-            # Not ErrorDetails: what a remote says can hold anything.
-            text = str(job.get("ErrorDescription", "no reason given"))
-            raise JobError(f"job {identifier} has failed: {text} ({job.get('ErrorCode', '?')})", "see Orthanc's log")
+            code, text = error_of(job)
+            raise JobError(
+                f"job {identifier} has failed: {text or 'no reason given'} ({code or '?'})", "see Orthanc's log"
+            )
         await asyncio.sleep(wait)
         wait = min(wait * 1.5, _LATE)
 

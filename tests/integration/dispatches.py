@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import json
-import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
 from pydicom.dataset import Dataset
 
 from orthanc_events_bridge.testing.dicom import orthanc_id
 from orthanc_events_bridge.testing.phantoms import Phantom, file_of
 from orthanc_events_bridge.testing.ring import Ring
+from orthanc_events_bridge.workflows.workflow import Workflows
 from tests.integration.commands import ran
 from tests.integration.routers import Routers
 
@@ -43,16 +44,17 @@ class Dispatches(Routers):
     """AI dispatches of one configuration, as processes.
 
     :param service: as `Ring.options`.
-    :param more: the rest of the file.
+    :param store: as there.
     """
 
     COMMAND = "dispatch"
     MUTANTS = "orthanc_events_bridge.testing.dispatch_mutants"
 
     def __init__(
-        self, folder: Path, ring: Ring, service: str = "", more: str = "", without: Sequence[str] = ()
+        self, folder: Path, ring: Ring, service: str = "", store: str | None = None, without: Sequence[str] = ()
     ) -> None:
-        super().__init__(folder, ring.line, ring.options(folder, service) + more, without)
+        super().__init__(folder, ring.line, ring.options(folder, service, store), without)
+        self.store = store or f"sqlite:///{folder}/dispatch.db"
 
     def workflow(self, *more: str) -> subprocess.CompletedProcess[str]:
         """Run ``orthanc-events workflow``."""
@@ -67,14 +69,13 @@ class Dispatches(Routers):
         return found
 
     def states(self) -> Counter[str]:
-        """How many workflows are in which state, by a plain look into the database: commands take long."""
-        path = self.path.with_name("dispatch.db")
-        if not path.exists():
-            return Counter()
-        with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+        """How many workflows are in which state: commands take long."""
+
+        async def look() -> Counter[str]:
+            rows = Workflows(SecretStr(self.store), "dispatch")
             try:
-                return Counter(
-                    dict(database.execute("SELECT state, count(*) FROM orthanc_events_workflows GROUP BY 1"))
-                )
-            except sqlite3.OperationalError:  # the table is not made yet
-                return Counter()
+                return Counter(one.state for one in await rows.all())
+            finally:
+                await rows.close()
+
+        return asyncio.run(look())

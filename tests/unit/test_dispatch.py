@@ -174,7 +174,7 @@ def test_a_result_is_of_the_workflow_whose_images_it_names_most_completely(store
         asked = [("abc", "p"), ("abcdef", "p"), ("xy", "p"), ("nothing", "p"), ("nothing", "q"), ("ab", "r")]
         found = [await rows.referred_to(set(uids), study) for uids, study in asked]
         await rows.close()
-        return [one and one.id for one in found]
+        return [one.id if one else None for one in found]
 
     assert asyncio.run(run()) == ["small", "large", "elsewhere", None, "alone", None]
 
