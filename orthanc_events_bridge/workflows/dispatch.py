@@ -117,6 +117,8 @@ class Dispatcher(Programs):
 
         async def bury(event: Event, reason: str) -> None:
             found = await self._give_up(str(event.data["workflow"]), state, reason)
+            if found is None:
+                return
             if state in ("sending", "delivering") and found.state == "failed":
                 place = self.steps.service.name if state == "sending" else self.steps.sender.name
                 what = {"rule": found.rule, "destination": place, "reason": reason, "attempts": event.attempt}
@@ -143,15 +145,18 @@ class Dispatcher(Programs):
         spelt = f"{workflow.id}\n{step}\n{workflow.since}\n{more}"
         await self._inboxes.put(f"{self.settings.name}-{step}", order(STEP_ORDERED, spelt, workflow.origin, data))
 
-    async def _give_up(self, identifier: str, state: str, reason: str) -> Workflow:
+    async def _give_up(self, identifier: str, state: str, reason: str) -> Workflow | None:
         """Write down that a step is given up, before its order is among the dead letters.
 
         :raises RefusedError: it can't be written down: the order is held until it can.
         """
         to = "overdue" if state == "waiting" else "failed"
         try:
+            if await self.steps.workflows.find(identifier) is None:
+                return None
             found = await self.steps.workflows.change(identifier, given_up(state, to, reason))
-            self.steps.audit.note(to, **told(found), step=STEPS[state], why=reason)
+            if found.state == to:  # else somebody has cancelled it, or a result has come
+                self.steps.audit.note(to, **told(found), step=STEPS[state], why=reason)
         except BridgeError as error:
             raise RefusedError(error.message, error.remedy) from error
         return found

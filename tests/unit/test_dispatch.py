@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 from pydantic import SecretStr
 
 from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
@@ -36,6 +38,7 @@ from orthanc_events_bridge.workflows.transitions import (
 from orthanc_events_bridge.workflows.workflow import STATES, Outcome, Workflow, Workflows
 
 ORIGIN = Origin("event", "first", "urn:x", "io.orthanc-events", "main", "2026-01-01T00:00:00Z", "series/s", "", "study")
+ROOT = Path(__file__).parents[2]
 RESULT = Outcome("came", "1")
 
 
@@ -252,6 +255,20 @@ def test_what_makes_no_sense_is_said_with_its_place(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         made({**settings, place: value})
+
+
+def test_the_example_is_right_and_the_schema_for_editors_takes_it() -> None:
+    path = ROOT / "config" / "dispatch.yaml"
+    found = configure_as(DispatchSettings, {}, path, {}, CommandLine()).settings
+    assert (found.service.dicomweb, found.service.deadline, list(found.results.expect)) == ("ai", 3600, ["report"])
+    schema = json.loads((ROOT / "orthanc_events_bridge/workflows/orthanc-dispatch.schema.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    text = path.read_text("utf-8")
+    jsonschema.validate(yaml.safe_load(text), schema)
+    for right, wrong in (("dicomweb: ai", "dicmweb: ai"), ("rules:", "rule:"), ("is: SR", "iss: SR")):
+        assert right in text
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(yaml.safe_load(text.replace(right, wrong, 1)), schema)
 
 
 @pytest.mark.parametrize("arguments", [["dispatch", "--check"], ["workflow", "list"]])
