@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from orthanc_events_bridge.testing.ai_service import AiService
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import find_dicomweb_plugin, find_python_plugin
 from orthanc_events_bridge.testing.servers import OrthancServer
+
+#: The conditions of a rule: of CT and MR that have come from the PACS.
+FROM_PACS: Final = "[{tag: Modality, is: [CT, MR]}, {metadata: RemoteAET, is: PACS}]"
 
 
 class Ring:
@@ -58,21 +61,19 @@ class Ring:
         """The PACS sends a series to the gateway, by C-STORE."""
         self.pacs.post("/modalities/gateway/store", {"Resources": [series]})
 
-    def options(self, folder: Path, service: str = "", store: str | None = None) -> str:
+    def options(self, folder: Path, service: str = "", store: str | None = None, when: str = FROM_PACS) -> str:
         """A dispatch's options, beside broker and Orthanc. Its secret is written into the folder.
 
         :param folder: of its file.
         :param service: options of the service, in YAML's short form, in place of STOW-RS to it.
         :param store: where it remembers; none: a file.
+        :param when: the conditions of its rule, in YAML's short form.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "secret").write_text("0123456789abcdef0123456789abcdef\n")
         return f"""store: {store or f"sqlite:///{folder}/dispatch.db"}
 rules:
-  - name: ct-or-mr-of-the-pacs
-    when:
-      - {{tag: Modality, is: [CT, MR]}}
-      - {{metadata: RemoteAET, is: PACS}}
+  - {{name: for-the-service, when: {when}}}
 anonymize: {{secret_file: secret}}
 service: {{{service or "dicomweb: ai"}}}
 results:

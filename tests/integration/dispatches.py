@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from orthanc_events_bridge.testing.dicom import orthanc_id
 from orthanc_events_bridge.testing.phantoms import Phantom, file_of
-from orthanc_events_bridge.testing.ring import Ring
+from orthanc_events_bridge.testing.ring import FROM_PACS, Ring
 from orthanc_events_bridge.workflows.workflow import Workflows
 from tests.integration.commands import ran
 from tests.integration.routers import Routers
@@ -45,15 +45,22 @@ class Dispatches(Routers):
 
     :param service: as `Ring.options`.
     :param store: as there.
+    :param when: as there.
     """
 
     COMMAND = "dispatch"
     MUTANTS = "orthanc_events_bridge.testing.dispatch_mutants"
 
     def __init__(
-        self, folder: Path, ring: Ring, service: str = "", store: str | None = None, without: Sequence[str] = ()
+        self,
+        folder: Path,
+        ring: Ring,
+        service: str = "",
+        store: str | None = None,
+        when: str = FROM_PACS,
+        without: Sequence[str] = (),
     ) -> None:
-        super().__init__(folder, ring.line, ring.options(folder, service, store), without)
+        super().__init__(folder, ring.line, ring.options(folder, service, store, when), without)
         self.store = store or f"sqlite:///{folder}/dispatch.db"
 
     def workflow(self, *more: str) -> subprocess.CompletedProcess[str]:

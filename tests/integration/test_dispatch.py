@@ -176,7 +176,7 @@ def test_what_is_cancelled_gets_nothing_and_goes_on_when_a_person_says_so(tmp_pa
         wait_for(lambda: "the consumer dispatch-dry-run receives events" in dispatch.log(), "the dry run")
         phantom = Phantom()
         one = Sent(ring, phantom, phantom.ct(slices=4))
-        wait_for(lambda: "to the service, by ct-or-mr-of-the-pacs" in dispatch.log(), "a decision")
+        wait_for(lambda: "to the service, by for-the-service" in dispatch.log(), "a decision")
         assert dispatch.stop() == [0]
         assert not dispatch.states()
         dispatch.start()
@@ -211,10 +211,10 @@ def test_what_is_cancelled_gets_nothing_and_goes_on_when_a_person_says_so(tmp_pa
             assert (done.returncode, done.stdout) == (code, "")
             assert done.stderr.startswith(f"orthanc-events: {said}")
         done = dispatch.run("--explain", one.series)
-        assert "yes rule ct-or-mr-of-the-pacs\n" in done.stdout
-        assert done.stdout.endswith(
-            f"it goes to the service, by ct-or-mr-of-the-pacs\nworkflow {shown['id']} is done\n"
-        ), done.stderr
+        assert "yes rule for-the-service\n" in done.stdout
+        assert done.stdout.endswith(f"it goes to the service, by for-the-service\nworkflow {shown['id']} is done\n"), (
+            done.stderr
+        )
         found = json.loads(dispatch.run("--explain", shown["results"][0]["series"], "--json").stdout)
         assert (found["sent"], found["why"]) == (None, "it is pseudonymous: made here, or a result")
         assert dispatch.stop() == [0]
@@ -225,7 +225,8 @@ def test_what_the_service_answers_are_results_and_what_it_refuses_fails_at_once(
     require("orthanc-dicomweb")
     ring = Ring(tmp_path, "nats", receiver(tmp_path), fault_refuse="2")
     service = f"answers: '{ring.service.url}/results', timeout: 1m, concurrency: 1"
-    with ring.running(), Dispatches(tmp_path / "dispatch", ring, service) as dispatch:
+    anything = "{tag: Modality, exists: true}"  # also what it makes itself
+    with ring.running(), Dispatches(tmp_path / "dispatch", ring, service, when=anything) as dispatch:
         done = dispatch.run("--check")
         assert done.returncode == 0, done.stderr
         assert f"service: its answers, from {ring.service.url}/results\n" in done.stdout
@@ -243,4 +244,9 @@ def test_what_the_service_answers_are_results_and_what_it_refuses_fails_at_once(
             "the service refuses it: answers 409, failure reason 0124",
         )
         assert len(dispatch.audit("sent")) == 1
+        # All that it has made is looked at, and nothing of that is sent.
+        results = [result for each in dispatch.shown() for result in each["results"]]
+        made = {result[name] for result in results for name in ("series", "given")}
+        wait_for(lambda: all(f"subject='series/{each}')" in dispatch.log() for each in made), "what it has made")
+        assert dispatch.states() == {"done": 1, "failed": 1}
         assert dispatch.stop() == [0]
