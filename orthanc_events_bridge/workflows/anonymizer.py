@@ -31,6 +31,7 @@ from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.program import Program
 from orthanc_events_bridge.workflows.pseudonymous import (
     Maker,
+    UnreadableResultError,
     belongs_to,
     check_secret,
     give_back_all,
@@ -144,7 +145,10 @@ class Anonymizer(Program):
         if maker is None:
             raise Reject(f"there is no project {study.project} any more: put it back, with its secret")
         given = {uid for uid, done in (await self.memory.made(study.uid, "result")).items() if done}
-        batch = await give_back_all(self.memory, orthanc, study, maker.pseudonyms, results, given)
+        try:
+            batch = await give_back_all(self.memory, orthanc, study, maker.pseudonyms, results, given)
+        except UnreadableResultError as error:
+            raise Reject(f"instance {error.instance}: {error.message}") from error
         if batch.count:
             self._audit.note("given back", **told, instances=batch.count)
             await tell_results(self.app, event, orthanc, batch, study.project)

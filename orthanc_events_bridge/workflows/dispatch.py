@@ -237,7 +237,6 @@ class Dispatcher(Programs):
 
         :raises BridgeError: it has ended.
         """
-
         return await self.steps.workflows.change(one.id, cancelled)
 
     # Life.

@@ -29,6 +29,7 @@ from orthanc_events_bridge.workflows.jobs import Left
 from orthanc_events_bridge.workflows.memory import Memory, Remembered
 from orthanc_events_bridge.workflows.pseudonymous import (
     Maker,
+    UnreadableResultError,
     give_back_all,
     pseudonymise_all,
     tell_results,
@@ -98,7 +99,7 @@ class Steps:
         elif found.state in STOPPED:
             self.audit.note("not given back", **told, why=f"its workflow is {found.state}")
         else:
-            log.info("%r: a result, of workflow %s", event, found.id)
+            log.info("%r: a result", event)  # not of which workflow: that would say which pseudonym is whose
             return await self.workflows.change(found.id, arrived(self._outcome(resource, results)))
         return None
 
@@ -127,6 +128,8 @@ class Steps:
             why = [f"{count} instances: {text}" for text, count in made.left_out.items()]
             why += [f"{len(made.unreadable)} instances can't be read as DICOM"] if made.unreadable else []
             raise Reject(f"it is not sent: {'; '.join(why)}")
+        if made.batch.count < len(instances):
+            raise GoneError(f"instances of /series/{one.series} were deleted meanwhile")
         await made.batch.end()
         ((series, _),) = made.batch.series.items()
         itself = (await ask(orthanc, f"/series/{series}")).json()["MainDicomTags"]["SeriesInstanceUID"]
@@ -141,25 +144,32 @@ class Steps:
         async def note(job: str) -> None:
             await self.workflows.change(one.id, lambda row: replace(row, job=job))
 
+        try:
+            series = await look(orthanc, "series", one.anonymized, Wanted())
+        except GoneError:  # it is made again, and is the same
+            return await self.workflows.change(one.id, done_with("sending", lambda row: row.to("anonymizing")))
         async with app.once(event, "send", of=f"{one.id} {one.run}", lease=self.settings.ack_wait) as first:
             if first:
-                series = await look(orthanc, "series", one.anonymized, Wanted())
                 # Before it leaves: whoever dies behind that, it is known what may have left.
                 self.audit.note("sending", **told(one), destination=self.service.name, instances=len(series.instances))
                 job = await self.service.send(orthanc, series, Left(one.job, note))
                 self.audit.note("sent", **told(one), destination=self.service.name, job=job or None)
         due = time.time() + self.settings.service.deadline
         await self.workflows.change(one.id, done_with("sending", lambda row: row.to("waiting", due=due)))
-        # What is there already, from another time, nothing tells again.
+        await self._left_alone(event, orthanc, one)
+        return await self.workflows.change(one.id, lambda row: None)
+
+    async def _left_alone(self, event: Event, orthanc: httpx.AsyncClient, one: Workflow) -> None:
+        """Look at what came while nobody wanted it: nothing tells of it again."""
+        others = await self.workflows.of_study(one.study)
+        if not one.run and not any(other.state in STOPPED for other in others):
+            return
         study = await self.memory.study(one.study)
         assert study is not None
-        siblings = (await ask(orthanc, f"/series/{one.anonymized}/study")).json()["Series"]
-        known = {each.series for other in await self.workflows.of_study(one.study) for each in other.results}
-        for series_id in siblings if one.run or known else ():
-            if series_id != one.anonymized:
-                resource = await look(orthanc, "series", str(series_id), self.wanted)
-                await self.came(event, orthanc, resource, study)
-        return await self.workflows.change(one.id, lambda row: None)
+        known = {one.anonymized, *(result.series for other in others for result in other.results)}
+        for series in (await ask(orthanc, f"/series/{one.anonymized}/study")).json()["Series"]:
+            if series not in known:
+                await self.came(event, orthanc, await look(orthanc, "series", str(series), self.wanted), study)
 
     async def watch(self, app: Consumer, event: Event, orthanc: httpx.AsyncClient, one: Workflow) -> Workflow:
         if (left := one.due - time.time()) > 0:
@@ -175,8 +185,11 @@ class Steps:
             try:
                 results = await self._results(orthanc, outcome.series, study)
             except GoneError:
-                raise Reject(f"the result, series {outcome.series}, was deleted before it was given back") from None
-            batch = await give_back_all(self.memory, orthanc, study, self.maker.pseudonyms, results)
+                raise Reject("a result was deleted before it was given back") from None
+            try:
+                batch = await give_back_all(self.memory, orthanc, study, self.maker.pseudonyms, results)
+            except UnreadableResultError as error:  # not which: that would say which pseudonym is whose
+                raise Reject(f"a result can't be given back: {error.message}") from error
             await tell_results(app, event, orthanc, batch, study.project)
             await batch.end()
             self.audit.note("given back", **told(one), instances=batch.count)
@@ -189,10 +202,15 @@ class Steps:
         for outcome in one.results:
             if outcome.sent or not outcome.given:
                 continue
+            try:
+                resource = await look(orthanc, "series", outcome.given, Wanted())
+            except GoneError:  # it is given back again, and is the same
+                back = noted(outcome, replace(outcome, given=""))
+                await self.workflows.change(one.id, back)
+                return await self.workflows.change(one.id, done_with("delivering", lambda row: row.to("returning")))
             of = f"{one.id} {one.run} {outcome.given} {outcome.content}"
             async with app.once(event, "deliver", of=of, lease=self.settings.ack_wait) as first:
                 if first:
-                    resource = await look(orthanc, "series", outcome.given, Wanted())
                     job = await self.sender.send(orthanc, resource, began)
                     count = len(resource.instances)
                     self.audit.note("delivered", **told(one), result=outcome.given, instances=count, job=job or None)

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orthanc_events_bridge.consumers.retry import Reject
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.workflows.asking import file_of, instances_of
 from orthanc_events_bridge.workflows.batch import Batch
@@ -58,6 +57,17 @@ class Made:
     batch: Batch
     left_out: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
+
+
+class UnreadableResultError(BridgeError):
+    """A result can't be given back, and never will.
+
+    :ivar instance: Orthanc's id of it.
+    """
+
+    def __init__(self, message: str, instance: str) -> None:
+        super().__init__(message, "look at it")
+        self.instance = instance
 
 
 async def check_secret(memory: Memory, maker: Maker) -> None:
@@ -172,7 +182,7 @@ async def give_back_all(
     :param results: Orthanc's ids by their UIDs.
     :param given: the UIDs of what was given back already: it is passed over.
     :return: of what is in Orthanc; the last of it is not yet noted (`Batch.end`).
-    :raises Reject: one can't be read, or not be written again.
+    :raises UnreadableResultError: one can't be read, or not be written again.
     """
     batch = Batch(memory, orthanc, "result", study.project)
     for uid, instance in results.items():
@@ -186,7 +196,7 @@ async def give_back_all(
             originals = await memory.originals(study.project, result.uids)
             back = await asyncio.to_thread(result.give_back, study.identity, study.patient, originals, pseudonyms)
         except UnreadableFileError as error:
-            raise Reject(f"instance {instance}: {error.message}") from error
+            raise UnreadableResultError(error.message, instance) from error
         await batch.put(study.uid, pseudonyms.result(uid), back, {})
     return batch
 

@@ -210,3 +210,23 @@ def test_what_cannot_be_written_down_holds_the_order(tmp_path: Path, monkeypatch
     monkeypatch.setattr(made.dispatcher.steps.workflows, "find", full)
     with pytest.raises(RefusedError, match="the disk is full"):
         asyncio.run(made._with(made.dispatcher._give_up("w", "anonymizing", "why")))
+
+
+def test_what_was_deleted_before_it_was_sent_is_made_again(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    made.begin(state="sending", anonymized="gone", study="2.25.2")
+    with made.step("send").test() as kit:
+        kit.orthanc.get("/series/gone").respond(404)
+        kit.send(push())
+        kit.assert_handled()
+    assert (made.row().state, made.ordered) == ("anonymizing", ["dispatch-anonymize"])
+    results = (Outcome("came", "1", "gone"), Outcome("other", "1", "there", True))
+    change = made.dispatcher.steps.workflows.change("w", lambda row: replace(row, state="delivering", results=results))
+    asyncio.run(made._with(change))
+    with made.step("deliver").test() as kit:
+        kit.orthanc.get("/series/gone").respond(404)
+        kit.send(push())
+        kit.assert_handled()
+    row = made.row()
+    assert (row.state, made.ordered[1:]) == ("returning", ["dispatch-return"])
+    assert {one.series: one.given for one in row.results} == {"came": "", "other": "there"}
