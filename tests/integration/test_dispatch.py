@@ -125,7 +125,7 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         (failed,) = [one for one in shown if one["state"] == "failed"]
         assert {one["series"] for one in shown} == {one.series for one in everything}
         # An attempt in which a worker was killed counts too.
-        assert failed["step"] == "send" and re.search("failed [0-9]+ times of 5: job .+ has failed", failed["reason"])
+        assert failed["step"] == "send" and re.search("failed [0-9]+ times of 10: job .+ has failed", failed["reason"])
         check_results(ring, everything, {failed["series"]})
         assert set(stored(ring.gateway).values()) == {1}  # nothing was made twice
         assert set(stored(pacs).values()) == {1}
