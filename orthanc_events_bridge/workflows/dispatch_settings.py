@@ -77,7 +77,10 @@ class Service(Options):
 class Results(Options):
     """Where results go."""
 
-    to: Destination = Field(description="Where to, when they are given back their patient: as the router's.")
+    to: Destination = Field(
+        description="Where to, when they are given back their patient: as the router's.",
+        examples=[{"modality": "pacs"}],
+    )
     expect: dict[str, When] = Field(
         default_factory=dict,
         description="Series of results that have to come, by names of your own: of each the conditions that one has "
@@ -97,8 +100,8 @@ class DispatchSettings(Remembering):
         min_length=1, description="Which series go to the service: those that any rule fits."
     )
     anonymize: Anonymize = Field(default_factory=Anonymize, description="How they are pseudonymised.")
-    service: Service = Field(description="Where they are sent.")
-    results: Results = Field(description="Where their results go.")
+    service: Service = Field(description="Where they are sent.", examples=[{"dicomweb": "ai"}])
+    results: Results = Field(description="Where their results go.", examples=[{"to": {"modality": "pacs"}}])
     audit: FileName | None = Field(
         default=None,
         description="A file to which a line of JSON is appended for all that is done: what, where to, when, by which "
