@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
-	test-slow test-mutants test-bare lint format bench docs build lock clean
+.PHONY: help setup demo demo-ai hello test test-unit test-contract test-containers test-newer test-sid \
+	test-integration test-faults test-slow test-mutants test-bare lint format bench docs build lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -31,6 +31,10 @@ setup: ## install what demo and tests need (Debian's packages as root, Python's 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" DEMO_FAULT="$(DEMO_FAULT)" $(BIN)/python -m orthanc_events_bridge.testing.demo
+
+demo-ai: ## PACS → gateway → AI service → back: results found in the PACS (BROKER=nats|rabbitmq|kafka; KEEP=1: until Ctrl-C)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
+	@BROKER="$(BROKER)" KEEP="$(KEEP)" $(BIN)/python -m orthanc_events_bridge.testing.demo_ai
 
 hello: ## a consumer in ten lines, on a real broker (BROKER=nats|rabbitmq|kafka; KEEP=1: until Ctrl-C)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))

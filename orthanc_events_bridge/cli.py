@@ -22,6 +22,7 @@ from orthanc_events_bridge import (
     cli_backup,
     cli_consume,
     cli_derive,
+    cli_dispatch,
     cli_dlq,
     cli_orthanc,
     cli_replay,
@@ -32,6 +33,7 @@ from orthanc_events_bridge import (
     cli_tail,
     cli_transports,
     cli_verify,
+    cli_workflow,
 )
 from orthanc_events_bridge.cli_options import (
     UsageError,
@@ -49,6 +51,7 @@ _SCHEMAS: Final = {
     "consumer": ("consumers", "of a consumer's configuration"),
     "router": ("workflows", "of that of `route`"),
     "anonymizer": ("workflows", "of that of `anonymize`"),
+    "dispatch": ("workflows", "of that of `dispatch`"),
     "derive": ("workflows", "of that of `derive`"),
     "job-retry": ("workflows", "of that of `retry-jobs`"),
 }
@@ -144,9 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         cli_backup,
         cli_consume,
         cli_derive,
+        cli_dispatch,
         cli_dlq,
         cli_retry_jobs,
         cli_route,
+        cli_workflow,
     ):
         module.define(commands)
     summary = "print the JSON Schema of the configuration, for editors, or of events"

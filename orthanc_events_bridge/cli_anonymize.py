@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command
 from orthanc_events_bridge.cli_rules import add_rule_options, answer_or_work, orthanc_id, show
-from orthanc_events_bridge.cli_workers import add_worker_options, configuration
-from orthanc_events_bridge.errors import BridgeError, GoneError
+from orthanc_events_bridge.cli_workers import add_worker_options, configuration, needs_pydicom
+from orthanc_events_bridge.errors import GoneError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.anonymizer import Anonymizer
@@ -60,13 +60,9 @@ def _anonymize(options: argparse.Namespace) -> int:
 
 
 def _made(options: argparse.Namespace) -> Anonymizer:
-    try:
+    with needs_pydicom():
         from orthanc_events_bridge.workflows.anonymizer import Anonymizer
         from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "pydicom":
-            raise
-        raise BridgeError("pydicom is not installed", 'pip install "orthanc-events-bridge[anonymizer]"') from error
     return Anonymizer(configuration(options, AnonymizerSettings), dry=options.dry_run)
 
 

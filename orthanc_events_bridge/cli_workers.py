@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from orthanc_events_bridge.cli_options import UsageError
+from orthanc_events_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.consumers.configuration import Configuration
@@ -81,6 +84,20 @@ def configuration(options: argparse.Namespace, settings: type[_Settings]) -> Con
     if missing:
         raise ConfigError(missing)
     return found
+
+
+@contextlib.contextmanager
+def needs_pydicom() -> Iterator[None]:
+    """Around the import of what reads DICOM files.
+
+    :raises BridgeError: pydicom is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "pydicom":
+            raise
+        raise BridgeError("pydicom is not installed", 'pip install "orthanc-events-bridge[anonymizer]"') from error
 
 
 def several(options: argparse.Namespace, *command: str, alone: bool) -> int | None:

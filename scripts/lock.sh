@@ -13,4 +13,7 @@ compile "$@" requirements/build.in --output-file requirements/build.txt
 compile "$@" pyproject.toml --extra dev --constraint requirements/build.txt --output-file requirements/dev.txt
 compile "$@" pyproject.toml --extra nats --extra nkeys --extra orthanc --constraint requirements/dev.txt \
     --output-file requirements/bridge.txt
-echo "requirements/build.txt, dev.txt (all of development) and bridge.txt (the bridge with NATS, and to ask Orthanc) are written"
+compile examples/ai-service/requirements.in --constraint requirements/dev.txt \
+    --output-file examples/ai-service/requirements.txt
+echo "requirements/build.txt, dev.txt (all of development) and bridge.txt (the bridge with NATS, and to ask Orthanc) are written,"
+echo "and requirements.txt of examples/ai-service"

@@ -38,6 +38,7 @@ from orthanc_events_bridge.values import Duration, Options, Size, format_duratio
 from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings  # noqa: E402
 from orthanc_events_bridge.workflows.conditions import OneOrMany  # noqa: E402
 from orthanc_events_bridge.workflows.derive import DeriveSettings  # noqa: E402
+from orthanc_events_bridge.workflows.dispatch_settings import DispatchSettings  # noqa: E402
 from orthanc_events_bridge.workflows.job_retry import JobRetrySettings  # noqa: E402
 from orthanc_events_bridge.workflows.router_settings import RouterSettings  # noqa: E402
 from tools import api_page, asyncapi_document, event_schemas, events_html, licences  # noqa: E402
@@ -86,6 +87,7 @@ class Program(NamedTuple):
 PROGRAMS = (
     Program("router", "route", "router.md", RouterSettings),
     Program("anonymizer", "anonymize", "anonymizer.md", AnonymizerSettings),
+    Program("dispatch", "dispatch", "ai-dispatch.md", DispatchSettings),
     Program("derive", "derive", "derived-events.md", DeriveSettings),
     Program("job-retry", "retry-jobs", "job-retry.md", JobRetrySettings),
 )

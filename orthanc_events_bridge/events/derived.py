@@ -19,17 +19,23 @@ DERIVED: Final[dict[EventType, str]] = {
     EventType("study", "routed", "The study was sent to a destination."): "route",
     EventType("series", "routed", "The series was sent to a destination."): "route",
     EventType("instance", "routed", "The instance was sent to a destination."): "route",
-    EventType("transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."): "route",
+    EventType(
+        "transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."
+    ): "`route`, `dispatch`",
     # Old Orthancs write the same into their logs, with the same meaning: it is one type (`catalog.TYPES` has it too).
     next(one for one in catalog.TYPES if one.name == "study.anonymized"): "anonymize",
-    EventType("result", "received", "A result for an anonymized study has come, and is in the original."): "anonymize",
+    EventType(
+        "result", "received", "A result for an anonymized study has come, and is in the original."
+    ): "`anonymize`, `dispatch`",
 }
 
 #: A router's own order to send something: in inboxes only, and no contract for others.
 ORDERED: Final = "transfer.ordered"
+#: An AI dispatch's own order to go on with a workflow: the same.
+STEP_ORDERED: Final = "step.ordered"
 
 #: The short names of all types that consumers can meet.
-NAMES: Final = tuple(dict.fromkeys((*(one.name for one in (*catalog.TYPES, *DERIVED)), ORDERED)))
+NAMES: Final = tuple(dict.fromkeys((*(one.name for one in (*catalog.TYPES, *DERIVED)), ORDERED, STEP_ORDERED)))
 
 _BY_NAME: Final = {one.name: one for one in DERIVED}
 _COUNT: Final = {"type": "integer", "minimum": 0}

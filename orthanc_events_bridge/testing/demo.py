@@ -15,15 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import BROKERS, Broker
 from orthanc_events_bridge.testing.brokers.events import Event
-from orthanc_events_bridge.testing.guard import scratch_folder
 from orthanc_events_bridge.testing.line import Line
-from orthanc_events_bridge.testing.processes import ServerError
 from orthanc_events_bridge.testing.reacting import Reacting
-from orthanc_events_bridge.testing.servers import MissingComponentError
+from orthanc_events_bridge.testing.showing import go_on, shown
 
 #: Seconds between two looks at the broker.
 _LOOK: Final = 0.3
@@ -186,9 +183,7 @@ def run(scratch: Path, kind: str, *, keep: bool, fault: str) -> int:
             print(f"\nthe bridge's status: {orthanc.url}/orthanc-events/status")
             print(f"Orthanc Explorer:    {orthanc.url}/app/explorer.html")
             if keep:
-                print("\nIt goes on running. Send it something; Ctrl-C ends it.", flush=True)
-                while True:
-                    time.sleep(1)
+                go_on()
     print("(both were stopped; `make demo KEEP=1` leaves them running)")
     others = ", ".join(one for one in BROKERS if one != kind)
     print(f"other brokers: make demo BROKER={others.replace(', ', '|')}")
@@ -197,21 +192,9 @@ def run(scratch: Path, kind: str, *, keep: bool, fault: str) -> int:
 
 
 def main() -> int:
-    """Run the demonstration in a scratch folder, and leave nothing behind."""
-    try:
-        with scratch_folder() as scratch:
-            return run(
-                scratch,
-                os.environ.get("BROKER", "") or "nats",
-                keep=os.environ.get("KEEP", "") not in ("", "0"),
-                fault=os.environ.get("DEMO_FAULT", ""),
-            )
-    except (MissingComponentError, ServerError, OutboxError, TimeoutError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("\nstopped")
-        return 0
+    """See `shown`."""
+    fault = os.environ.get("DEMO_FAULT", "")
+    return shown("demo", lambda scratch, kind, keep: run(scratch, kind, keep=keep, fault=fault))
 
 
 if __name__ == "__main__":

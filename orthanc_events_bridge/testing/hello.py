@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from orthanc_events_bridge.errors import OutboxError
 from orthanc_events_bridge.testing.brokers import BROKERS
-from orthanc_events_bridge.testing.guard import scratch_folder
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import ServerError
 from orthanc_events_bridge.testing.reacting import consumer_url
-from orthanc_events_bridge.testing.servers import MissingComponentError
+from orthanc_events_bridge.testing.showing import go_on, shown
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "hello" / "hello.py"
 #: Seconds that it may take to say hello, and to end.
@@ -62,24 +59,13 @@ def run(scratch: Path, kind: str, *, keep: bool) -> int:
             said = process.stdout.readline()
             print(said, end="", flush=True)
             if keep and said:
-                print("\nIt goes on running; Ctrl-C ends it.", flush=True)
-                while process.poll() is None:
-                    time.sleep(1)
+                go_on(lambda: process.poll() is None)
     return 0 if said.startswith("hello, ") else 1
 
 
 def main() -> int:
-    """Run it in a scratch folder, and leave nothing behind."""
-    try:
-        with scratch_folder() as scratch:
-            keep = os.environ.get("KEEP", "") not in ("", "0")
-            return run(scratch, os.environ.get("BROKER", "") or "nats", keep=keep)
-    except (MissingComponentError, ServerError, OutboxError, TimeoutError) as error:
-        print(f"hello: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("\nstopped")
-        return 0
+    """See `shown`."""
+    return shown("hello", lambda scratch, kind, keep: run(scratch, kind, keep=keep))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ from orthanc_events_bridge.workflows.rules import Rule, mistakes
 #: The profile that is there without being written: the basic profile of PS3.15.
 BASIC: Final = "basic"
 
-
 #: Of a database.
 _RIGHT: Final = 'write "sqlite:////FOLDER/FILE" for the workers of one machine, or "postgresql://USER@HOST/DATABASE"'
 
 
-class Project(Options):
-    """Whose pseudonyms they are: of another project they are others, for the same patient too."""
+class Secret(Options):
+    """Where the secret of a project is."""
 
-    profile: str = Field(default=BASIC, description="The name of a profile; `basic` is there by itself.")
     secret_file: FileName | None = Field(
         default=None,
         description="A file with the secret that pseudonyms are made with, at least 16 characters. Left out: the "
@@ -57,7 +55,35 @@ class Project(Options):
         return found
 
 
-class AnonymizerSettings(ConsumerSettings):
+class Project(Secret):
+    """Whose pseudonyms they are: of another project they are others, for the same patient too."""
+
+    profile: str = Field(default=BASIC, description="The name of a profile; `basic` is there by itself.")
+
+
+class Remembering(ConsumerSettings):
+    """What remembers what stands for what has a database for it."""
+
+    def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
+        """The store is a database."""
+        yield from super().contradictions()
+        if self.memory is None:
+            yield ("store",), mistake("is no database, and what stands for what has to be remembered in one", _RIGHT)
+
+    @property
+    def memory(self) -> SecretStr | Path | None:
+        """The database in which it is remembered what stands for what: as a URL, or in a file that holds that."""
+        chosen = self.chosen_store() if self.store_file or self.store else None
+        return chosen if isinstance(chosen, SecretStr | Path) else None
+
+
+def check_project(name: str, place: Place) -> Iterator[tuple[Place, PydanticCustomError]]:
+    """What is wrong with the name of a project."""
+    if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
+        yield place, mistake("can't be the name of a project", "use letters, digits and -, at most 32", shown=name)
+
+
+class AnonymizerSettings(Remembering):
     """An anonymizer's file: the options of every consumer, and these."""
 
     name: ConsumerName = Field(default="anonymizer", description="Of the consumer.")
@@ -81,21 +107,11 @@ class AnonymizerSettings(ConsumerSettings):
     def contradictions(self) -> Iterator[tuple[Place, PydanticCustomError]]:
         """Names that lead to nothing."""
         yield from super().contradictions()
-        if self.memory is None:
-            yield ("store",), mistake("is no database, and what stands for what has to be remembered in one", _RIGHT)
         yield from mistakes(self.rules, self.projects, "project")
         if BASIC in self.profiles:
             yield ("profiles", BASIC), mistake("is there by itself, as DICOM has it", "give yours another name")
         for name, project in self.projects.items():
-            if re.fullmatch(r"[A-Za-z0-9-]{1,32}", name) is None:
-                wrong, right = "can't be the name of a project", "use letters, digits and -, at most 32"
-                yield ("projects", name), mistake(wrong, right, shown=name)
+            yield from check_project(name, ("projects", name))
             if project.profile != BASIC and project.profile not in self.profiles:
                 right = f"the profiles are: {', '.join({BASIC: 0} | self.profiles)}"
                 yield ("projects", name, "profile"), mistake("is no profile", right, shown=project.profile)
-
-    @property
-    def memory(self) -> SecretStr | Path | None:
-        """The database in which it is remembered what stands for what: as a URL, or in a file that holds that."""
-        chosen = self.chosen_store() if self.store_file or self.store else None
-        return chosen if isinstance(chosen, SecretStr | Path) else None

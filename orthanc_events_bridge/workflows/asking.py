@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orthanc_events_bridge.errors import GoneError, LogUnavailableError
+from orthanc_events_bridge.events.mapping import SUBJECTS
 
 if TYPE_CHECKING:
     import httpx
@@ -45,3 +46,9 @@ async def file_of(orthanc: httpx.AsyncClient, instance: str) -> bytes | None:
         return (await ask(orthanc, f"/instances/{instance}/file")).content
     except GoneError:
         return None
+
+
+async def instances_of(orthanc: httpx.AsyncClient, level: str, identifier: str) -> dict[str, str]:
+    """Orthanc's ids of the instances of a study or series, by their UIDs."""
+    found = (await ask(orthanc, f"/{SUBJECTS[level]}/{identifier}/instances")).json()
+    return {str(one["MainDicomTags"]["SOPInstanceUID"]): str(one["ID"]) for one in found}

@@ -25,7 +25,7 @@ from orthanc_events_bridge.orthanc_api import OrthancOptions
 from orthanc_events_bridge.values import Duration, FileName, Options, Place, mistake
 from orthanc_events_bridge.workflows.asking import ask, file_of
 from orthanc_events_bridge.workflows.facts import Resource
-from orthanc_events_bridge.workflows.jobs import Submission, run_job
+from orthanc_events_bridge.workflows.jobs import Left, Submission, run_job
 
 if TYPE_CHECKING:
     import httpx
@@ -165,10 +165,13 @@ class Sender:
         aet = (await self._configuration(orthanc)).get("AET")
         return aet in resource.values("metadata", "RemoteAET")
 
-    async def send(self, orthanc: httpx.AsyncClient, resource: Resource, since: datetime | None) -> str:
+    async def send(
+        self, orthanc: httpx.AsyncClient, resource: Resource, since: datetime | None, left: Left | None = None
+    ) -> str:
         """Send a resource, and return when it is there.
 
         :param since: what was sent before doesn't count.
+        :param left: what is known of jobs that were submitted for this before.
         :return: the job that did it; empty where it was none.
         :raises BridgeError: it could not be sent.
         :raises httpx.HTTPError: Orthanc, or the other one, doesn't answer.
@@ -183,7 +186,7 @@ class Sender:
                 await self._write(orthanc, resource)
             return ""
         submission = await self._submission(orthanc, resource, since)
-        return str((await run_job(orthanc, submission, self.destination.timeout))["ID"])
+        return str((await run_job(orthanc, submission, self.destination.timeout, left))["ID"])
 
     async def close(self) -> None:
         """End all connections of its own."""

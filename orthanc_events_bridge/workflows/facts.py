@@ -71,6 +71,10 @@ class Resource:
         # DICOM writes several values into one, with backslashes between (PS3.5, section 6.4).
         return _once([*found, *(part for value in found if "\\" in value for part in value.split("\\"))])
 
+    def tag(self, keyword: str) -> str:
+        """The value of a tag that has one; empty where it has none."""
+        return next(iter(self.values("tag", keyword)), "")
+
     @property
     def fingerprint(self) -> str:
         """The same for the same instances with the same main tags, wherever they come from; another one when any were

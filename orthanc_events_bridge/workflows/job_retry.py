@@ -25,7 +25,7 @@ from orthanc_events_bridge.values import Duration, Options, Place, mistake
 from orthanc_events_bridge.workflows.asking import ask, time_of
 from orthanc_events_bridge.workflows.job_again import MODALITY, PEER, STOW, again, does, names, since_then
 from orthanc_events_bridge.workflows.job_progress import Notes
-from orthanc_events_bridge.workflows.jobs import resubmit, submit
+from orthanc_events_bridge.workflows.jobs import error_of, resubmit, submit
 from orthanc_events_bridge.workflows.program import Program
 
 if TYPE_CHECKING:
@@ -252,9 +252,6 @@ async def _check_recorder(orthanc: httpx.AsyncClient, event: Event) -> None:
 
 
 def _error(event: Event, job: Mapping[str, Any] | None) -> str:
-    # Not ErrorDetails: what a remote says can hold anything.
-    job = job or {}
-    content = job.get("Content") or {}  # of a plugin's job the error is there
-    code = content.get("FunctionErrorCode", job.get("ErrorCode", event.job.get("errorCode", "unknown")))
-    text = content.get("FunctionErrorDescription", job.get("ErrorDescription", "which Orthanc has forgotten"))
-    return f"error {code}, {text}"
+    code, text = error_of(job or {})
+    code = event.job.get("errorCode", "unknown") if code is None else code
+    return f"error {code}, {text or 'which Orthanc has forgotten'}"

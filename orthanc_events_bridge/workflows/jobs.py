@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -47,17 +47,34 @@ class Submission:
     since: datetime | None = None
 
 
-async def run_job(orthanc: httpx.AsyncClient, submission: Submission, deadline: float) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Left:
+    """By what a job is known again that can't be by its content.
+
+    :ivar job: the id of one that was submitted for this before; empty: none was.
+    :ivar note: keeps the id of one as soon as it is submitted.
+    """
+
+    job: str
+    note: Callable[[str], Awaitable[None]]
+
+
+async def run_job(
+    orthanc: httpx.AsyncClient, submission: Submission, deadline: float, left: Left | None = None
+) -> Mapping[str, Any]:
     """Have a job done, once: one that somebody has submitted already, and that has not failed, is waited for.
 
     :param deadline: seconds that it may take.
+    :param left: what is known of earlier ones.
     :return: the job, as Orthanc describes it.
     :raises JobError: it has failed, or has taken too long.
     :raises httpx.HTTPError: Orthanc doesn't answer.
     """
-    job = await _submitted(orthanc, submission)
+    job = await _submitted(orthanc, submission) or (await _known(orthanc, left.job) if left else None)
     if job is None:
         identifier = await submit(orthanc, submission)
+        if left is not None:
+            await left.note(identifier)
     else:
         identifier = str(job["ID"])
         log.info("job %s was submitted already: it is waited for", identifier)
@@ -105,6 +122,14 @@ async def all_jobs(orthanc: httpx.AsyncClient) -> list[Mapping[str, Any]]:
     return list((await ask(orthanc, "/jobs?expand")).json())
 
 
+def error_of(job: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The code and the text of a failed job's error; none where Orthanc says none. Of a plugin's job they are in its
+    content. Not the details: what a remote says can hold anything."""
+    content = job.get("Content") or {}
+    code = content.get("FunctionErrorCode", job.get("ErrorCode"))
+    return code, content.get("FunctionErrorDescription", job.get("ErrorDescription"))
+
+
 async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapping[str, Any] | None:
     if not submission.content:
         return None
@@ -118,6 +143,17 @@ async def _submitted(orthanc: httpx.AsyncClient, submission: Submission) -> Mapp
         ):
             return dict(job)
     return None
+
+
+async def _known(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any] | None:
+    """A job that has not failed, and that Orthanc has not forgotten."""
+    if not identifier:
+        return None
+    try:
+        job: Mapping[str, Any] = (await ask(orthanc, f"/jobs/{identifier}")).json()
+    except GoneError:
+        return None
+    return None if job.get("State") == "Failure" else job
 
 
 def _created(job: Mapping[str, Any]) -> datetime:
@@ -134,9 +170,10 @@ async def _end(orthanc: httpx.AsyncClient, identifier: str) -> Mapping[str, Any]
         if job.get("State") == "Success":
             return job
         if job.get("State") == "Failure":
-            # Not ErrorDetails: what a remote says can hold anything.
-            text = str(job.get("ErrorDescription", "no reason given"))
-            raise JobError(f"job {identifier} has failed: {text} ({job.get('ErrorCode', '?')})", "see Orthanc's log")
+            code, text = error_of(job)
+            raise JobError(
+                f"job {identifier} has failed: {text or 'no reason given'} ({code or '?'})", "see Orthanc's log"
+            )
         await asyncio.sleep(wait)
         wait = min(wait * 1.5, _LATE)
 

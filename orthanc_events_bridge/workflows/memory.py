@@ -5,22 +5,12 @@ Nothing is forgotten: what is not remembered can't be given back its patient.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import SecretStr
-
-from orthanc_events_bridge.consumers import stores
-from orthanc_events_bridge.consumers.stores import Database
-from orthanc_events_bridge.errors import BridgeError
-
-#: So many rows in one statement: some databases take no more than a thousand parameters.
-_CHUNK: Final = 100
+from orthanc_events_bridge.workflows.tables import CHUNK, Tables, in_parts
 
 _CREATE: Final = (
     "CREATE TABLE IF NOT EXISTS orthanc_events_projects (project text PRIMARY KEY, fingerprint text NOT NULL)",
@@ -75,36 +65,10 @@ class Remembered:
         return f"Remembered({self.uid!r})"  # never what it stands for
 
 
-class Memory:
-    """See the module's text.
+class Memory(Tables):
+    """See the module's text."""
 
-    :param store: the URL of a database, or a file that holds one. A database in a file that others may read is refused
-        with `orthanc_events_bridge.errors.BridgeError` when it is opened.
-    """
-
-    def __init__(self, store: SecretStr | Path) -> None:
-        self._store = store
-        self._database: Database | None = None
-        self._opening = asyncio.Lock()
-
-    async def close(self) -> None:
-        """Let go of it."""
-        database, self._database = self._database, None
-        if database is not None:
-            await database.close()
-
-    async def _run(self, *steps: tuple[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-        async with self._opening:
-            if self._database is None:
-                database = stores.database(self._store)
-                _check_file(database.file)
-                try:
-                    await database.open(*_CREATE)
-                except BaseException:
-                    await database.close()
-                    raise
-                self._database = database
-        return await self._database.run(*steps)
+    CREATE = _CREATE
 
     async def project(self, project: str, fingerprint: str) -> bool:
         """Is a project's secret the one that its pseudonyms were made with? The first one is noted."""
@@ -146,9 +110,9 @@ class Memory:
 
     async def finish(self, instances: Sequence[str]) -> None:
         """These are in Orthanc."""
-        for part in _parts(instances):
-            text = f"UPDATE orthanc_events_made SET done = {{done}} WHERE uid IN ({', '.join(part)})"
-            await self._run((text, {"done": True, **_given(part)}))
+        for names, given in in_parts(instances):
+            text = f"UPDATE orthanc_events_made SET done = {{done}} WHERE uid IN ({names})"
+            await self._run((text, {"done": True, **given}))
 
     async def made(self, study: str, kind: Kind) -> dict[str, bool]:
         """The instances that were made of a study, and whether they are in Orthanc.
@@ -161,20 +125,20 @@ class Memory:
     async def studies_of(self, uids: Iterable[str]) -> set[str]:
         """The pseudonymised studies, by their UIDs, that any of these instances are of."""
         found: set[str] = set()
-        for part in _parts(sorted(uids)):
-            where = f"kind = 'pseudonymised' AND uid IN ({', '.join(part)})"
+        for names, given in in_parts(sorted(uids)):
+            where = f"kind = 'pseudonymised' AND uid IN ({names})"
             text = f"SELECT DISTINCT study FROM orthanc_events_made WHERE {where}"
-            found.update(row[0] for row in await self._run((text, _given(part))))
+            found.update(row[0] for row in await self._run((text, given)))
         return found
 
     async def originals(self, project: str, uids: Iterable[str]) -> dict[str, str]:
         """What UIDs stand for, of those that stand for anything."""
         found: dict[str, str] = {}
-        for part in _parts(sorted(uids)):
-            where = f"project = {{project}} AND uid IN ({', '.join(part)})"
+        for names, given in in_parts(sorted(uids)):
+            where = f"project = {{project}} AND uid IN ({names})"
             text = f"SELECT uid, original FROM orthanc_events_uids WHERE {where}"
-            given = {"project": project, **_given(part)}
-            found.update((uid, original) for uid, original in await self._run((text, given)))
+            rows = await self._run((text, {"project": project, **given}))
+            found.update((uid, original) for uid, original in rows)
         return found
 
     async def who(self, uid: str) -> list[tuple[str, str, str]]:
@@ -185,23 +149,13 @@ class Memory:
 
 def _uid_steps(project: str, uids: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     pairs = sorted(uids.items())  # in one order: two that insert the same don't wait for each other
-    for start in range(0, len(pairs), _CHUNK):
+    for start in range(0, len(pairs), CHUNK):
         given: dict[str, Any] = {"project": project}
         rows = []
-        for number, (uid, original) in enumerate(pairs[start : start + _CHUNK]):
+        for number, (uid, original) in enumerate(pairs[start : start + CHUNK]):
             given |= {f"u{number}": uid, f"o{number}": original}
             rows.append(f"({{u{number}}}, {{project}}, {{o{number}}})")
         yield f"INSERT INTO orthanc_events_uids VALUES {', '.join(rows)} ON CONFLICT (uid) DO NOTHING", given
-
-
-def _parts(values: Sequence[str]) -> Iterator[dict[str, str]]:
-    """A few at a time, by the names that they have in a statement."""
-    for start in range(0, len(values), _CHUNK):
-        yield {f"{{v{number}}}": value for number, value in enumerate(values[start : start + _CHUNK])}
-
-
-def _given(part: Mapping[str, str]) -> dict[str, str]:
-    return {name[1:-1]: value for name, value in part.items()}
 
 
 def _values(study: Remembered) -> dict[str, Any]:
@@ -211,12 +165,3 @@ def _values(study: Remembered) -> dict[str, Any]:
 def _study(row: tuple[Any, ...]) -> Remembered:
     uid, project, original, patient, patient_original, identity = row
     return Remembered(uid, project, original, patient, patient_original, json.loads(identity))
-
-
-def _check_file(path: Path | None) -> None:
-    """Is it for us alone?
-
-    :raises BridgeError: others may read it.
-    """
-    if path is not None and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise BridgeError(f"{path} can be read by others, and holds who the patients are", f"chmod 600 {path}")

@@ -11,42 +11,32 @@ remembered by its content, so that nothing is sent twice, and nothing goes round
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-import time
-import uuid
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from orthanc_events_bridge.consumers.app import Consumer
 from orthanc_events_bridge.consumers.configuration import Configuration
 from orthanc_events_bridge.consumers.event import Event
-from orthanc_events_bridge.consumers.health import address_of, health
-from orthanc_events_bridge.consumers.leaving import logs, run_until_told
-from orthanc_events_bridge.consumers.publishing import PREFIX
-from orthanc_events_bridge.errors import BridgeError, GoneError
-from orthanc_events_bridge.events.catalog import VERSION
+from orthanc_events_bridge.errors import GoneError
 from orthanc_events_bridge.events.derived import ORDERED
-from orthanc_events_bridge.events.mapping import NAMESPACE, STRUCTURED, partition, trace_parent
-from orthanc_events_bridge.moments import iso
-from orthanc_events_bridge.transports import create
-from orthanc_events_bridge.transports.base import Outgoing
 from orthanc_events_bridge.workflows.audit import Audit
 from orthanc_events_bridge.workflows.destinations import Sender
 from orthanc_events_bridge.workflows.facts import Resource, Wanted, check_labels, look
 from orthanc_events_bridge.workflows.keywords import odd
+from orthanc_events_bridge.workflows.orders import Inboxes, Origin, order
+from orthanc_events_bridge.workflows.program import Programs
 from orthanc_events_bridge.workflows.router_settings import RouterSettings
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 
 if TYPE_CHECKING:
     import httpx
 
-    from orthanc_events_bridge.transports.base import Place as BrokerPlace
+    from orthanc_events_bridge.transports.base import Outgoing
 
 log = logging.getLogger(__name__)
 
 
-class Router:
+class Router(Programs):
     """The consumers of one configuration: the one that decides, and one for each destination.
 
     :param configuration: of which the settings are `RouterSettings`.
@@ -57,13 +47,13 @@ class Router:
     def __init__(self, configuration: Configuration[RouterSettings], *, dry: bool = False) -> None:
         if dry:
             configuration = configuration.for_dry_run()
-        self.settings = settings = configuration.settings
+        self.settings: RouterSettings = configuration.settings
+        settings = self.settings
         self._dry = dry
         self._audit = Audit(settings.audit)
         self._wanted = wanted_by(settings.rules)
         self._senders = {name: Sender(name, one) for name, one in settings.destinations.items()}
-        self._inboxes: dict[str, BrokerPlace] = {}
-        self._asking = {name: asyncio.Lock() for name in self._senders}
+        self._inboxes = Inboxes(settings.broker)
         # Health and metrics of all of them are told at one address.
         alone = configuration.with_settings(http=None)
         self.deciding = Consumer.configured(alone)
@@ -101,20 +91,7 @@ class Router:
         log.info("%r: %s", event, ", ".join(f"{to} by {rule}" for to, rule in decision.rules.items()) or "to nobody")
         if not self._dry:
             for name, rule in decision.rules.items():
-                await self._order(name, order_of(event, resource, name, rule))
-
-    async def _order(self, name: str, order: Outgoing) -> None:
-        async with self._asking[name]:
-            if name not in self._inboxes:
-                assert self.deciding.broker is not None
-                self._inboxes[name] = create(self.deciding.broker).inbox(f"{self.settings.name}-{name}")
-            inbox = self._inboxes[name]
-            try:
-                await inbox.connect()
-                await inbox.publish([order])
-            except BridgeError:
-                await inbox.close()  # it is connected again by the next
-                raise
+                await self._inboxes.put(f"{self.settings.name}-{name}", _order(event, resource, name, rule))
 
     # Sending.
 
@@ -148,15 +125,17 @@ class Router:
     # Life.
 
     def complete(self) -> None:
-        """Is all said, and as far as that can be known here, usable? Nothing is connected.
-
-        :raises BridgeError: no.
-        """
+        """See `Programs.complete`."""
         self._audit.check()
         for sender in self._senders.values():
             sender.check()
-        for one in self.consumers:
-            one.complete()
+        super().complete()
+
+    async def close(self) -> None:
+        """See `Programs.close`."""
+        await self._inboxes.close()
+        for sender in self._senders.values():
+            await sender.close()
 
     @property
     def level(self) -> str:
@@ -167,55 +146,6 @@ class Router:
     def consumers(self) -> list[Consumer]:
         """All of it."""
         return [self.deciding, *self.sending.values()]
-
-    def numbered(self, number: int) -> Self:
-        """See `Consumer.numbered`.
-
-        :raises ConfigError: there is no such port.
-        """
-        http = address_of(self.settings.name, self.settings.http, number)
-        self.settings = self.settings.model_copy(update={"http": http})
-        return self
-
-    def stop(self) -> None:
-        """Begin to stop; to be called in the loop that it works in."""
-        for one in self.consumers:
-            one.stop()
-
-    def run(self) -> None:
-        """Work until SIGTERM or SIGINT. See `Consumer.run`.
-
-        :raises BridgeError: it can't begin.
-        """
-        logs(self.settings.log_level)
-        run_until_told(self.settings.name, self.serve, self.stop, self.settings.drain, self._running)
-
-    def _running(self) -> list[str]:
-        return [text for one in self.consumers for text in one.running]
-
-    async def serve(self) -> None:
-        """Work until `stop` is called.
-
-        :raises BridgeError: it can't begin.
-        """
-        self.complete()
-        try:
-            async with health(self.settings.http, *self.consumers):
-                await self._serve()
-        finally:
-            for inbox in self._inboxes.values():
-                await inbox.close()
-            for sender in self._senders.values():
-                await sender.close()
-
-    async def _serve(self) -> None:
-        tasks = [asyncio.ensure_future(one.serve()) for one in self.consumers]
-        # One that can't begin ends all: none works by halves.
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        self.stop()
-        await asyncio.wait(tasks)
-        for task in tasks:
-            task.result()
 
     async def check(self) -> list[str]:
         """Look at everything, and leave again.
@@ -241,34 +171,15 @@ class Router:
         return resource, Decision(self.settings.rules, self.settings.match, resource)
 
 
-def order_of(event: Event, resource: Resource, destination: str, rule: str) -> Outgoing:
-    """The order to send a resource somewhere: a CloudEvent whose id follows from the event's and the destination's."""
-    identifier = str(uuid.uuid5(NAMESPACE, f"order\n{event.id}\n{destination}"))
-    key, now = resource.study, iso(time.time() * 1000)
+def _order(event: Event, resource: Resource, destination: str, rule: str) -> Outgoing:
+    """The order to send a resource somewhere; its id follows from the event's and the destination's."""
     above = {} if resource.level == "study" else {"study": resource.study}
-    body = {
-        "specversion": "1.0",
-        "id": identifier,
-        "source": event.source,
-        "type": f"{event.prefix or PREFIX}.{ORDERED}.{VERSION}",
-        # When Orthanc said so: what was sent after that counts.
-        "time": event.attributes.get("time", now),
-        "datacontenttype": "application/json",
-        "partitionkey": key,
-        "recordedtime": now,
-        "subject": event.attributes.get("subject", ""),
-        "traceparent": event.attributes.get("traceparent", trace_parent(identifier)),
-        "causationid": event.id,
-        "correlationid": event.correlation_id,
-        "data": {
-            "level": resource.level,
-            "id": resource.id,
-            "parents": {**event.data.get("parents", {}), **above},
-            "destination": destination,
-            "rule": rule,
-            "cause": event.id,
-        },
+    data = {
+        "level": resource.level,
+        "id": resource.id,
+        "parents": {**event.data.get("parents", {}), **above},
+        "destination": destination,
+        "rule": rule,
+        "cause": event.id,
     }
-    content = json.dumps(body).encode()
-    level, _, verb = ORDERED.partition(".")
-    return Outgoing(identifier, event.site or "main", level, verb, key, partition(key), STRUCTURED, content)
+    return order(ORDERED, f"{event.id}\n{destination}", Origin.of(event, resource.study), data)

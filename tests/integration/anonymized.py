@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequence_
@@ -24,6 +25,7 @@ from pydicom.uid import (
 )
 
 from orthanc_events_bridge.testing.line import Line
+from orthanc_events_bridge.testing.postgresql import PostgresServer
 from orthanc_events_bridge.testing.servers import OrthancServer
 from tests.integration.routers import Routers
 
@@ -221,6 +223,16 @@ def _reference(dataset: Dataset) -> Dataset:
     made = Dataset()
     made.ReferencedSOPClassUID, made.ReferencedSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
     return made
+
+
+@contextlib.contextmanager
+def memory(folder: Path, kind: str) -> Iterator[str | None]:
+    """Where it is remembered what stands for what: a PostgreSQL with RabbitMQ, else a file."""
+    if kind != "rabbitmq":
+        yield None
+        return
+    with PostgresServer(folder / "postgres") as server:
+        yield f"postgresql://postgres@127.0.0.1:{server.port}/postgres"
 
 
 class Anonymizers(Routers):

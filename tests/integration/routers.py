@@ -95,13 +95,13 @@ class Routers(Started):
     :param without: names of `orthanc_events_bridge.testing.router_mutants`.
     """
 
-    #: What runs them.
+    #: What runs them, and the module that runs it without protections.
     COMMAND = "route"
+    MUTANTS = "orthanc_events_bridge.testing.router_mutants"
 
     def __init__(self, folder: Path, line: Line, rules: str, without: Sequence[str] = ()) -> None:
         self.audit_file = folder / "audit.jsonl"
-        package = "orthanc_events_bridge"
-        program = [f"{package}.testing.router_mutants", ",".join(without)] if without else [package]
+        program = [self.MUTANTS, ",".join(without)] if without else ["orthanc_events_bridge"]
         super().__init__(folder, line, self.COMMAND, f"audit: {self.audit_file}\n{rules}", program)
 
     def audit(self, what: str = "sent", **more: Any) -> list[dict[str, Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from pydicom.data import get_testdata_file
 
 from orthanc_events_bridge.testing.dicom import make_study, orthanc_id
 from orthanc_events_bridge.testing.line import Line
-from orthanc_events_bridge.testing.postgresql import PostgresServer
 from orthanc_events_bridge.workflows.deidentify import pseudonymise
 from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
@@ -27,6 +24,7 @@ from tests.integration.anonymized import (
     as_dataset,
     files,
     full_of_canaries,
+    memory,
     results_of,
     tells,
 )
@@ -68,16 +66,6 @@ def test_no_identifier_is_left_wherever_it_was(profile: Profile) -> None:
     content = full_of_canaries(make_study(study_uid=f"{ROOT}.1", patient_id=PATIENT_ID).instances[0].data)
     assert len(tells(content)) > 5
     assert tells(pseudonymise(content, profile, Pseudonyms("trial", b"0123456789abcdef")).content) == []
-
-
-@contextlib.contextmanager
-def memory(folder: Path, kind: str) -> Iterator[str | None]:
-    """Where an anonymizer remembers: a PostgreSQL with RabbitMQ, else a file."""
-    if kind != "rabbitmq":
-        yield None
-        return
-    with PostgresServer(folder / "postgres") as server:
-        yield f"postgresql://postgres@127.0.0.1:{server.port}/postgres"
 
 
 class Watched:

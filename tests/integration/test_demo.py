@@ -28,6 +28,18 @@ def demo(module: str = "demo", **environment: str) -> subprocess.CompletedProces
     )
 
 
+def test_the_demo_of_the_ring_ends_with_results_in_the_pacs() -> None:
+    pytest.importorskip("highdicom", reason="it has no wheels for Python 3.14")
+    done = demo("demo_ai", BROKER="nats")
+    assert done.returncode == 0, done.stderr
+    steps = [line.split(" s  ")[1] for line in done.stdout.splitlines() if " s  " in line]
+    assert steps[0].startswith("PACS → gateway: 16 images") and steps[-1] == "PACS: it has all of them"
+    assert any("gateway → service: series " in step for step in steps)
+    assert any(step == "gateway → PACS: results by C-STORE" for step in steps)
+    places = re.findall(r"^  (SEG|SR) +http://127.0.0.1:[0-9]+/instances/[0-9a-f-]{44}$", done.stdout, re.MULTILINE)
+    assert sorted(places) == ["SEG", "SR"]
+
+
 @pytest.mark.parametrize("kind", BROKERS)
 def test_the_demo_loses_nothing(kind: str) -> None:
     broker_or_skip(kind)

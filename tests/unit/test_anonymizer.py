@@ -129,7 +129,7 @@ def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: d
         kit.send(event("study.stable", study=STUDY.id))
         kit.finish()
         kit.assert_handled()
-    pseudonyms = first._pseudonyms["trial"]
+    pseudonyms = first._makers["trial"].pseudonyms
     result = make_study(
         patient_id=pseudonyms.patient("P-4711"), study_uid=pseudonyms.uid(STUDY.study_uid), modality="SR"
     )
