@@ -25,7 +25,7 @@ _SPELT: Final = {
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }
-_SPDX: Final = re.compile(r"\(?[A-Z][A-Za-z0-9]*-?[\w.-]*\)?( (AND|OR|WITH) \(?[A-Z][\w.-]+\)?)*")
+_SPDX: Final = re.compile(r"\(?[A-Z0-9][A-Za-z0-9]*-?[\w.-]*\)?( (AND|OR|WITH) \(?[A-Z0-9][\w.-]+\)?)*")
 #: What the lock has for other systems than those that this runs on.
 _ELSEWHERE: Final = {"colorama": "BSD-3-Clause", "pywin32": "PSF-2.0"}
 #: So that the page is the same whichever Python makes it.

@@ -27,8 +27,8 @@ _BATCH: Final = 1000
 #: while has not heard its callbacks either.
 _QUIET: Final = 10
 _GIVE_UP: Final = 1.0
-#: How long a new instance may wait for the callbacks that name its parents. They come at once, unless the machine stands
-#: still; and who goes on without them asks Orthanc, where the instance may be gone by then, and its parents with it.
+#: How long a new instance may wait for the callbacks that name its parents. They come at once, unless the machine
+#: stands still; and who goes on without them asks Orthanc, where the instance may be gone by then.
 _RUN_WAIT: Final = 1.0
 
 

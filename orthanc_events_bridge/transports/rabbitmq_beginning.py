@@ -5,8 +5,8 @@ anybody take from the name's queue. So every event comes, in order, and only onc
 
 How far it has come is said by one message in the queue ``orthanc.beginning.{name}``. Whoever holds it does the work,
 one step at a time, and puts the next such message there before it acknowledges the last: another goes on where it died.
-The last copy is followed by a message that says so, and whoever receives that makes the exchange ``orthanc.told.{name}``
-and deletes the queue, by which others learn of it.
+The last copy is followed by a message that says so, and whoever receives that makes the exchange
+``orthanc.told.{name}`` and deletes the queue, by which others learn of it.
 
 The past of an ordered name goes into a queue for each partition, ``orthanc.beginning.{name}.00`` to ``.63``, and is
 received before what its partition gets now.
