@@ -24,10 +24,12 @@ RIGHT: Final = {
     "route": f"{_BOTH}destinations:\n  pacs: {{modality: pacs}}\nrules:\n  - name: all\n    to: [pacs]\n",
     "anonymize": f"{_BOTH}store: sqlite:////tmp/a.db\nprojects:\n  one: {{secret_file: secret}}\n"
     "rules:\n  - name: all\n    to: [one]\n",
+    "dispatch": f"{_BOTH}store: sqlite:////tmp/d.db\nanonymize: {{secret_file: secret}}\n"
+    "service: {dicomweb: ai}\nresults: {to: {modality: pacs}}\nrules:\n  - name: all\n",
     "derive": f"{_BOTH}rules:\n  - name: all\n    quiet: 1m\n",
     "retry-jobs": f"{_BOTH}resubmit: {{attempts: 3}}\n",
 }
-WITH_RULES: Final = ("route", "anonymize", "derive")
+WITH_RULES: Final = ("route", "anonymize", "dispatch", "derive")
 
 Say = Callable[..., tuple[int, str]]
 
@@ -248,6 +250,16 @@ def test_rules(say: Say, name: str, rules: str, words: str) -> None:
         ("anonymize", "rules", "profiles: {p: {replace: {Rows: '3'}}}\nrules", ":6: profiles.p.replace.Rows: 'Rows'"),
         ("anonymize", "rules", "profiles: {p: {dates: shfit}}\nrules", "did you mean shift? Write one of: remove"),
         ("anonymize", "rules", "profiles: {basic: {dates: keep}}\nrules", ":6: profiles.basic: is there by itself"),
+        ("dispatch", "sqlite:////tmp/d.db", "broker", ":3: store: is no database, and"),
+        ("dispatch", "dicomweb: ai", "deadline: 1h", ":5: service:"),
+        ("dispatch", "dicomweb: ai", "dicomweb: ai, answers: http://x", ":5: service:"),
+        ("dispatch", "dicomweb: ai", "dicomweb: ai, deadline: 0s", ":5: service.deadline:"),
+        (
+            "dispatch",
+            "modality: pacs",
+            "modalty: pacs",
+            ":6: results.to.modalty: there is no such option; did you mean",
+        ),
         ("derive", "1m", "soon", ":5: rules[0].quiet: 'soon' is no duration; write seconds as a number, or text"),
         ("derive", "1m", "2h", "rules[0].deadline is shorter than rules[0].quiet (line 5); give a longer deadline"),
         ("derive", "quiet: 1m", "series: [a]", ":5: rules[0].series: names and values are expected, and a list was"),
