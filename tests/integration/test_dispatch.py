@@ -150,6 +150,10 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         given_up = {one["series"] for one in shown if "failed" in [each["state"] for each in one["history"]]}
         assert {event.resource for event in told if event.kind == "transfer.failed"} == given_up
 
+        dead = json.loads(dispatch.dead_letters("watch").stdout)
+        assert len({one["id"] for one in dead}) >= len(overdue)
+        assert all("no result came within 4 s" in one["reason"] for one in dead)
+
         # And a person goes on with the one that has failed.
         done = dispatch.workflow("list", "--state", "failed")
         assert failed["id"] in done.stdout and done.stdout.count("\n") == 2
