@@ -226,6 +226,31 @@ def test_what_is_cancelled_gets_nothing_and_goes_on_when_a_person_says_so(tmp_pa
         assert dispatch.stop() == [0]
 
 
+def test_more_images_are_another_workflow_and_a_part_has_no_results(tmp_path: Path) -> None:
+    """They come while the results of the first ones are late."""
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    ring = Ring(tmp_path, "nats", receiver(tmp_path), fault_late="1", fault_late_seconds=5)
+    with ring.running(), Dispatches(tmp_path / "dispatch", ring) as dispatch:
+        dispatch.start()
+        phantom = Phantom()
+        images = phantom.ct(slices=5)
+        part = Sent(ring, phantom, images[:4])
+        wait_for(lambda: dispatch.states() == {"waiting": 1}, "a part is sent")
+        whole = Sent(ring, phantom, images)
+        assert whole.series == part.series
+        wait_for(lambda: dispatch.states() == {"superseded": 1, "done": 1}, "all of it is done")
+        check_results(ring, [whole], set())
+        first, second = dispatch.shown()
+        assert (first["instances"], first["state"], second["instances"]) == (4, "superseded", 5)
+        done = dispatch.workflow("retry", first["id"])
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr == f"orthanc-events: workflow {first['id']} is superseded: there is nothing to be done again\n"
+        )
+        assert dispatch.stop() == [0]
+
+
 def test_what_the_service_answers_are_results_and_what_it_refuses_fails_at_once(tmp_path: Path) -> None:
     broker_or_skip("nats")
     require("orthanc-dicomweb")
