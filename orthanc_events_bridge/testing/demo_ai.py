@@ -136,8 +136,9 @@ def run(scratch: Path, kind: str, *, keep: bool) -> int:
             found = asyncio.run(_watch(SecretStr(f"sqlite:///{file.with_name('dispatch.db')}"), began))
             sphere = 4 / 3 * math.pi * phantom.radius**3 / 1000
             there = _results(pacs, phantom.study_uid, {one["ID"] for one in stored}, sphere)
-            print(f"\nall of it: orthanc-events workflow show --config {file} {found.id[:8] if found else 'ID'}")
             if keep:
+                show = f"{sys.executable} -m orthanc_events_bridge workflow list --config {file}"
+                print(f"\nhow far each series is: {show}")
                 go_on()
         if found is None or found.state != "done" or not there:
             print(

@@ -110,6 +110,8 @@ class Dispatcher(Programs):
             if found.state == state:
                 found = await work(app, event, orthanc, found)
                 log.info("workflow %s: %s is done: %s", found.id, step, found.state)
+            elif found.state in ("failed", "overdue") and found.step == step:
+                raise Reject(found.reason)  # whoever gave it up may have died before there was a dead letter
             else:
                 log.info("workflow %s: %s was done before: %s", found.id, step, found.state)
             # Also where it was done before: whoever did it may have died before this.

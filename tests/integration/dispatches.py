@@ -68,6 +68,11 @@ class Dispatches(Routers):
         command = [sys.executable, "-m", "orthanc_events_bridge", "workflow", more[0], "--config", str(self.path)]
         return ran([*command, *more[1:]])
 
+    def dead_letters(self, step: str) -> subprocess.CompletedProcess[str]:
+        """Those of a step, in JSON."""
+        command = [sys.executable, "-m", "orthanc_events_bridge", "dlq", "list", "--config", str(self.path), "--json"]
+        return ran([*command, "--consumer", f"dispatch-{step}"])
+
     def shown(self) -> list[dict[str, Any]]:
         """All workflows."""
         done = self.workflow("list", "--json")

@@ -150,6 +150,10 @@ def test_results_are_under_the_original_patient_once_whoever_is_killed_late_or_r
         given_up = {one["series"] for one in shown if "failed" in [each["state"] for each in one["history"]]}
         assert {event.resource for event in told if event.kind == "transfer.failed"} == given_up
 
+        dead = json.loads(dispatch.dead_letters("watch").stdout)
+        assert len({one["id"] for one in dead}) >= len(overdue)
+        assert all("no result came within 4 s" in one["reason"] for one in dead)
+
         # And a person goes on with the one that has failed.
         done = dispatch.workflow("list", "--state", "failed")
         assert failed["id"] in done.stdout and done.stdout.count("\n") == 2
@@ -219,6 +223,31 @@ def test_what_is_cancelled_gets_nothing_and_goes_on_when_a_person_says_so(tmp_pa
         )
         found = json.loads(dispatch.run("--explain", shown["results"][0]["series"], "--json").stdout)
         assert (found["sent"], found["why"]) == (None, "it is pseudonymous: made here, or a result")
+        assert dispatch.stop() == [0]
+
+
+def test_more_images_are_another_workflow_and_a_part_has_no_results(tmp_path: Path) -> None:
+    """They come while the results of the first ones are late."""
+    broker_or_skip("nats")
+    require("orthanc-dicomweb")
+    ring = Ring(tmp_path, "nats", receiver(tmp_path), fault_late="1", fault_late_seconds=5)
+    with ring.running(), Dispatches(tmp_path / "dispatch", ring) as dispatch:
+        dispatch.start()
+        phantom = Phantom()
+        images = phantom.ct(slices=5)
+        part = Sent(ring, phantom, images[:4])
+        wait_for(lambda: dispatch.states() == {"waiting": 1}, "a part is sent")
+        whole = Sent(ring, phantom, images)
+        assert whole.series == part.series
+        wait_for(lambda: dispatch.states() == {"superseded": 1, "done": 1}, "all of it is done")
+        check_results(ring, [whole], set())
+        first, second = dispatch.shown()
+        assert (first["instances"], first["state"], second["instances"]) == (4, "superseded", 5)
+        done = dispatch.workflow("retry", first["id"])
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr == f"orthanc-events: workflow {first['id']} is superseded: there is nothing to be done again\n"
+        )
         assert dispatch.stop() == [0]
 
 

@@ -191,6 +191,18 @@ def test_a_deadline_that_is_over_makes_it_overdue_and_one_that_is_not_waits(tmp_
     assert (made.row().state, made.row().step) == ("overdue", "watch")
 
 
+def test_who_dies_between_the_row_and_the_dead_letter_leaves_no_row_without_one(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    made.begin(state="overdue", step="watch", reason="none came", due=1.0)
+    with made.step("watch").test() as kit:
+        kit.send(push())
+        assert str(kit.dead[0].reason) == "none came"
+    with made.step("send").test() as kit:
+        kit.send(push())
+        kit.assert_handled()  # it is not this step that was given up
+    assert (made.row().state, made.ordered) == ("overdue", [])
+
+
 def test_a_result_that_came_before_the_deadline_leaves_nothing_to_watch(tmp_path: Path) -> None:
     made = Made(tmp_path)
     made.begin(state="done", due=1.0, results=(Outcome("came", "1", "given", True),))
