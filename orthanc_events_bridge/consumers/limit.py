@@ -49,7 +49,30 @@ among = Among()
 # One for all limits: who has a place at one Orthanc has it also when another one is asked.
 _lock: Final = threading.Lock()
 _places: Final[Counter[Hashable]] = Counter()
+_left: Final[deque[Place]] = deque()
 _limits: Final[WeakValueDictionary[tuple[object, ...], Limit]] = WeakValueDictionary()
+
+
+@contextmanager
+def _locked() -> Generator[None]:
+    try:
+        with _lock:
+            yield
+    finally:
+        _clear()
+
+
+def _clear() -> None:
+    """Give on what was left. Where the lock is held, who holds it does that when done: Python's garbage collector can
+    close an answer at any moment, also in a thread that holds the lock already.
+    """
+    while _left and _lock.acquire(blocking=False):
+        try:
+            while _left:
+                place = _left.popleft()
+                place.limit.free(place)
+        finally:
+            _lock.release()
 
 
 def limit_of(url: str, most: int) -> Limit:
@@ -61,7 +84,7 @@ def limit_of(url: str, most: int) -> Limit:
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     place = (parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
     most = among.share(most)
-    with _lock:
+    with _locked():
         found = _limits.get(place)
         if found is None:
             found = _limits[place] = Limit(most, name=url)
@@ -71,7 +94,7 @@ def limit_of(url: str, most: int) -> Limit:
 
 def limits() -> list[Limit]:
     """Of all Orthancs that are asked now."""
-    with _lock:
+    with _locked():
         return sorted(_limits.values(), key=lambda one: one.name)
 
 
@@ -91,7 +114,6 @@ class Limit:
         self._busy = 0  # of these, those that Orthanc is at
         self._idle_since = now()
         self._waiting: deque[_Waiting] = deque()
-        self._forgotten: deque[Place] = deque()
 
     @property
     def taken(self) -> int:
@@ -134,14 +156,12 @@ class Limit:
 
     def look(self) -> None:
         """Let one more in, where Orthanc has been at nothing for a moment; who waits does so from time to time."""
-        with _lock:
-            self._tidy()
+        with _locked():
             if self._waiting and not self._busy and self._now() - self._idle_since >= MOMENT:
                 self._give()
 
     def _ask(self, who: Hashable, wake: Callable[[], object]) -> _Waiting:
-        with _lock:
-            self._tidy()
+        with _locked():
             # The first in the line looks after one moment, the second after two, and so on: few look at a time.
             waiting = _Waiting(who, wake, MOMENT * (1 + len(self._waiting)))
             if who in _places or (self._taken < self.most and not self._waiting):
@@ -163,25 +183,27 @@ class Limit:
         try:
             waiting.wake()
         except RuntimeError:  # its event loop is closed
-            self._free(waiting.place)
+            waiting.place.leave()
 
     def _give_up(self, waiting: _Waiting) -> None:
-        with _lock:
+        with _locked():
             if waiting.place is not None:
-                self._free(waiting.place)
-                self._tidy()
-            elif waiting in self._waiting:
+                waiting.place.leave()
+            else:
                 self._waiting.remove(waiting)
 
-    def _free(self, place: Place) -> None:
-        if place.left:
+    def free(self, place: Place) -> None:
+        """Give a place on that was left; by who has the lock."""
+        if place.freed:
             return
-        place.left = True
+        place.freed = True
         self._turn(place, busy=False)
         self._taken -= 1
         _places[place.who] -= 1
         if not _places[place.who]:
             del _places[place.who]
+        while self._waiting and self._taken < self.most:
+            self._give()
 
     def _turn(self, place: Place, *, busy: bool) -> None:
         """Whether Orthanc is at it."""
@@ -192,29 +214,10 @@ class Limit:
         if not self._busy:
             self._idle_since = self._now()
 
-    def _tidy(self) -> None:
-        """Give on what is free."""
-        while self._forgotten:
-            self._free(self._forgotten.popleft())
-        while self._waiting and self._taken < self.most:
-            self._give()
-
-    # What a place does.
-
-    def leave(self, place: Place) -> None:
-        """See `Place.leave`."""
-        with _lock:
-            self._free(place)
-            self._tidy()
-
-    def forget(self, place: Place) -> None:
-        """See `Place.forget`."""
-        self._forgotten.append(place)
-
     def turn(self, place: Place, *, busy: bool) -> None:
         """See `Place.ours` and `Place.theirs`."""
-        with _lock:
-            if not place.left:
+        with _locked():
+            if not place.freed:
                 self._turn(place, busy=busy)
 
 
@@ -223,47 +226,44 @@ class Place:
 
     :ivar who: the task or the thread that has it.
     :ivar busy: whether Orthanc is at it, and not who reads or writes it.
-    :ivar left: whether it is given up.
+    :ivar freed: whether it is given on.
     """
 
-    __slots__ = ("_limit", "busy", "left", "who")
+    __slots__ = ("busy", "freed", "limit", "who")
 
     def __init__(self, limit: Limit, who: Hashable) -> None:
-        self._limit = limit
+        self.limit = limit
         self.who = who
         self.busy = True
-        self.left = False
+        self.freed = False
 
     def leave(self) -> None:
         """Give it up. A second time it does nothing."""
-        self._limit.leave(self)
-
-    def forget(self) -> None:
-        """The same of what nobody has ended, from wherever Python finds that out: it takes effect with the next one."""
-        if not self.left:
-            self._limit.forget(self)
+        if not self.freed:
+            _left.append(self)
+            _clear()
 
     def read(self) -> None:
         """The answer has come: from now on it waits for who reads it."""
-        self._limit.turn(self, busy=False)
+        self.limit.turn(self, busy=False)
 
     @contextmanager
     def ours(self) -> Generator[None]:
         """Meanwhile Orthanc waits for what is written to it."""
-        self._limit.turn(self, busy=False)
+        self.limit.turn(self, busy=False)
         try:
             yield
         finally:
-            self._limit.turn(self, busy=True)
+            self.limit.turn(self, busy=True)
 
     @contextmanager
     def theirs(self) -> Generator[None]:
         """Meanwhile who reads waits for Orthanc."""
-        self._limit.turn(self, busy=True)
+        self.limit.turn(self, busy=True)
         try:
             yield
         finally:
-            self._limit.turn(self, busy=False)
+            self.limit.turn(self, busy=False)
 
 
 class _Waiting:

@@ -138,7 +138,7 @@ class _Read(httpx.SyncByteStream):
             self._place.leave()
 
     def __del__(self) -> None:
-        self._place.forget()  # of an answer that nobody has closed
+        self._place.leave()  # of an answer that nobody has closed
 
 
 class _AsyncRead(httpx.AsyncByteStream):
@@ -163,4 +163,4 @@ class _AsyncRead(httpx.AsyncByteStream):
             self._place.leave()
 
     def __del__(self) -> None:
-        self._place.forget()
+        self._place.leave()

@@ -56,10 +56,10 @@ class Collector:
                 if (value := read(meter)) is not None:
                     gauge.add_metric([name], value)
             yield gauge
-        for what, (text, number) in _OF_ORTHANCS.items():
+        for what, (text, number_of) in _OF_ORTHANCS.items():
             gauge = GaugeMetricFamily(f"{_PREFIX}_{what}", text, labels=["orthanc"])
             for limit in limits():
-                gauge.add_metric([limit.name], number(limit))
+                gauge.add_metric([limit.name], number_of(limit))
             yield gauge
 
     def _meters(self) -> Iterator[tuple[str, Meter]]:

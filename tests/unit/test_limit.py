@@ -264,5 +264,28 @@ def test_what_nobody_closes_is_found() -> None:
         assert limit.taken == 1
         del found
         gc.collect()
-        limit.enter().leave()
         assert limit.taken == 0
+
+
+def test_an_answer_that_is_closed_in_the_midst_of_asking_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the garbage collector, which comes at any moment."""
+    monkeypatch.setattr(module, "MOMENT", 0.001)
+
+    def now() -> float:
+        if places:
+            places.pop().leave()  # whoever looks at the clock has the lock
+        return 0.0
+
+    places: list[module.Place] = []
+    limit = Limit(1, now)
+    place = limit.enter()
+    place.read()
+    places.append(place)
+    done = threading.Event()
+
+    def ask() -> None:
+        limit.enter().leave()
+        done.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert done.wait(60) and limit.taken == 0
