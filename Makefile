@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
-	test-slow test-mutants test-bare lint format bench docs lock clean
+	test-slow test-mutants test-bare lint format bench docs golden lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -96,6 +96,9 @@ bench: setup ## measure, and write benchmarks/RESULTS.md
 
 docs: setup ## generate docs/configuration.md and the JSON Schema for editors
 	$(BIN)/python tools/generate_docs.py
+
+golden: setup ## write the golden vectors, tests/golden/, that programs in other languages are tested with
+	$(BIN)/python tools/golden.py
 
 lock: setup ## pin the newest allowed versions that are needed, by hash
 	scripts/lock.sh

@@ -15,7 +15,7 @@ from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES, UNKNOWN, verb
 from orthanc_events_bridge.events.mapping import NAMESPACE, to_outgoing
 from orthanc_events_bridge.outbox_schema import OutboxRow
-from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.base import Incoming, Outgoing
 
 #: When events happen, unless something else is said.
 AT: Final = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -33,6 +33,7 @@ _NAMES: Final = {one.name: one for one in TYPES}
 _LOGGED: Final = frozenset(NAMES[kind] for kind in LOGGED)
 #: What stands for the kinds of the future.
 _FUTURE: Final = "SomethingNew"
+_NOTHING: Final[Mapping[str, str | None]] = {}
 
 
 def orthanc_id(text: str) -> str:
@@ -81,18 +82,57 @@ def event(
     :param source: which Orthanc it comes from.
     :raises BridgeError: there is no such type, or something is given that no event of that type has.
     """
+    given = {"patient": patient, "study": study, "series": series, "instance": instance}
+    sent = message(
+        name,
+        given,
+        job_id=job_id,
+        tags=tags,
+        metadata=metadata,
+        job=job,
+        parents=parents,
+        inferred=inferred,
+        number=number,
+        at=at,
+        source=source,
+    )
+    return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))
+
+
+def message(
+    name: str,
+    given: Mapping[str, str | None] = _NOTHING,
+    *,
+    job_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    job: Mapping[str, Any] | None = None,
+    parents: bool = True,
+    inferred: bool = False,
+    number: int = 1,
+    at: datetime = AT,
+    source: str = SOURCE,
+    site: str = "main",
+    binary: bool = False,
+) -> Outgoing:
+    """The same as the bridge sends it.
+
+    :param given: Orthanc's id of each level; what is left out is as in `event`.
+    :param site: the short name of the Orthanc.
+    :param binary: in binary mode.
+    :raises BridgeError: as `event`.
+    """
     kind = _NAMES.get(name)
     if kind is None:
         raise BridgeError(f"no event is called {name!r}", f"the names are {', '.join(sorted(_NAMES))}")
     if at.tzinfo is None:
         raise BridgeError("event(at=…) is given a time without a time zone", "write datetime(…, tzinfo=UTC)")
-    given = {"patient": patient, "study": study, "series": series, "instance": instance}
     extra: dict[str, Any] = {}
     resource: str | None = None
     allowed: tuple[str, ...] = ()
     if kind.level in LEVELS:
         allowed = LEVELS[: LEVELS.index(kind.level) + 1]
-        ids = {level: given[level] or orthanc_id(level) for level in allowed}
+        ids = {level: given.get(level) or orthanc_id(level) for level in allowed}
         resource = ids.pop(kind.level)
         extra["parents"] = ids if parents else {}
     elif kind.level == "job":
@@ -104,7 +144,8 @@ def event(
         raise BridgeError(f"event({name!r}) is given {', '.join(wrong)}", f"no {name} event has that: leave it out")
     extra |= {option: dict(one) for option, one in (("tags", tags), ("metadata", metadata), ("job", job)) if one}
     extra |= {"inferred": True} if inferred else {}
-    return _told(kind.level, _change(kind.level, kind.verb), resource, extra, number, at, source)
+    row = _row(kind.level, _change(kind.level, kind.verb), resource, extra, number, at, source)
+    return to_outgoing(row, {**_SHAPE, "source": source, "site": site}, RECORDER, binary=binary)
 
 
 def derived(
@@ -133,12 +174,12 @@ def derived(
     return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))
 
 
-def _told(
+def _row(
     level: str, change: str, resource: str | None, extra: dict[str, Any], number: int, at: datetime, source: str
-) -> Event:
+) -> OutboxRow:
     moment = int(at.timestamp() * 1000)
     logged = change in _LOGGED
-    row = OutboxRow(
+    return OutboxRow(
         position=number,
         change=change,
         level=level,
@@ -151,8 +192,6 @@ def _told(
         settings=1,
         extra=extra,
     )
-    sent = to_outgoing(row, {**_SHAPE, "source": source}, RECORDER)
-    return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))
 
 
 def _change(level: str, of: str) -> str:
