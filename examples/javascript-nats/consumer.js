@@ -67,7 +67,7 @@ async function copy(where, message, given, said) {
   const id = given["orthanc-event-id"] ?? given["nats-msg-id"] ?? "";
   const all = {...said, "orthanc-event-id": id, "orthanc-consumer": CONSUMER,
     "orthanc-address": given["orthanc-address"] ?? message.subject,
-    "Nats-Msg-Id": `${id}:${where}:${message.info.stream}.${message.seq}.${message.timestampNanos}`};
+    "Nats-Msg-Id": `${id}:${where}:${CONSUMER}:${message.info.stream}.${message.seq}.${message.timestampNanos}`};
   for (const [name, value] of Object.entries(all)) if (value !== "") headers.set(name, value);
   const subject = where === "retry" ? `orthanc.inbox.${CONSUMER}` : `orthanc.dead.${CONSUMER}`;
   await stream.publish(subject, message.data, {headers});

@@ -91,7 +91,7 @@ async def copy(where: str, message: NatsMessage, given: dict[str, str], said: di
     headers |= {
         "orthanc-consumer": NAME,
         "orthanc-address": given.get("orthanc-address", message.raw_message.subject),
-        "Nats-Msg-Id": f"{event_id}:{where}:{meta.stream}.{meta.sequence.stream}.{meta.timestamp.timestamp():.6f}",
+        "Nats-Msg-Id": f"{event_id}:{where}:{NAME}:{meta.stream}.{meta.sequence.stream}.{meta.timestamp.timestamp():.6f}",
     }
     if event_id:
         headers["orthanc-event-id"] = event_id

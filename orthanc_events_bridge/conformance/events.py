@@ -88,7 +88,8 @@ class Played:
         return found
 
     def malformed(self) -> list[Outgoing]:
-        """Messages that are no events; they are in no `expected`."""
+        """Messages that are no events, each with bytes that no other run has; they are in no `expected`."""
+        run = self.run.encode()
         attributes = (("specversion", "1.0"), ("type", "org.example.without.id"), ("source", "urn:example"))
         return [
             Outgoing(
@@ -97,10 +98,10 @@ class Played:
             )
             for number, (kind, body, *more) in enumerate(
                 (
-                    (STRUCTURED, b'{"specversion": "1.0", "id": '),
-                    (STRUCTURED, b'{"hello": "world"}'),
-                    ("application/json", b"[1, 2, 3]"),
-                    ("application/json", b"{}", attributes),
+                    (STRUCTURED, b'{"specversion": "1.0", "id": "' + run),
+                    (STRUCTURED, b'{"hello": "' + run + b'"}'),
+                    ("application/json", b'["' + run + b'"]'),
+                    ("application/json", b'{"run": "' + run + b'"}', attributes),
                 )
             )
         ]

@@ -1,0 +1,165 @@
+"""Consumers in other languages, `examples/`: they decode what the bridge sends, and settle as our own kit does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from orthanc_events_bridge.conformance.playing import differences
+from orthanc_events_bridge.conformance.rules import RULES
+from orthanc_events_bridge.events.mapping import trace_parent
+from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.brokers import make_broker
+from orthanc_events_bridge.testing.reacting import consumer_url
+from tests.integration.languages import LANGUAGES, PATIENCE, ROOT, Consumer
+from tests.integration.whole import started
+
+pytestmark = pytest.mark.integration
+
+GOLDEN: Final = ROOT / "tests" / "golden"
+OURS: Final = ROOT / "tests" / "integration" / "conformant.py"
+BROKERS: Final = ("nats", "rabbitmq", "kafka")
+each_language = pytest.mark.parametrize("language", LANGUAGES)
+
+#: What differs from run to run in the events of the same files.
+VOLATILE: Final = ("id", "time", "recorder", "sequence", "recordedtime", "traceparent")
+
+
+@pytest.fixture(scope="module")
+def built() -> Mapping[str, Future[list[str]]]:
+    """The command of each, built two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        # Go takes longest.
+        return {name: pool.submit(LANGUAGES[name].built) for name in sorted(LANGUAGES, key=lambda one: one != "go")}
+
+
+# -- golden vectors ------------------------------------------------------------------------------------------
+
+
+@each_language
+@pytest.mark.parametrize("mode", ["structured", "binary"])
+def test_every_golden_vector_is_decoded_by_its_sdk(
+    language: str, mode: str, built: Mapping[str, Future[list[str]]]
+) -> None:
+    command = built[language].result()
+    vectors = GOLDEN / f"{LANGUAGES[language].broker}-{mode}.json"
+    done = subprocess.run([*command, "--decode", vectors], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    wanted = json.loads((GOLDEN / "events.json").read_text("utf-8"))
+    for event, decoded in zip(wanted, found, strict=True):
+        assert not differences(event, decoded)
+
+
+# -- the rules -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verdicts(
+    built: Mapping[str, Future[list[str]]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[Any]]]:
+    """What the runner says of each program, and of one of our own kit on each broker: all side by side, since they
+    wait most of the time."""
+    folder = tmp_path_factory.mktemp("any-language")
+    commands = {f"ours-{kind}": (kind, lambda: [sys.executable, str(OURS)]) for kind in BROKERS}
+    commands |= {name: (one.broker, built[name].result) for name, one in LANGUAGES.items()}
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for kind in BROKERS:
+            broker = make_broker(kind, folder / kind)
+            stack.callback(broker.server.close, kill=True)
+            broker.start()
+            urls[kind] = consumer_url(broker)
+        pool = stack.enter_context(ThreadPoolExecutor(len(commands)))
+        yield {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}
+
+
+def conformance(url: str, command: Any) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the document, and what is said beside it."""
+    runner = [sys.executable, "-m", "orthanc_events_bridge", "conformance", "--broker", url, "--json"]
+    done = subprocess.run([*runner, "--patience", str(PATIENCE), "--", *command()], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+@pytest.mark.parametrize("name", [*LANGUAGES, *(f"ours-{kind}" for kind in BROKERS)])
+def test_it_meets_every_rule(name: str, verdicts: Mapping[str, Future[Any]]) -> None:
+    code, document, said = verdicts[name].result()
+    assert document, said
+    assert [one["rule"] for one in document["rules"]] == list(RULES)
+    wrong = [one for one in document["rules"] if one["result"] != "met"]
+    assert not wrong, f"{json.dumps(wrong, indent=1)}\n{said}"
+    assert (code, document["met"]) == (0, True)
+
+
+# -- a real Orthanc ------------------------------------------------------------------------------------------
+
+
+def files() -> list[bytes]:
+    """Two instances of one series, always the same."""
+    return [
+        dicom.instance_bytes(patient_id="GOLDEN", study_uid="2.25.1", series_uid="2.25.2", sop_uid=f"2.25.{number}")
+        for number in (3, 4)
+    ]
+
+
+def stable_part(event: Mapping[str, Any]) -> str:
+    """What is the same whenever the same files are sent, as text."""
+    data = {name: value for name, value in event["data"].items() if name != "seq"}
+    kept = {name: value for name, value in event.items() if name not in VOLATILE}
+    return json.dumps({**kept, "data": data}, sort_keys=True)
+
+
+def stable(consumer: Consumer) -> set[str]:
+    """The levels of what was told to be stable."""
+    return {one["data"]["level"] for one in consumer.events() if ".stable." in one["type"]}
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_what_a_real_orthanc_tells_is_decoded_field_by_field(
+    kind: str, tmp_path: Path, built: Mapping[str, Future[list[str]]]
+) -> None:
+    golden = {json.dumps(one, sort_keys=True) for one in json.loads((GOLDEN / "orthanc.json").read_text("utf-8"))}
+    names = [name for name, one in LANGUAGES.items() if one.broker == kind]
+    with started(tmp_path / "line", broker=kind) as line, contextlib.ExitStack() as stack:
+        url = consumer_url(line.broker)
+        consumers = [
+            stack.enter_context(
+                Consumer(built[name].result(), tmp_path / name, BROKER_URL=url, CONSUMER=f"in-{name}", ACK_WAIT="10")
+            )
+            for name in names
+        ]
+        for data in files():
+            line.orthanc.upload(data)
+        for consumer in consumers:
+            consumer.wait(lambda one=consumer: stable(one) == {"patient", "study", "series"})
+        line.orthanc.delete("studies", dicom.orthanc_id("GOLDEN", "2.25.1"))
+        line.settle()
+        # What the broker holds, by a plain client with a decoder of its own.
+        sent = [one for one in line.broker.read() if not one.kind.startswith("server.")]
+        for consumer in consumers:
+            consumer.wait(
+                lambda consumer=consumer: {one.id for one in sent} <= {one["id"] for one in consumer.events()}
+            )
+            found = [one for one in consumer.events() if ".server." not in one["type"]]
+            # On a slow machine something is stable twice, which is told twice.
+            assert set(map(stable_part, found)) == golden
+            by_id = {one["id"]: one for one in found}
+            for one in sent:
+                event = by_id[one.id]
+                assert int(event["sequence"]) == one.sequence
+                assert (event["recorder"], event["partitionkey"]) == (one.recorder, one.key)
+                assert not differences({"time": one.time}, {"time": event["time"]})
+                assert event["data"].get("seq") == one.seq
+                assert event["traceparent"] == trace_parent(one.id)
+            for key in {one.key for one in sent}:
+                assert [one["id"] for one in found if one["partitionkey"] == key] == [
+                    one.id for one in sent if one.key == key
+                ]
