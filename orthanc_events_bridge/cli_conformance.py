@@ -32,7 +32,7 @@ MAX_ATTEMPTS, ACK_WAIT and CONFORMANCE.
 
 USE A BROKER FOR TESTS: the events go where the bridge's go, under the site `conformance`,
 and everybody who reads there gets them. What is made for the consumer's name (its inbox,
-its delays, its dead letters) stays. It takes about a minute.
+its delays, its dead letters) stays. It takes about half a minute.
 
 {EXIT_CODES}; 1 is also: some rule is not met"""
 
@@ -41,6 +41,7 @@ def define(commands: Commands) -> None:
     """Add the command."""
     summary = "play events to a consumer in any language, and say which rules it meets"
     parser = add_command(commands, "conformance", _conformance, summary, epilog=_EPILOG)
+    parser.usage = "orthanc-events conformance --broker URL [options] -- COMMAND [ARGUMENT ...]"
     parser.add_argument("--broker", metavar="URL", help="nats://, amqp://, kafka://; default: $ORTHANC_EVENTS_BROKER")
     parser.add_argument("--consumer", metavar="NAME", help="the name that the program is to take; default: a new one")
     parser.add_argument(

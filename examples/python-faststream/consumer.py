@@ -86,12 +86,13 @@ async def copy(where: str, message: NatsMessage, given: dict[str, str], said: di
     It is there when this returns; a second copy of the same message is dropped.
     """
     meta = message.raw_message.metadata
+    place = f"{meta.stream}.{meta.sequence.stream}.{meta.timestamp.timestamp():.6f}"
     event_id = given.get("orthanc-event-id") or given.get("nats-msg-id", "")
     headers = {name: value for name, value in given.items() if name not in ("nats-msg-id", "orthanc-due")} | said
     headers |= {
         "orthanc-consumer": NAME,
         "orthanc-address": given.get("orthanc-address", message.raw_message.subject),
-        "Nats-Msg-Id": f"{event_id}:{where}:{NAME}:{meta.stream}.{meta.sequence.stream}.{meta.timestamp.timestamp():.6f}",
+        "Nats-Msg-Id": f"{event_id}:{where}:{NAME}:{place}",
     }
     if event_id:
         headers["orthanc-event-id"] = event_id

@@ -349,14 +349,17 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     wrong = []
     for name in dict.fromkeys((*wanted, *found)):
         one, other = wanted.get(name), found.get(name)
-        if name == "time" and isinstance(one, str) and isinstance(other, str):
-            try:
-                one, other = (datetime.fromisoformat(text).isoformat() for text in (one, other))
-            except ValueError:
-                pass
-        if one != other:
+        same_time = name == "time" and None is not _moment(one) == _moment(other)
+        if one != other and not same_time:
             wrong.append(f"{name} is {other!r}, and not {one!r}")
     return wrong
+
+
+def _moment(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
 
 
 def _some(names: Sequence[str]) -> str:

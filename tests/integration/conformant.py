@@ -1,15 +1,22 @@
-"""A consumer of our own kit, as `orthanc-events conformance` plays to it: a program as in docs/any-language.md."""
+"""A consumer of our own kit, as `orthanc-events conformance` plays to it: a program as in docs/any-language.md.
+
+With ``BROKEN`` it does the most common things wrong.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import sys
 import threading
 import time
 from typing import Any
 
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, RetryPolicy
+
+#: It reads an attribute wrongly, takes every event for done whatever its handler says, and ends with an exit code of 3.
+BROKEN = bool(os.environ.get("BROKEN"))
 
 app = Consumer(
     os.environ["CONSUMER"],
@@ -20,15 +27,19 @@ app = Consumer(
 
 
 def say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+    os.write(1, f"{json.dumps(what)}\n".encode())  # one write is one line, whichever thread says it
 
 
 @app.on("*.*")
 async def handle(event: Event) -> None:
     plain = {**event.attributes, "data": event.data}
+    if BROKEN:
+        plain["sequence"] = plain.get("sequence", "").lstrip("0")
     say(did="begin", attempt=event.attempt, event=plain)
     try:
         told = json.loads(os.environ["CONFORMANCE"]).get(event.attributes.get("subject"))
+        if BROKEN:
+            return
         if told == "retry" and event.attempt == 1:
             raise Retry(1)
         if told == "later":
@@ -51,3 +62,4 @@ def tell_when_ready() -> None:
 if __name__ == "__main__":
     threading.Thread(target=tell_when_ready, daemon=True).start()
     app.run()
+    sys.exit(3 if BROKEN else 0)

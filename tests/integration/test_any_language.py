@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -78,14 +79,23 @@ def verdicts(
             stack.callback(broker.server.close, kill=True)
             broker.start()
             urls[kind] = consumer_url(broker)
-        pool = stack.enter_context(ThreadPoolExecutor(len(commands)))
-        yield {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}
+        pool = stack.enter_context(ThreadPoolExecutor(len(commands) + 1))
+        played = {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}
+        ours = commands["ours-nats"][1]
+        yield {**played, "broken": pool.submit(conformance, urls["nats"], ours, patience=5.0, BROKEN="1")}
 
 
-def conformance(url: str, command: Any) -> tuple[int, dict[str, Any], str]:
+def conformance(
+    url: str, command: Callable[[], list[str]], patience: float = PATIENCE, **environment: str
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, the document, and what is said beside it."""
     runner = [sys.executable, "-m", "orthanc_events_bridge", "conformance", "--broker", url, "--json"]
-    done = subprocess.run([*runner, "--patience", str(PATIENCE), "--", *command()], capture_output=True, text=True)
+    done = subprocess.run(
+        [*runner, "--patience", str(patience), "--", *command()],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
@@ -97,6 +107,17 @@ def test_it_meets_every_rule(name: str, verdicts: Mapping[str, Future[Any]]) -> 
     wrong = [one for one in document["rules"] if one["result"] != "met"]
     assert not wrong, f"{json.dumps(wrong, indent=1)}\n{said}"
     assert (code, document["met"]) == (0, True)
+
+
+def test_a_program_that_breaks_rules_is_told_which(verdicts: Mapping[str, Future[Any]]) -> None:
+    code, document, said = verdicts["broken"].result()
+    assert document, said
+    assert (code, document["met"]) == (1, False)
+    failed = {one["rule"]: one["details"] for one in document["rules"] if one["result"] == "failed"}
+    assert failed.keys() >= {"D1", "D2", "S1", "S2", "S4", "S5", "S7", "L1"}
+    assert "sequence is " in failed["D1"][0]
+    assert failed["L1"][0] == "SIGTERM: its exit code is 3"
+    assert failed["S2"][0] == "it was to be given as attempts 1 and 2, and came as [1]"
 
 
 # -- a real Orthanc ------------------------------------------------------------------------------------------
