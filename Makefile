@@ -35,7 +35,7 @@ hello: ## a consumer in ten lines, on a real broker (BROKER=nats|rabbitmq|kafka;
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" $(BIN)/python -m orthanc_events_bridge.testing.hello
 
 test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime languages
 	$(BESIDE)
 	$(CONTAINED)
 	$(NEWER) -k "not kafka and not tight_loop and not late and not twice and not away"
@@ -62,7 +62,7 @@ test-sid: ## the same with the newest Orthanc of Debian, whatever it is today
 		-k "not stopped and not stop-nats and not stop-kafka and not older and not twice"'
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql languages
 	$(BESIDE) $(wildcard tests/integration tests/e2e)
 
 test-faults: ## kills, freezes, full disks, on real servers

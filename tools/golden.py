@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES  # noqa: E402
-from orthanc_events_bridge.testing.events import message, orthanc_id  # noqa: E402
+from orthanc_events_bridge.events.samples import message, orthanc_id  # noqa: E402
 from orthanc_events_bridge.transports.base import Outgoing  # noqa: E402
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions  # noqa: E402
 from orthanc_events_bridge.transports.kafka_producer import Producer  # noqa: E402
@@ -73,9 +73,11 @@ def rabbitmq(event: Outgoing) -> dict[str, Any]:
     room: Any = SimpleNamespace(frame_max=1 << 20)
     publisher = Publisher(room, RabbitOptions(servers=("amqp://127.0.0.1",)), frozenset())
     publisher._channel = SimpleNamespace(number=1)  # type: ignore[assignment]
-    data, body, found = publisher._encode(event, 1), b"", {}
+    data, body = publisher._encode(event, 1), b""
+    found: dict[str, Any] = {}
     while data:
-        size, _, frame = pamqp.frame.unmarshal(data)
+        size, _, unmarshalled = pamqp.frame.unmarshal(data)
+        frame: Any = unmarshalled
         data = data[size:]
         if isinstance(frame, ContentHeader):
             properties = frame.properties
@@ -108,7 +110,7 @@ def kafka(event: Outgoing) -> dict[str, Any]:
 
 def webhook(event: Outgoing) -> dict[str, Any]:
     """A request's headers, but for those of HTTP itself; unsigned."""
-    options = WebhookOptions(url="http://127.0.0.1/")  # type: ignore[call-arg]
+    options = WebhookOptions(url="http://127.0.0.1/")
     headers = WebhookTransport(options)._headers(event)
     return {"headers": {name.decode(): value.decode() for name, value in headers}, "body": event.body.decode()}
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES
 from orthanc_events_bridge.events.mapping import STRUCTURED, partition
-from orthanc_events_bridge.testing.events import message, orthanc_id
+from orthanc_events_bridge.events.samples import message, orthanc_id
 from orthanc_events_bridge.transports.base import Outgoing
 
 #: The site of what is played: others at the same broker can tell it by that.
@@ -73,14 +73,13 @@ class Played:
         base = self.make("study.stable", study="unheard")
         document = self.expected[base.id]
         del self.expected[base.id], self.sent[base.id]
+        changes: tuple[dict[str, Any], ...] = (
+            {"type": "org.example.report.signed.v1"},
+            {"type": "io.orthanc-events.study.unheard-of.v1"},
+            {"unheardof": "attribute", "data": {**document["data"], "unheardOf": {"of": ["a", "property"]}}},
+        )
         found = []
-        for number, change in enumerate(
-            (
-                {"type": "org.example.report.signed.v1"},
-                {"type": "io.orthanc-events.study.unheard-of.v1"},
-                {"unheardof": "attribute", "data": {**document["data"], "unheardOf": {"of": ["a", "property"]}}},
-            )
-        ):
+        for number, change in enumerate(changes):
             event = {**document, **change, "id": str(uuid.uuid5(uuid.UUID(self.run), f"unheard {number}"))}
             sent = base._replace(id=event["id"], body=json.dumps(event).encode())
             self.expected[sent.id], self.sent[sent.id] = event, sent
@@ -90,20 +89,17 @@ class Played:
     def malformed(self) -> list[Outgoing]:
         """Messages that are no events, each with bytes that no other run has; they are in no `expected`."""
         run = self.run.encode()
-        attributes = (("specversion", "1.0"), ("type", "org.example.without.id"), ("source", "urn:example"))
+        without_id = (("specversion", "1.0"), ("type", "org.example.without.id"), ("source", "urn:example"))
+        some: tuple[tuple[str, bytes, tuple[tuple[str, str], ...]], ...] = (
+            (STRUCTURED, b'{"specversion": "1.0", "id": "' + run, ()),
+            (STRUCTURED, b'{"hello": "' + run + b'"}', ()),
+            ("application/json", b'["' + run + b'"]', ()),
+            ("application/json", b'{"run": "' + run + b'"}', without_id),
+        )
+        where = SITE, "server", "unknown", "server", partition("server")
         return [
-            Outgoing(
-                str(uuid.uuid5(uuid.UUID(self.run), f"malformed {number}")),
-                *(SITE, "server", "unknown", "server", partition("server"), kind, body, *more),
-            )
-            for number, (kind, body, *more) in enumerate(
-                (
-                    (STRUCTURED, b'{"specversion": "1.0", "id": "' + run),
-                    (STRUCTURED, b'{"hello": "' + run + b'"}'),
-                    ("application/json", b'["' + run + b'"]'),
-                    ("application/json", b'{"run": "' + run + b'"}', attributes),
-                )
-            )
+            Outgoing(str(uuid.uuid5(uuid.UUID(self.run), f"malformed {number}")), *where, kind, body, attributes)
+            for number, (kind, body, attributes) in enumerate(some)
         ]
 
     def told(self, what: str) -> Outgoing:

@@ -195,9 +195,9 @@ class Play:
         ends = {identifier: place for identifier, place, _ in reversed(self.program.ended)}
         for ids in keys.values():
             first: dict[str, int] = {}
-            for one in self.program.begun:
-                if one.id in ids:
-                    first.setdefault(one.id, one.place)
+            for begun in self.program.begun:
+                if begun.id in ids:
+                    first.setdefault(begun.id, begun.place)
             in_order = sorted(first, key=lambda identifier: first[identifier])
             wanted = [one for one in ids if one in first]
             self.verdicts.check("O1", in_order == wanted, "the events of a key came in another order")

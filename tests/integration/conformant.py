@@ -32,7 +32,7 @@ def say(**what: Any) -> None:
 
 @app.on("*.*")
 async def handle(event: Event) -> None:
-    plain = {**event.attributes, "data": event.data}
+    plain: dict[str, Any] = {**event.attributes, "data": event.data}
     if BROKEN:
         plain["sequence"] = plain.get("sequence", "").lstrip("0")
     say(did="begin", attempt=event.attempt, event=plain)
