@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Outgoing, Transport
     from orthanc_events_bridge.transports.options import TransportOptions
 
-#: How often the program is to give an event in all, and the seconds without a word behind which another is given it.
+#: How often the program is to give an event in all, and the seconds without a word behind which another is given it: so
+#: many that a slow machine is not taken for a frozen program.
 ATTEMPTS_IN_ALL: Final = 3
-ACK_WAIT: Final = 6
+ACK_WAIT: Final = 12
 #: Seconds behind which the one comes again that is retried once.
 RETRY: Final = 1.0
 #: Seconds between two looks at the dead letters.

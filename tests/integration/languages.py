@@ -148,13 +148,18 @@ class Consumer:
         self.wait(lambda: any(one["did"] == "ready" for one in self.lines()))
         return self
 
+    def terminate(self) -> None:
+        """End it by SIGTERM; that is waited for."""
+        self._process.terminate()
+        code = self._process.wait(PATIENCE)
+        assert code == 0, self._err.read_text("utf-8")[-2000:]
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.terminate()
         try:
-            code = self._process.wait(PATIENCE)
+            if error is None:
+                self.terminate()
         finally:
             self._process.kill()
             self._process.wait()
-        assert error is not None or code == 0, self._err.read_text("utf-8")[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,12 +15,16 @@ from typing import Any, Final
 
 import pytest
 
+from orthanc_events_bridge import transports
+from orthanc_events_bridge.conformance.events import Played
 from orthanc_events_bridge.conformance.playing import differences
 from orthanc_events_bridge.conformance.rules import RULES
+from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.events.mapping import trace_parent
 from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.brokers import make_broker
 from orthanc_events_bridge.testing.reacting import consumer_url
+from orthanc_events_bridge.transports.base import Outgoing
 from tests.integration.languages import LANGUAGES, PATIENCE, ROOT, Consumer
 from tests.integration.whole import started
 
@@ -42,46 +47,31 @@ def built() -> Mapping[str, Future[list[str]]]:
         return {name: pool.submit(LANGUAGES[name].built) for name in sorted(LANGUAGES, key=lambda one: one != "go")}
 
 
-# -- golden vectors ------------------------------------------------------------------------------------------
-
-
-@each_language
-@pytest.mark.parametrize("mode", ["structured", "binary"])
-def test_every_golden_vector_is_decoded_by_its_sdk(
-    language: str, mode: str, built: Mapping[str, Future[list[str]]]
-) -> None:
-    command = built[language].result()
-    vectors = GOLDEN / f"{LANGUAGES[language].broker}-{mode}.json"
-    done = subprocess.run([*command, "--decode", vectors], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    wanted = json.loads((GOLDEN / "events.json").read_text("utf-8"))
-    for event, decoded in zip(wanted, found, strict=True):
-        assert not differences(event, decoded)
-
-
-# -- the rules -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def verdicts(
-    built: Mapping[str, Future[list[str]]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[str, Future[Any]]]:
-    """What the runner says of each program, and of one of our own kit on each broker: all side by side, since they
-    wait most of the time."""
+def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """A running broker of each kind."""
     folder = tmp_path_factory.mktemp("any-language")
-    commands = {f"ours-{kind}": (kind, lambda: [sys.executable, str(OURS)]) for kind in BROKERS}
-    commands |= {name: (one.broker, built[name].result) for name, one in LANGUAGES.items()}
     with contextlib.ExitStack() as stack:
-        urls = {}
+        found = {}
         for kind in BROKERS:
             broker = make_broker(kind, folder / kind)
             stack.callback(broker.server.close, kill=True)
             broker.start()
-            urls[kind] = consumer_url(broker)
-        pool = stack.enter_context(ThreadPoolExecutor(len(commands) + 1))
+            found[kind] = consumer_url(broker)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def verdicts(
+    built: Mapping[str, Future[list[str]]], urls: Mapping[str, str]
+) -> Iterator[Mapping[str, Future[tuple[int, dict[str, Any], str]]]]:
+    """What the runner says of each program, and of one of our own kit on each broker: side by side, and beside other
+    tests, since they wait most of the time."""
+    ours: Callable[[], list[str]] = lambda: [sys.executable, str(OURS)]  # noqa: E731
+    commands = {name: (one.broker, built[name].result) for name, one in LANGUAGES.items()}
+    commands |= {f"ours-{kind}": (kind, ours) for kind in BROKERS}
+    with ThreadPoolExecutor(len(commands) + 1) as pool:
         played = {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}
-        ours = commands["ours-nats"][1]
         yield {**played, "broken": pool.submit(conformance, urls["nats"], ours, patience=5.0, BROKEN="1")}
 
 
@@ -99,25 +89,22 @@ def conformance(
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
-@pytest.mark.parametrize("name", [*LANGUAGES, *(f"ours-{kind}" for kind in BROKERS)])
-def test_it_meets_every_rule(name: str, verdicts: Mapping[str, Future[Any]]) -> None:
-    code, document, said = verdicts[name].result()
-    assert document, said
-    assert [one["rule"] for one in document["rules"]] == list(RULES)
-    wrong = [one for one in document["rules"] if one["result"] != "met"]
-    assert not wrong, f"{json.dumps(wrong, indent=1)}\n{said}"
-    assert (code, document["met"]) == (0, True)
+# -- golden vectors ------------------------------------------------------------------------------------------
 
 
-def test_a_program_that_breaks_rules_is_told_which(verdicts: Mapping[str, Future[Any]]) -> None:
-    code, document, said = verdicts["broken"].result()
-    assert document, said
-    assert (code, document["met"]) == (1, False)
-    failed = {one["rule"]: one["details"] for one in document["rules"] if one["result"] == "failed"}
-    assert failed.keys() >= {"D1", "D2", "S1", "S2", "S4", "S5", "S7", "L1"}
-    assert "sequence is " in failed["D1"][0]
-    assert failed["L1"][0] == "SIGTERM: its exit code is 3"
-    assert failed["S2"][0] == "it was to be given as attempts 1 and 2, and came as [1]"
+@each_language
+@pytest.mark.parametrize("mode", ["structured", "binary"])
+def test_every_golden_vector_is_decoded_by_its_sdk(
+    language: str, mode: str, built: Mapping[str, Future[list[str]]]
+) -> None:
+    command = built[language].result()
+    vectors = GOLDEN / f"{LANGUAGES[language].broker}-{mode}.json"
+    done = subprocess.run([*command, "--decode", vectors], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    wanted = json.loads((GOLDEN / "events.json").read_text("utf-8"))
+    for event, decoded in zip(wanted, found, strict=True):
+        assert not differences(event, decoded)
 
 
 # -- a real Orthanc ------------------------------------------------------------------------------------------
@@ -145,7 +132,7 @@ def stable(consumer: Consumer) -> set[str]:
 
 @pytest.mark.parametrize("kind", BROKERS)
 def test_what_a_real_orthanc_tells_is_decoded_field_by_field(
-    kind: str, tmp_path: Path, built: Mapping[str, Future[list[str]]]
+    kind: str, tmp_path: Path, built: Mapping[str, Future[list[str]]], verdicts: Mapping[str, Future[Any]]
 ) -> None:
     golden = {json.dumps(one, sort_keys=True) for one in json.loads((GOLDEN / "orthanc.json").read_text("utf-8"))}
     names = [name for name, one in LANGUAGES.items() if one.broker == kind]
@@ -184,3 +171,71 @@ def test_what_a_real_orthanc_tells_is_decoded_field_by_field(
                 assert [one["id"] for one in found if one["partitionkey"] == key] == [
                     one.id for one in sent if one.key == key
                 ]
+
+
+# -- several of one name -------------------------------------------------------------------------------------
+
+
+async def publish(url: str, events: list[Outgoing]) -> None:
+    transport = transports.create(broker_options(url).for_consumer())
+    await transport.connect()
+    try:
+        await transport.publish(events)
+    finally:
+        await transport.close()
+
+
+@each_language
+def test_workers_of_one_name_share_the_events_also_when_one_ends(
+    language: str, tmp_path: Path, built: Mapping[str, Future[list[str]]], urls: Mapping[str, str]
+) -> None:
+    url, command = urls[LANGUAGES[language].broker], built[language].result()
+    asyncio.run(publish(url, []))  # the place is there
+    played = Played()
+    keys = [f"key {number}" for number in range(10)]
+    with contextlib.ExitStack() as stack:
+        first, second = (
+            stack.enter_context(Consumer(command, tmp_path / name, BROKER_URL=url, CONSUMER=f"shared-{language}"))
+            for name in ("first", "second")
+        )
+        asyncio.run(publish(url, played.of_keys(keys, 15)))
+        second.wait(lambda: len(given(first, played) + given(second, played)) >= 50)
+        first.terminate()
+        asyncio.run(publish(url, played.of_keys(keys, 5)))
+        second.wait(lambda: {*given(first, played), *given(second, played)} == played.sent.keys())
+        assert len(given(first, played) + given(second, played)) == len(played.sent)  # each once
+        if language == "go":  # a partition has one worker, so that the order holds whoever that is
+            for worker in (first, second):
+                numbers = {one: number for number, one in enumerate(played.sent)}
+                for key in {one.key for one in played.sent.values()}:
+                    mine = [numbers[one] for one in given(worker, played) if played.sent[one].key == key]
+                    assert mine == sorted(mine)
+
+
+def given(consumer: Consumer, played: Played) -> list[str]:
+    """The ids of those of ours that a program was given."""
+    return [one["id"] for one in consumer.events() if one["id"] in played.sent]
+
+
+# -- the rules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*LANGUAGES, *(f"ours-{kind}" for kind in BROKERS)])
+def test_it_meets_every_rule(name: str, verdicts: Mapping[str, Future[Any]]) -> None:
+    code, document, said = verdicts[name].result()
+    assert document, said
+    assert [one["rule"] for one in document["rules"]] == list(RULES)
+    wrong = [one for one in document["rules"] if one["result"] != "met"]
+    assert not wrong, f"{json.dumps(wrong, indent=1)}\n{said}"
+    assert (code, document["met"]) == (0, True)
+
+
+def test_a_program_that_breaks_rules_is_told_which(verdicts: Mapping[str, Future[Any]]) -> None:
+    code, document, said = verdicts["broken"].result()
+    assert document, said
+    assert (code, document["met"]) == (1, False)
+    failed = {one["rule"]: one["details"] for one in document["rules"] if one["result"] == "failed"}
+    assert failed.keys() >= {"D1", "D2", "S1", "S2", "S4", "S5", "S7", "L1"}
+    assert "sequence is " in failed["D1"][0]
+    assert failed["L1"][0] == "SIGTERM: its exit code is 3"
+    assert failed["S2"][0] == "it was to be given as attempts 1 and 2, and came as [1]"
