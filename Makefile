@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo demo-ai hello test test-unit test-contract test-containers test-newer test-sid \
-	test-integration test-faults test-slow test-mutants test-bare lint format bench docs build lock clean
+	test-integration test-faults test-slow test-mutants test-bare lint format bench docs build golden lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -41,7 +41,7 @@ hello: ## a consumer in ten lines, on a real broker (BROKER=nats|rabbitmq|kafka;
 	@BROKER="$(BROKER)" KEEP="$(KEEP)" $(BIN)/python -m orthanc_events_bridge.testing.hello
 
 test: ## every test but the slow, on real servers: as processes, and the brokers' again in containers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime languages
 	$(BESIDE)
 	$(CONTAINED)
 	$(NEWER) -k "not kafka and not tight_loop and not late and not twice and not away"
@@ -68,7 +68,7 @@ test-sid: ## the same with the newest Orthanc of Debian, whatever it is today
 		-k "not stopped and not stop-nats and not stop-kafka and not older and not twice"'
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
-	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql languages
 	$(BESIDE) $(wildcard tests/integration tests/e2e)
 
 test-faults: ## kills, freezes, full disks, on real servers
@@ -106,6 +106,9 @@ docs: setup ## generate what is declared elsewhere: pages, tables, all schemas, 
 
 build: setup ## what is released, in dist/: the source distribution and the wheel
 	$(BIN)/python -m build --no-isolation
+
+golden: setup ## write the golden vectors, tests/golden/, that programs in other languages are tested with
+	$(BIN)/python tools/golden.py
 
 lock: setup ## pin the newest allowed versions that are needed, by hash
 	scripts/lock.sh

@@ -2,7 +2,7 @@
 # `make setup`: what demo and tests need. On Debian, as root, it installs the missing system packages; everywhere
 # it makes .venv from the hashed lock, with this tree installed in it. Where nothing is missing it is silent.
 #
-#   scripts/bootstrap.sh [rabbitmq] [kafka] [postgresql] [docker] [faketime]
+#   scripts/bootstrap.sh [rabbitmq] [kafka] [postgresql] [docker] [faketime] [languages]
 #
 # Orthanc, its plugins for Python and DICOMweb, DCMTK, git and NATS always; these only where they are named:
 #
@@ -11,6 +11,8 @@
 # postgresql        PostgreSQL and Orthanc's plugin for it, from Debian
 # docker            a container engine, from Debian
 # faketime          a library that gives a process another clock, from Debian
+# languages         Node.js, Go, Java's compiler and Maven, from Debian where they are missing: for the examples in other
+#                   languages, which are skipped where Debian's are older than they need
 #
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
 # ORTHANC_BINARY, ORTHANC_PYTHON_PLUGIN, ORTHANC_DICOMWEB_PLUGIN, ORTHANC_POSTGRESQL_PLUGIN, STORESCU_BINARY,
@@ -124,6 +126,13 @@ missing_packages() {
         command -v debootstrap >/dev/null || echo debootstrap
     fi
     if wanted faketime; then has_faketime || echo libfaketime; fi
+    if wanted languages; then
+        command -v node >/dev/null || echo nodejs
+        command -v npm >/dev/null || echo npm
+        command -v go >/dev/null || echo golang-go
+        command -v javac >/dev/null || echo default-jdk-headless
+        command -v mvn >/dev/null || echo maven
+    fi
 }
 
 # The package's maintainer scripts ask /usr/sbin/policy-rc.d before they start a service. Ours says no, so that no
@@ -264,8 +273,8 @@ environment() {
 components=$*
 for component in $components; do
     case $component in
-        rabbitmq | kafka | postgresql | docker | faketime) ;;
-        *) die "there is no component $component: rabbitmq, kafka, postgresql, docker, faketime" ;;
+        rabbitmq | kafka | postgresql | docker | faketime | languages) ;;
+        *) die "there is no component $component: rabbitmq, kafka, postgresql, docker, faketime, languages" ;;
     esac
 done
 

@@ -15,5 +15,7 @@ compile "$@" pyproject.toml --extra nats --extra nkeys --extra orthanc --constra
     --output-file requirements/bridge.txt
 compile examples/ai-service/requirements.in --constraint requirements/dev.txt \
     --output-file examples/ai-service/requirements.txt
+compile "$@" examples/python-faststream/requirements.in --constraint requirements/dev.txt \
+    --output-file examples/python-faststream/requirements.txt
 echo "requirements/build.txt, dev.txt (all of development) and bridge.txt (the bridge with NATS, and to ask Orthanc) are written,"
-echo "and requirements.txt of examples/ai-service"
+echo "and requirements.txt of examples/ai-service and examples/python-faststream"

@@ -12,7 +12,7 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.record.memory_records import MemoryRecords
 
-from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
 from orthanc_events_bridge.transports.base import Incoming
 from orthanc_events_bridge.transports.kafka_connection import Cluster
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions
@@ -136,6 +136,8 @@ def records(data: bytes, first: int) -> tuple[list[Any], int]:
 
     An answer can begin in the middle of a batch, and its last batch can be cut off. What a transaction leaves behind
     takes an offset too, and is no record.
+
+    :raises TransportConfigurationError: it is compressed in a way that aiokafka reads only with another package.
     """
     found: list[Any] = []
     memory = MemoryRecords(data)
@@ -143,6 +145,12 @@ def records(data: bytes, first: int) -> tuple[list[Any], int]:
     while memory.has_next():
         batch = memory.next_batch()
         if not batch.is_control_batch:
-            found += [record for record in batch if record.offset >= first]
+            try:
+                found += [record for record in batch if record.offset >= first]
+            except errors.UnsupportedCodecError as error:
+                raise TransportConfigurationError(
+                    f"the record at offset {batch.base_offset} of a Kafka topic is compressed as we can't read it",
+                    "let whoever writes there use gzip, or no compression",
+                ) from error
         behind = max(behind, batch.next_offset)
     return found, behind

@@ -61,7 +61,7 @@ class Copies:
         said = {OPERATION: "retry", **headers}
         if delay > 0:
             said[DUE] = due_text(time.time() + delay)
-        await self._store("inbox", message, f"retry:{key}", attempt, said)
+        await self._store("inbox", message, "retry", key, attempt, said)
 
     async def anew(self, message: Incoming, key: str) -> None:
         """A copy that is in the inbox once more, as it is: due when it was.
@@ -69,17 +69,21 @@ class Copies:
         :raises TransportError: as `_store`.
         """
         attempt = attempts_before(message.headers, self._name)
-        await self._store("inbox", message, f"retry:{key}", attempt, {DUE: message.headers[DUE]})
+        await self._store("inbox", message, "retry", key, attempt, {DUE: message.headers[DUE]})
 
     async def dead(self, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
         """Among the dead letters.
 
         :raises TransportError: as `_store`.
         """
-        await self._store("dead", message, f"dead:{key}", attempt, headers)
+        await self._store("dead", message, "dead", key, attempt, headers)
 
-    async def _store(self, which: Which, message: Incoming, key: str, attempt: int, headers: Mapping[str, str]) -> None:
+    async def _store(
+        self, which: Which, message: Incoming, what: str, key: str, attempt: int, headers: Mapping[str, str]
+    ) -> None:
         """Store a copy; its stream is made where it is missing.
+
+        Consumers share the stream: the key by which it drops duplicates has their name in it.
 
         :raises NotConnectedError: the connection is gone, and nobody knows whether it was stored.
         :raises TransportError: it was not, or nobody knows, and the connection is well: try again, by the same key.
@@ -94,7 +98,7 @@ class Copies:
         kept |= {CONSUMER: self._name, ADDRESS: message.address, ATTEMPTS: str(attempt), **headers}
         if identifier:
             kept[EVENT_ID] = identifier
-        kept["Nats-Msg-Id"] = f"{identifier}:{key}"
+        kept["Nats-Msg-Id"] = f"{identifier}:{what}:{self._name}:{key}"
         size = len(message.body) + sum(len(name) + len(value) + 4 for name, value in kept.items()) + _AROUND
         if size > self._connection.max_payload:
             raise RefusedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -60,6 +61,36 @@ def test_it_is_kept_with_its_bytes_and_the_reason_and_never_given_again(harness:
     assert headers["orthanc-address"].endswith(harness.address(sent))
     assert headers["orthanc-attempts"] == "1"
     assert not any(one.startswith(("ce-", "ce_")) for one in headers)
+
+
+def test_what_two_names_give_back_and_reject_both_are_given_again_and_both_keep(harness: Harness) -> None:
+    names = [f"{name_of(harness)}-{letter}" for letter in "ab"]
+
+    async def main() -> None:
+        async with connected(harness) as transport, contextlib.AsyncExitStack() as stack:
+            both = [await stack.enter_async_context(subscribed(transport, name)) for name in names]
+            await transport.publish([event(0)])
+            for subscription in both:
+                (delivery,) = await collect(subscription, 1, ack=False)
+                await delivery.nack()
+            for subscription in both:
+                (delivery,) = await collect(subscription, 1, ack=False)
+                assert delivery.attempt == 2
+                await delivery.nack(1.0)
+            for subscription in both:
+                (delivery,) = await collect(subscription, 1, ack=False)
+                await delivery.reject(WHY)
+            for name in names:
+                (letter,) = await read(transport, name)
+                assert letter.message.headers["orthanc-consumer"] == name
+            await transport.publish([event(1)])
+            for subscription in both:
+                (delivery,) = await collect(subscription, 1, ack=False)
+                await delivery.reject(WHY)
+            for name in names:
+                assert len(await read(transport, name)) == 2
+
+    run(main())
 
 
 def test_attributes_in_headers_are_kept(harness: Harness) -> None:

@@ -19,7 +19,8 @@ from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, RetryPolicy
 from orthanc_events_bridge.consumers.event import read
 from orthanc_events_bridge.errors import BridgeError
-from orthanc_events_bridge.testing import events, kit, orthanc_module
+from orthanc_events_bridge.events import samples
+from orthanc_events_bridge.testing import kit, orthanc_module
 from orthanc_events_bridge.testing.events import event, orthanc_id
 from orthanc_events_bridge.testing.orthanc_module import FakeOrthanc
 from orthanc_events_bridge.transports.base import Incoming
@@ -44,7 +45,7 @@ def test_an_hour_of_retries_is_no_time() -> None:
         trial.send(STUDY)
         trial.advance(hours=1)
         assert at == list(range(1, 102))[:100]
-        assert trial.now == events.AT.replace(hour=13)
+        assert trial.now == samples.AT.replace(hour=13)
         trial.assert_dead(STUDY, "failed 100 times of 100")
         assert [one.at for one in trial.outcomes] == [36.0 * number for number in range(100)]
 
@@ -250,7 +251,7 @@ def test_what_is_sent_are_the_bridges_own_bytes() -> None:
 
 def test_the_defaults_are_the_bridges() -> None:
     for option in ("type_prefix", "schema_base", "site"):
-        assert events._SHAPE[option] == Settings.model_fields[option].default
+        assert samples.SHAPE[option] == Settings.model_fields[option].default
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_the_defaults_are_the_bridges() -> None:
         (lambda: event("study.stable", series="s"), "is given series"),
         (lambda: event("server.started", study="s", tags={"a": "b"}), "is given study, tags"),
         (lambda: event("study.stable", job={"type": "a"}), "is given job"),
-        (lambda: event("study.stable", at=events.AT.replace(tzinfo=None)), "time zone"),
+        (lambda: event("study.stable", at=samples.AT.replace(tzinfo=None)), "time zone"),
     ],
 )
 def test_a_wrong_event_is_refused(make: Callable[[], Event], words: str) -> None:

@@ -1,0 +1,257 @@
+// A consumer of Orthanc's events on RabbitMQ, complete and without our package: docs/any-language.md says what it has to
+// do, rule by rule. Make `handle` your own.
+
+import com.fasterxml.jackson.databind.JsonNode;
+import com.fasterxml.jackson.databind.ObjectMapper;
+import com.rabbitmq.client.AMQP.BasicProperties;
+import com.rabbitmq.client.Channel;
+import com.rabbitmq.client.Connection;
+import com.rabbitmq.client.ConnectionFactory;
+import com.rabbitmq.client.Delivery;
+import io.cloudevents.CloudEvent;
+import io.cloudevents.core.data.BytesCloudEventData;
+import io.cloudevents.core.message.impl.BaseGenericBinaryMessageReaderImpl;
+import io.cloudevents.core.message.impl.GenericStructuredMessageReader;
+import io.cloudevents.core.message.impl.MessageUtils;
+import io.cloudevents.jackson.JsonFormat;
+import io.cloudevents.SpecVersion;
+import java.io.File;
+import java.io.IOException;
+import java.time.Instant;
+import java.time.temporal.ChronoUnit;
+import java.util.HashMap;
+import java.util.Map;
+import java.util.TreeMap;
+import java.util.UUID;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ExecutorService;
+import java.util.concurrent.Executors;
+import java.util.concurrent.TimeUnit;
+import java.util.function.BiConsumer;
+
+public class Consumer {
+    static final String NAME = env("CONSUMER", "java");
+    static final int MAX_ATTEMPTS = Integer.parseInt(env("MAX_ATTEMPTS", "20"));
+    static final String EVENTS = "orthanc.events", LIVE = "orthanc.consumer." + NAME, INBOX = "orthanc.inbox." + NAME;
+    static final String DEAD = "orthanc.dead." + NAME;
+    static final int[] STEPS = {1, 5, 30, 120, 600, 3600}; // seconds that a retry waits in each queue of delays
+    static final int AT_ONCE = 16, DRAIN = 25;
+    static final ObjectMapper JSON = new ObjectMapper();
+
+    static class Retry extends Exception {
+        final int seconds;
+        Retry(int seconds) { this.seconds = seconds; }
+    }
+
+    static class Reject extends Exception {
+        Reject(String reason) { super(reason); }
+    }
+
+    // Your work. It returns: done. It throws Retry: again in so many seconds; Reject: never; anything else: again, and
+    // behind MAX_ATTEMPTS never. No patient data in the reason of a Reject.
+    static void handle(CloudEvent event, int attempt) throws Exception {
+        JsonNode plain = JSON.readTree(new JsonFormat().serialize(event));
+        say(Map.of("did", "begin", "attempt", attempt, "event", plain));
+        try { // what `orthanc-events conformance` tells it to do: leave it out
+            String told = JSON.readTree(env("CONFORMANCE", "{}")).path(String.valueOf(event.getSubject())).asText();
+            if (told.equals("retry") && attempt == 1) throw new Retry(1);
+            if (told.equals("later")) throw new Retry(3600);
+            if (told.equals("reject")) throw new Reject("told to");
+            if (told.equals("fail")) throw new IllegalStateException("never said: it may hold patient data");
+            if (told.equals("slow")) Thread.sleep(2000);
+            if (told.equals("hang")) Thread.sleep(Long.MAX_VALUE);
+        } finally {
+            say(Map.of("did", "end", "id", event.getId()));
+        }
+    }
+
+    static CloudEvent decode(Map<String, String> headers, String contentType, byte[] body) {
+        return MessageUtils.parseStructuredOrBinaryMessage(
+            () -> contentType,
+            format -> new GenericStructuredMessageReader(format, body),
+            () -> headers.get("ce-specversion"),
+            version -> new BinaryReader(version, headers, contentType, body)).toEvent();
+    }
+
+    static class BinaryReader extends BaseGenericBinaryMessageReaderImpl<String, String> {
+        private final Map<String, String> headers;
+
+        BinaryReader(SpecVersion version, Map<String, String> headers, String contentType, byte[] body) {
+            super(version, BytesCloudEventData.wrap(body));
+            this.headers = new HashMap<>(headers);
+            this.headers.put("content-type", contentType);
+        }
+
+        protected boolean isContentTypeHeader(String name) { return name.equals("content-type"); }
+        protected boolean isCloudEventsHeader(String name) { return name.startsWith("ce-"); }
+        protected String toCloudEventsKey(String name) { return name.substring(3); }
+        protected String toCloudEventsValue(String value) { return value; }
+        protected void forEachHeader(BiConsumer<String, String> visit) { headers.forEach(visit); }
+    }
+
+    final Connection receiving, sending; // two: while RabbitMQ is short of memory it reads nothing from the second
+    final Channel channel, copies;
+    final ExecutorService threads = Executors.newCachedThreadPool();
+    final Map<String, CompletableFuture<Void>> tails = new ConcurrentHashMap<>(); // of each key, one behind the other
+    volatile boolean stopping, returned;
+
+    Consumer(String url) throws Exception {
+        ConnectionFactory factory = new ConnectionFactory();
+        factory.setUri(url);
+        receiving = factory.newConnection();
+        sending = factory.newConnection();
+        channel = receiving.createChannel();
+        copies = sending.createChannel();
+        copies.confirmSelect();
+        copies.addReturnListener(one -> returned = true);
+        Map<String, Object> quorum = Map.of("x-queue-type", "quorum", "x-delivery-limit", 1_000_000_000);
+        Map<String, Object> lasting = with(quorum, Map.of("x-consumer-timeout", 86_400_000));
+        channel.queueDeclare(INBOX, true, false, false, lasting);
+        for (int step : STEPS) {
+            channel.queueDeclare(delay(step), true, false, false, with(quorum, Map.of(
+                "x-dead-letter-exchange", "", "x-dead-letter-routing-key", INBOX, "x-message-ttl", step * 1000,
+                "x-dead-letter-strategy", "at-least-once", "x-overflow", "reject-publish")));
+        }
+        Map<String, Object> full = Map.of("x-overflow", "reject-publish", "x-max-length", 50_000);
+        channel.queueDeclare(DEAD, true, false, false, with(quorum, full));
+        channel.queueDeclare(LIVE, true, false, false, lasting);
+        channel.exchangeDeclarePassive(EVENTS); // the bridge makes it
+        channel.queueBind(LIVE, EVENTS, "#");
+        channel.basicQos(AT_ONCE, false);
+        for (String queue : new String[] {LIVE, INBOX}) {
+            channel.basicConsume(queue, false, (tag, delivery) -> take(delivery), tag -> Runtime.getRuntime().halt(1));
+        }
+        receiving.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); }); // start it again
+        sending.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); });
+    }
+
+    void take(Delivery delivery) {
+        Map<String, String> given = new TreeMap<>();
+        Map<String, Object> headers = delivery.getProperties().getHeaders();
+        if (headers != null) headers.forEach((name, value) -> given.put(name.toLowerCase(), String.valueOf(value)));
+        String address = given.getOrDefault("orthanc-address", delivery.getEnvelope().getRoutingKey());
+        String key = address.substring(address.lastIndexOf('.') + 1); // its partition, which a study's events share
+        synchronized (tails) {
+            CompletableFuture<Void> before = tails.getOrDefault(key, CompletableFuture.completedFuture(null));
+            tails.put(key, before.thenRunAsync(() -> settle(delivery, given, address), threads));
+        }
+    }
+
+    void settle(Delivery delivery, Map<String, String> given, String address) {
+        if (stopping) return; // not begun: it goes back with the channel
+        try {
+            long left = ChronoUnit.MILLIS.between(Instant.now(), Instant.parse(given.getOrDefault("orthanc-due", "1970-01-01T00:00:00Z")));
+            if (left > 0) {
+                copy(delay(left / 1000), delivery, given, Map.of("orthanc-due", given.get("orthanc-due")));
+            } else {
+                work(delivery, given, address);
+            }
+            synchronized (channel) { channel.basicAck(delivery.getEnvelope().getDeliveryTag(), false); }
+        } catch (Exception error) { // a place takes nothing, or the connection is gone: what is held comes again
+            System.err.println("not settled: " + error.getClass().getName());
+            if (!stopping) Runtime.getRuntime().halt(1);
+        }
+    }
+
+    void work(Delivery delivery, Map<String, String> given, String address) throws Exception {
+        boolean ours = NAME.equals(given.get("orthanc-consumer"));
+        int before = ours ? Integer.parseInt(given.getOrDefault("orthanc-attempts", "0")) : 0;
+        int died = Integer.parseInt(given.getOrDefault("x-delivery-count", "0")); // with it in hand
+        int attempt = before + died + 1;
+        Throwable failure = null;
+        CloudEvent event = null;
+        try {
+            event = decode(given, delivery.getProperties().getContentType(), delivery.getBody());
+        } catch (RuntimeException error) {
+            failure = new Reject("it is no CloudEvent");
+        }
+        try {
+            if (event != null) handle(event, attempt);
+        } catch (Throwable error) {
+            failure = error;
+        }
+        if (failure == null) return;
+        String now = Instant.now().truncatedTo(ChronoUnit.MILLIS).toString();
+        Map<String, String> said = new HashMap<>(Map.of("orthanc-consumer", NAME, "orthanc-address", address,
+            "orthanc-attempts", String.valueOf(attempt), "orthanc-last-failure", now,
+            "orthanc-first-failure", given.getOrDefault("orthanc-first-failure", now)));
+        boolean own = failure instanceof Retry || failure instanceof Reject;
+        if (!own) said.put("orthanc-exception", failure.getClass().getName()); // its type alone
+        if (failure instanceof Reject || attempt >= MAX_ATTEMPTS) {
+            String over = "failed " + attempt + " times of " + MAX_ATTEMPTS;
+            said.put("orthanc-reason", failure instanceof Reject ? failure.getMessage() : over);
+            copy(DEAD, delivery, given, said);
+        } else {
+            long wait = failure instanceof Retry again ? again.seconds : Math.min(900, 1L << Math.min(attempt - 1, 30));
+            said.put("orthanc-operation", "retry");
+            said.put("orthanc-due", Instant.now().plusSeconds(wait).truncatedTo(ChronoUnit.MILLIS).plusMillis(1).toString());
+            copy(delay(wait), delivery, given, said);
+        }
+    }
+
+    // The same bytes and headers, and what is to be said. The queue has it, on disk, when this returns.
+    void copy(String queue, Delivery delivery, Map<String, String> given, Map<String, String> said) throws Exception {
+        Map<String, Object> headers = new HashMap<>(given);
+        headers.keySet().removeIf(name -> name.startsWith("x-") || name.equals("orthanc-due")); // RabbitMQ's own
+        headers.putAll(said);
+        BasicProperties properties = new BasicProperties.Builder().contentType(delivery.getProperties().getContentType())
+            .deliveryMode(2).messageId(UUID.randomUUID().toString()).headers(headers).build();
+        synchronized (copies) {
+            returned = false;
+            copies.basicPublish("", queue, true, properties, delivery.getBody());
+            copies.waitForConfirmsOrDie(10_000);
+            if (returned) throw new IOException("there is no queue " + queue);
+        }
+    }
+
+    void stop() {
+        stopping = true; // nothing is begun any more
+        try {
+            CompletableFuture<?>[] all;
+            synchronized (tails) { all = tails.values().toArray(new CompletableFuture[0]); }
+            CompletableFuture.allOf(all).get(DRAIN, TimeUnit.SECONDS);
+            receiving.close(); // what was settled is there before we go; what was not goes back
+            Runtime.getRuntime().halt(0);
+        } catch (Exception error) {
+            Runtime.getRuntime().halt(1); // what has not ended comes again
+        }
+    }
+
+    static String delay(long seconds) {
+        int step = STEPS[0];
+        for (int one : STEPS) if (one <= seconds) step = one;
+        return "orthanc.retry." + NAME + "." + step;
+    }
+
+    static Map<String, Object> with(Map<String, Object> some, Map<String, Object> more) {
+        Map<String, Object> all = new HashMap<>(some);
+        all.putAll(more);
+        return all;
+    }
+
+    static String env(String name, String otherwise) {
+        String value = System.getenv(name);
+        return value == null || value.isEmpty() ? otherwise : value;
+    }
+
+    static synchronized void say(Object line) throws IOException {
+        System.out.println(JSON.writeValueAsString(line));
+    }
+
+    public static void main(String[] arguments) throws Exception {
+        if (arguments.length > 1 && arguments[0].equals("--decode")) { // golden vectors
+            for (JsonNode one : JSON.readTree(new File(arguments[1]))) {
+                Map<String, String> headers = new HashMap<>();
+                one.get("headers").fields().forEachRemaining(pair -> headers.put(pair.getKey(), pair.getValue().asText()));
+                String contentType = one.at("/properties/content_type").asText();
+                byte[] body = one.get("body").asText().getBytes("UTF-8");
+                say(JSON.readTree(new JsonFormat().serialize(decode(headers, contentType, body))));
+            }
+            return;
+        }
+        Consumer consumer = new Consumer(env("BROKER_URL", "amqp://127.0.0.1:5672"));
+        Runtime.getRuntime().addShutdownHook(new Thread(consumer::stop));
+        say(Map.of("did", "ready"));
+    }
+}

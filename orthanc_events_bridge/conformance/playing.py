@@ -1,0 +1,368 @@
+"""The way through it: what is sent, what the program is told and what is done to it, and what is expected then."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.conformance.events import Played
+from orthanc_events_bridge.conformance.program import Begun, Program
+from orthanc_events_bridge.conformance.rules import Verdicts
+from orthanc_events_bridge.consumers.dead import Letter, letter_of, redrive
+from orthanc_events_bridge.moments import seconds_of
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, EVENT_ID
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.transports.base import Outgoing, Transport
+    from orthanc_events_bridge.transports.options import TransportOptions
+
+#: How often the program is to give an event in all, and the seconds without a word behind which another is given it: so
+#: many that a slow machine is not taken for a frozen program.
+ATTEMPTS_IN_ALL: Final = 3
+ACK_WAIT: Final = 12
+#: Seconds behind which the one comes again that is retried once.
+RETRY: Final = 1.0
+#: Seconds between two looks at the dead letters.
+_LOOK: Final = 0.3
+_SHOWN: Final = 3
+
+
+class Stopped(Exception):  # noqa: N818 -- no error: what comes next can't be played
+    """The program doesn't do what has to be done before the rest can be played."""
+
+
+class Play:
+    """One run.
+
+    :param transport: connected.
+    :param options: it was made of.
+    :param url: as the program is given it.
+    :param name: the consumer's.
+    :param patience: seconds for each step.
+    :param tell: is told what is done now.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        options: TransportOptions,
+        url: str,
+        name: str,
+        command: Sequence[str],
+        patience: float,
+        tell: Callable[[str], object],
+    ) -> None:
+        self._transport = transport
+        self._options: Any = options  # of one broker or another
+        self._url = url
+        self._name = name
+        self._patience = patience
+        self._tell = tell
+        self.played = Played()
+        self.program = Program(command)
+        self.verdicts = Verdicts()
+        self._told: dict[str, str] = {}
+        self._published: dict[str, float] = {}
+
+    async def run(self) -> Verdicts:
+        """Play it all.
+
+        :raises BridgeError: the program can't be started, or the broker doesn't do what it has to.
+        """
+        try:
+            await self._main()
+            await self._terminated()
+            await self._killed()
+        except Stopped as stopped:
+            self._tell(str(stopped))
+        finally:
+            await self.program.kill()
+        return self.verdicts
+
+    # What the steps share.
+
+    async def _start(self, rule: str) -> None:
+        told = {self.played.subject_of(self.played.sent[one]): what for one, what in self._told.items()}
+        await self.program.start(
+            {
+                "BROKER_URL": self._url,
+                "CONSUMER": self._name,
+                "START": "new",
+                "MAX_ATTEMPTS": str(ATTEMPTS_IN_ALL),
+                "ACK_WAIT": str(ACK_WAIT),
+                "CONFORMANCE": json.dumps(told),
+            }
+        )
+        if not await self.program.wait(lambda: self.program.ready, self._patience):
+            ended = "" if self.program.running else ", and has ended"
+            self.verdicts.against(rule, f'it never said {{"did": "ready"}}{ended}')
+            raise Stopped("the program has not subscribed: nothing more can be played")
+
+    async def _publish(self, events: Sequence[Outgoing]) -> None:
+        now = time.monotonic()
+        self._published |= {one.id: now for one in events}
+        await self._transport.publish(events)
+
+    async def _all_ended(self, ids: Iterable[str], rule: str, what: str) -> bool:
+        """Wait until the handler of each has ended; what is missing is against the rule."""
+        wanted = set(ids)
+
+        def missing() -> set[str]:
+            return wanted - {one for one, _, _ in self.program.ended}
+
+        if await self.program.wait(lambda: not missing(), self._patience):
+            return True
+        left = [self._spelt(one) for one in self.played.sent if one in missing()]
+        ended = "" if self.program.running else "; the program has ended by itself"
+        self.verdicts.against(rule, f"{what}: {_some(left)} {'was' if len(left) == 1 else 'were'} not handled{ended}")
+        return False
+
+    def _spelt(self, identifier: str) -> str:
+        event = self.played.expected.get(identifier, {})
+        return f"{event.get('type', 'an event')} {identifier}"
+
+    def _begun(self, identifier: str) -> list[Begun]:
+        return [one for one in self.program.begun if one.id == identifier]
+
+    async def _letters(self) -> list[Letter]:
+        dead = await self._transport.dead_letters(self._name)
+        try:
+            async with aclosing(dead.read()) as found:
+                return [letter_of(one) async for one in found]
+        finally:
+            await dead.close()
+
+    async def _dead(self, fits: Callable[[list[Letter]], object]) -> list[Letter]:
+        """The dead letters, as soon as they fit, or the patience is over."""
+        end = time.monotonic() + self._patience
+        while True:
+            found = await self._letters()
+            if fits(found) or time.monotonic() > end:
+                return found
+            await self.program.wait(lambda: False, _LOOK)
+
+    # The steps.
+
+    async def _main(self) -> None:
+        played, verdicts, tell = self.played, self.verdicts, self._tell
+        every, unheard, malformed = played.every_type(), played.unheard(), played.malformed()
+        keyed = played.of_keys(("a", "b", "c"), 8)
+        retry, later, reject, fail = (played.told(one) for one in ("retry", "later", "reject", "fail"))
+        self._told = {retry.id: "retry", later.id: "later", reject.id: "reject", fail.id: "fail"}
+        tell("starting the program")
+        await self._start("L2")
+        events = [retry, later, fail, reject, *malformed, *every, *unheard, *keyed]
+        tell(f"playing {len(events)} events: every type in both modes, malformed ones, retries, several keys")
+        await self._publish(events)
+        for rule, binary in (("D1", False), ("D2", True)):
+            ids = [one.id for one in every if (one.id in played.binary) is binary]
+            if await self._all_ended(ids, rule, "of all types"):
+                self._compare(rule, ids)
+        # Whoever has no handler for a type acknowledges it: that need not be said.
+        await self._all_ended([one.id for one in (unheard[-1], *keyed)], "D3", "with an unknown attribute, and of keys")
+        self._compare("D3", [unheard[-1].id])
+        await self._retried(retry, fail)
+        verdicts.check("S3", len(self._begun(later.id)) <= 1, "a retry in an hour came again within minutes")
+        self._in_order(keyed, every)
+        await self._buried(reject, fail, malformed, unheard)
+        await self._given_again(reject)
+
+    def _compare(self, rule: str, ids: Iterable[str]) -> None:
+        for identifier in ids:
+            begun = self._begun(identifier)
+            if begun:
+                wrong = differences(self.played.expected[identifier], begun[0].event)
+                self.verdicts.check(rule, not wrong, f"{self._spelt(identifier)}: {'; '.join(wrong)}")
+
+    async def _retried(self, retry: Outgoing, fail: Outgoing) -> None:
+        program, verdicts = self.program, self.verdicts
+        await program.wait(lambda: len(self._begun(retry.id)) > 1, self._patience)
+        attempts = [one.attempt for one in self._begun(retry.id)]
+        verdicts.check("S2", attempts == [1, 2], f"it was to be given as attempts 1 and 2, and came as {attempts}")
+        if len(attempts) > 1:
+            waited = self._begun(retry.id)[1].at - self._published[retry.id]
+            verdicts.check("S2", waited >= RETRY, f"it was due {RETRY:g} s later, and came after {waited:.2f} s")
+        await program.wait(lambda: len(self._begun(fail.id)) >= ATTEMPTS_IN_ALL, self._patience)
+
+    def _in_order(self, *groups: Sequence[Outgoing]) -> None:
+        keys: dict[str, list[str]] = {}
+        for one in (event for group in groups for event in group):
+            keys.setdefault(one.key, []).append(one.id)
+        ends = {identifier: place for identifier, place, _ in reversed(self.program.ended)}
+        for ids in keys.values():
+            first: dict[str, int] = {}
+            for begun in self.program.begun:
+                if begun.id in ids:
+                    first.setdefault(begun.id, begun.place)
+            in_order = sorted(first, key=lambda identifier: first[identifier])
+            wanted = [one for one in ids if one in first]
+            self.verdicts.check("O1", in_order == wanted, "the events of a key came in another order")
+            for before, after in itertools.pairwise(in_order):
+                together = ends.get(before, 0) > first[after]
+                self.verdicts.check("O1", not together, "two events of one key were handled at the same time")
+
+    async def _buried(
+        self, reject: Outgoing, fail: Outgoing, malformed: Sequence[Outgoing], unheard: Sequence[Outgoing]
+    ) -> None:
+        verdicts = self.verdicts
+        self._tell("looking at its dead letters")
+        wanted = {one.body: one for one in (reject, fail, *malformed)}
+        letters = await self._dead(lambda found: wanted.keys() <= {one.letter.message.body for one in found})
+        by_body = {one.letter.message.body: one for one in letters}
+        for one in malformed:
+            verdicts.check("D4", one.body in by_body, f"{one.body[:40]!r} is not among the dead letters, to the byte")
+        verdicts.check("S4", reject.body in by_body, "what was rejected is not among the dead letters, to the byte")
+        attempts = [one.attempt for one in self._begun(fail.id)]
+        right = [*range(1, ATTEMPTS_IN_ALL + 1)]
+        verdicts.check("S5", attempts == right, f"what fails came as attempts {attempts}, and not as {right}")
+        verdicts.check("S5", fail.body in by_body, "what fails is not among the dead letters")
+        for body, event in wanted.items():
+            if body in by_body:
+                times = ATTEMPTS_IN_ALL if event is fail else 1
+                self._headers(event, by_body[body], times, exception=event is fail)
+        # What others send there at the same time is not ours to judge.
+        strangers = {one.id for one in letters if one.letter.message.body not in wanted} & self.played.sent.keys()
+        unheard_of = {one.id for one in unheard}
+        verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
+        others = [self._spelt(one) for one in strangers - unheard_of]
+        verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {_some(others)}")
+        number = sum(one.letter.message.body == reject.body for one in letters)
+        verdicts.check("S4", number <= 1, f"what was rejected is among the dead letters {number} times")
+
+    def _headers(self, event: Outgoing, letter: Letter, times: int, *, exception: bool) -> None:
+        said, check = letter.letter.message.headers, self.verdicts.check
+        what = self.played.expected.get(event.id, {}).get("type", "a malformed one")
+        check(
+            "S4", said.get("content-type") == event.content_type, f"{what}: content-type is {said.get('content-type')}"
+        )
+        for name, value in event.headers:
+            check("S4", said.get(name) == value, f"{what}: the header {name} is not kept")
+        prefix = "ce_" if self._options.type == "kafka" else "ce-"
+        lost = [name for name, _ in event.attributes if prefix + name not in said]
+        check("S4", not lost, f"{what}: the headers of {_some(lost)} are not kept")
+        check("S6", letter.reason, f"{what}: no orthanc-reason")
+        check("S6", letter.attempts == times, f"{what}: {ATTEMPTS} is {letter.attempts}, and not {times}")
+        check(
+            "S6", said.get(CONSUMER) == self._name, f"{what}: {CONSUMER} is {said.get(CONSUMER)}, and not {self._name}"
+        )
+        address = self._address(event)
+        check("S6", said.get(ADDRESS) == address, f"{what}: {ADDRESS} is {said.get(ADDRESS)}, and not {address}")
+        check("S6", said.get(EVENT_ID) == event.id, f"{what}: {EVENT_ID} is {said.get(EVENT_ID)}, and not its id")
+        first, last = seconds_of(letter.first), seconds_of(letter.last)
+        right = first is not None and last is not None and first <= last
+        check(
+            "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, the last {letter.last or 'not'}"
+        )
+        check("S6", not exception or letter.exception, f"{what}: no orthanc-exception, and its handler has failed")
+
+    def _address(self, event: Outgoing) -> str:
+        options = self._options
+        if options.type == "nats":
+            return f"{options.subject_prefix}.{event.address}"
+        return str(options.topic) if options.type == "kafka" else event.address
+
+    async def _given_again(self, reject: Outgoing) -> None:
+        self._tell("giving it a dead letter again")
+        dead = await self._transport.dead_letters(self._name)
+        inbox = self._transport.inbox(self._name)
+        before = len(self._begun(reject.id))
+        try:
+            await inbox.connect()
+            async with aclosing(dead.read()) as found:
+                letters = [one async for one in found if one.message.body == reject.body]
+            await redrive(dead, inbox, [letter_of(one) for one in letters[:1]])
+        finally:
+            await inbox.close()
+            await dead.close()
+        await self.program.wait(lambda: len(self._begun(reject.id)) > before, self._patience)
+        again = self._begun(reject.id)[before:]
+        self.verdicts.check("S7", again, "a dead letter that was given again was not handled")
+        if again:
+            self.verdicts.check("S7", again[0].attempt == 1, f"its attempts begin anew, and it was {again[0].attempt}")
+            letters_then = await self._dead(lambda some: any(one.letter.message.body == reject.body for one in some))
+            back = any(one.letter.message.body == reject.body for one in letters_then)
+            self.verdicts.check("S7", back, "rejected once more it is no dead letter any more")
+
+    async def _terminated(self) -> None:
+        """SIGTERM while a handler is at work and others are to come."""
+        played, program, verdicts = self.played, self.program, self.verdicts
+        slow = played.told("slow")
+        others = played.of_keys((f"key {number}" for number in range(20)), 3)
+        self._told[slow.id] = "slow"
+        await self._end("L1")  # what is to be slow is told at the start
+        await self._start("L2")
+        self._tell("ending it by SIGTERM in the middle")
+        await self._publish([slow, *others])
+        if not await program.wait(lambda: self._begun(slow.id), self._patience):
+            verdicts.against("L1", "the event was not handled during which it was to be ended")
+            raise Stopped("the program handles nothing more")
+        await self._end("L1")
+        ended = {one for one, _, _ in program.ended}
+        verdicts.check("L1", slow.id in ended, "a handler that was at work was not let end")
+        late = played.of_keys(("while it is away",), 3)
+        await self._publish(late)
+        before = len(program.begun)
+        await self._start("L2")
+        await self._all_ended([one.id for one in (*others, *late)], "L2", "of what was left and came meanwhile")
+        settled = ended - {one for one, what in self._told.items() if what != "slow"}
+        again = {one.id for one in program.begun[before:]} & settled
+        spelt = [self._spelt(one) for one in again]
+        verdicts.check("L2", not again, f"what was settled came again: {_some(spelt)}")
+
+    async def _end(self, rule: str) -> None:
+        code = await self.program.end(self._patience)
+        said = "it has not ended" if code is None else f"its exit code is {code}"
+        self.verdicts.check(rule, code == 0, f"SIGTERM: {said}")
+
+    async def _killed(self) -> None:
+        """kill -9 while a handler is at work, and others are to come."""
+        played, program, verdicts = self.played, self.program, self.verdicts
+        hang = played.told("hang")
+        others = played.of_keys((f"key {number}" for number in range(20, 40)), 3)
+        self._told[hang.id] = "hang"
+        await self._end("L1")
+        await self._start("L2")
+        self._tell("ending it by kill -9 in the middle")
+        await self._publish([hang, *others])
+        if not await program.wait(lambda: self._begun(hang.id), self._patience):
+            verdicts.against("L3", "the event was not handled during which it was to be killed")
+            raise Stopped("the program handles nothing more")
+        await program.kill()
+        before = len(self._begun(hang.id))
+        del self._told[hang.id]
+        await self._start("L3")
+        came = await program.wait(lambda: len(self._begun(hang.id)) > before, self._patience)
+        verdicts.check("S1", came, "an event whose handler was killed did not come again")
+        verdicts.shown.add("L3")
+        await self._all_ended([hang.id, *(one.id for one in others)], "L3", "after kill -9")
+        await self._end("L1")
+        later = next(one for one, what in self._told.items() if what == "later")
+        verdicts.check("S3", len(self._begun(later)) == 1, f"a retry in an hour came {len(self._begun(later))} times")
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What an event differs in, field by field. Times are compared as times: SDKs spell them in their own way."""
+    wrong = []
+    for name in dict.fromkeys((*wanted, *found)):
+        one, other = wanted.get(name), found.get(name)
+        same_time = name == "time" and None is not _moment(one) == _moment(other)
+        if one != other and not same_time:
+            wrong.append(f"{name} is {other!r}, and not {one!r}")
+    return wrong
+
+
+def _moment(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    left = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
