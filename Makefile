@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-ai hello test test-unit test-contract test-containers test-newer test-sid \
+.PHONY: help setup images demo demo-ai hello test test-unit test-contract test-containers test-compose test-newer test-sid \
 	test-integration test-faults test-slow test-mutants test-bare lint format bench docs build golden lock clean
 
 BIN := .venv/bin
@@ -16,7 +16,7 @@ CODE := $(TYPED) typings
 # container may make others.
 CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) \
 	-k "not webhook and not memory and not (kafka and contract)" \
-	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py
+	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py tests/integration/test_compose.py
 
 # What is asked again of a newer Orthanc, which a container has.
 NEWER := TEST_ORTHANC=containers scripts/docker.sh $(BESIDE) tests/faults/test_capture.py tests/faults/test_repair.py \
@@ -27,6 +27,10 @@ help: ## this list
 
 setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
+
+images: ## build every image of tests and Compose file, where none can be pulled (root; SID=1: Orthanc of Debian sid too)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh kafka docker
+	scripts/docker.sh scripts/images.sh $(if $(SID),nats rabbitmq kafka webhook orthanc consumers orthanc-events orthanc-sid)
 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))
@@ -56,6 +60,11 @@ test-contract: ## what every transport must do, against real brokers
 test-containers: ## contract and faults with brokers in containers (a container engine and images are made first)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(CONTAINED)
+
+test-compose: ## the Compose file, with images of our own (PROFILE=rabbitmq|kafka|all: with another broker)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh kafka docker
+	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) tests/integration/test_compose.py -m "slow or not slow" \
+		-k "[$(or $(PROFILE),nats)]"
 
 test-newer: ## capture, repair and labels with Orthanc 1.12.7 in a container
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker

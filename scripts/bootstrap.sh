@@ -9,7 +9,7 @@
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
 # postgresql        PostgreSQL and Orthanc's plugin for it, from Debian
-# docker            a container engine, from Debian
+# docker            a container engine and Compose, from Debian
 # faketime          a library that gives a process another clock, from Debian
 # languages         Node.js, Go, Java's compiler and Maven, from Debian where they are missing: for the examples in other
 #                   languages, which are skipped where Debian's are older than they need
@@ -124,6 +124,7 @@ missing_packages() {
     if wanted docker; then
         command -v dockerd >/dev/null || echo docker.io
         command -v debootstrap >/dev/null || echo debootstrap
+        command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || echo docker-compose
     fi
     if wanted faketime; then has_faketime || echo libfaketime; fi
     if wanted languages; then

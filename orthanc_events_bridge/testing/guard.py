@@ -55,10 +55,13 @@ def leftovers() -> list[int]:
 
 
 def remove_containers(run: str) -> None:
-    """Remove the containers of a run with all that they have, as far as Docker's command line is there."""
+    """Remove the containers of a run with all that they have, then its networks and volumes, as far as Docker's command
+    line is there.
+    """
+    ours = ["--quiet", "--filter", f"label={LABEL}={run}"]
     quiet = 0
     while quiet < 2:  # the engine may just have been making one
-        listing = ["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={LABEL}={run}"]
+        listing = ["docker", "ps", "--all", "--no-trunc", *ours]
         try:
             found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
             if found:
@@ -66,6 +69,13 @@ def remove_containers(run: str) -> None:
         except (OSError, subprocess.SubprocessError):
             return
         quiet = 0 if found else quiet + 1
+    for kind in ("network", "volume"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(
+                ["docker", kind, "ls", *ours], capture_output=True, text=True, timeout=60
+            ).stdout.split()
+            if found:
+                subprocess.run(["docker", kind, "rm", *found], capture_output=True, timeout=60)
 
 
 def _guard_main(run: str, lines: IO[str]) -> None:
