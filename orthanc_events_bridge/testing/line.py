@@ -33,9 +33,9 @@ def _kind_of_orthanc() -> type[BridgedOrthanc]:
     if os.environ.get("TEST_ORTHANC") != "containers":
         return BridgedOrthanc
     # Only here: what it needs is not installed wherever the demo runs.
-    from orthanc_events_bridge.testing.orthanc_container import ContainedOrthanc
+    from orthanc_events_bridge.testing.orthanc_container import OrthancContainer
 
-    return ContainedOrthanc
+    return OrthancContainer
 
 
 class Watched(ABC):
@@ -113,7 +113,7 @@ class Line(Watched):
             variables["ORTHANC_EVENTS_PYTHON"] = str(mutants.wrapper(folder))
             variables[mutants.VARIABLE] = ",".join(sorted(without & mutants.MUTANTS.keys()))
         self.orthanc = _kind_of_orthanc()(
-            folder / "orthanc",
+            folder=folder / "orthanc",
             yaml=smallest(broker, [*self.broker.options(port=port), *transport]) + settings,
             user_script=script,
             config=orthanc,
