@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
+.PHONY: help setup images demo hello test test-unit test-contract test-containers test-newer test-sid test-integration test-faults \
 	test-slow test-mutants test-bare lint format bench docs lock clean
 
 BIN := .venv/bin
@@ -25,6 +25,10 @@ help: ## this list
 
 setup: ## install what demo and tests need (Debian's packages as root, Python's into .venv)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
+
+images: ## build every image of tests and Compose file, where none can be pulled (root; SID=1: Orthanc of Debian sid too)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh kafka docker
+	scripts/docker.sh scripts/images.sh $(if $(SID),nats rabbitmq kafka webhook orthanc consumers orthanc-events orthanc-sid)
 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))

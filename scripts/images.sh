@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Builds the images of the servers that tests run in containers, where there are none to pull: from Debian's packages,
-# and from what setup has fetched (the nats-server of .venv, Kafka's jars in .cache). What is built already is left as
-# it is: the tags stand for the files that an image is built from. Needs a container engine that answers.
+# Builds the images that tests run in containers and that the Compose file starts, where there are none to pull: from
+# Debian's packages, from what setup has fetched (the nats-server of .venv, Kafka's jars in .cache), and from Python's
+# packages. What is built already is left as it is: the tags stand for the files that an image is built from. Needs a
+# container engine that answers.
 #
-#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc|orthanc-sid…]     default: all but the last
+#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc|orthanc-sid|consumers|orthanc-events…]   default: but for sid
 #
+# consumers and orthanc-events are this project's own images: docker/consumers, docker/Dockerfile.
+#
+# KEEP_IMAGES=1     leave what other states of the files have been built to: several checkouts share the engine
 # PYTHON            the interpreter that has this project (default: .venv/bin/python)
 # DEBIAN_MIRROR     as docker/base/build.sh says
 # TMPDIR            for Debian's files, 300 MB; a file system mounted noexec or nodev won't do
@@ -25,6 +29,24 @@ trap 'exit 130' HUP INT TERM
 
 there() { docker image inspect "$1" >/dev/null 2>&1; }
 
+# The locked packages for an image's Python, which is another one than this machine's. All are wheels but for nkeys, which
+# is pure Python.
+chosen() { # version, and the folder to put them into
+    local folder=$work/chosen/$1 pip=("$python" -m pip --quiet --disable-pip-version-check)
+    if [ ! -d "$folder" ]; then
+        mkdir -p "$folder.wheels"
+        awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$folder.txt"
+        awk '/^[^ #]/ { wanted = /^nkeys==/ } wanted' requirements/bridge.txt >"$folder.pure.txt"
+        "${pip[@]}" wheel --no-deps --require-hashes --no-build-isolation --wheel-dir "$folder.wheels" -r "$folder.pure.txt"
+        "${pip[@]}" install --target "$folder.new" --no-deps --no-compile "$folder.wheels"/*.whl
+        "${pip[@]}" install --target "$folder.new" --no-deps --no-compile --require-hashes --only-binary :all: \
+            --implementation cp --python-version "$1" -r "$folder.txt"
+        mv "$folder.new" "$folder"
+    fi
+    mkdir -p "$2"
+    cp -r "$folder" "$2/"
+}
+
 # Puts into the build's folder what an image takes from outside.
 collect() {
     case $1 in
@@ -36,22 +58,31 @@ collect() {
             mkdir "$2/libs"
             cp .cache/kafka-*/*.jar "$2/libs/"
             ;;
-        orthanc | orthanc-sid)
-            # For the image's Python, which is another one than this machine's; without nkeys, which has no wheel.
-            awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$2/requirements.txt"
-            awk '/^[^ #]/ { wanted = /^(aiokafka|async-timeout)==/ } wanted' requirements/dev.txt >>"$2/requirements.txt"
-            for python_version in 3.13 3.14; do
-                if [ "$1" = orthanc ] && [ $python_version != 3.13 ]; then continue; fi
-                "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site/$python_version" \
-                    --no-deps --require-hashes --only-binary :all: --implementation cp \
-                    --python-version $python_version -r "$2/requirements.txt"
-            done
+        orthanc)
+            chosen 3.13 "$2/site"
+            ;;
+        orthanc-sid)
+            chosen 3.13 "$2/site"
+            chosen 3.14 "$2/site"
+            ;;
+        consumers | orthanc-events)
+            # As .dockerignore has it.
+            mkdir -p "$2/config" "$2/docker"
+            cp config/orthanc_events.py "$2/config/"
+            find docker -maxdepth 1 -type f -exec cp -t "$2/docker" {} +
+            chosen 3.13 "$2/site"
+            "$python" -m pip --quiet --disable-pip-version-check wheel --no-deps --no-build-isolation \
+                --wheel-dir "$2/own" .
+            "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site/3.13" --upgrade --no-deps \
+                "$2"/own/*.whl
+            rm -r "$2/own"
             ;;
     esac
 }
 
 # What an earlier state of the files had left.
 remove_others() {
+    if [ -n "${KEEP_IMAGES:-}" ]; then return; fi
     docker image ls --format '{{.Repository}}:{{.Tag}}' "${1%:*}" | { grep -vxF "$1" || true; } \
         | xargs --no-run-if-empty docker image rm >/dev/null 2>&1 || true
 }
@@ -62,19 +93,29 @@ build() {
     if [ "$kind" = base ]; then
         command=(docker/base/build.sh "$tag" "$folder")
     else
-        cp "docker/$kind/Dockerfile" "$folder/"
+        case $kind in
+            orthanc-events) cp docker/Dockerfile "$folder/" ;;
+            *) cp -r "docker/$kind/." "$folder/" ;;
+        esac
         collect "$kind" "$folder"
+        case $kind in
+            consumers) arguments+=(--build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
+            orthanc-events) arguments+=(--build-arg "ORTHANC=${tags[${under[$kind]}]}" --build-arg USER=orthanc) ;;
+            *) arguments+=(--build-arg "BASE=${tags[base]}") ;;
+        esac
         for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
             if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
         done
         # The host's network reaches what the host reaches, also where no NAT is set up.
-        command=(docker build --force-rm --network host --build-arg "BASE=${tags[base]}" "${arguments[@]}" --tag "$tag" "$folder")
+        command=(docker build --force-rm --network host "${arguments[@]}" --tag "$tag" "$folder")
     fi
     # The classic builder is everywhere.
     DOCKER_BUILDKIT=0 "${command[@]}" >"$work/$kind.log" 2>&1 || {
         tail -n 30 "$work/$kind.log" >&2
         die "$tag could not be built, see above"
     }
+    # Of two stages the first is left behind, under no name.
+    docker image prune --force --filter label=io.orthanc-events.stage=environment >/dev/null 2>&1 || true
     remove_others "$tag"
     say "$tag: $((SECONDS - began)) s"
 }
@@ -85,8 +126,11 @@ command -v "$python" >/dev/null || die "$python is missing: make setup"
 declare -A tags
 while read -r kind tag; do tags[$kind]=$tag; done < <("$python" -m orthanc_events_bridge.testing.images)
 missing=()
-if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc; fi
-for kind in "$@"; do
+if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc consumers orthanc-events; fi
+declare -A under=([consumers]=webhook [orthanc-events]=orthanc) # what they stand on
+wanted=()
+for kind in "$@"; do wanted+=(${under[$kind]:-} "$kind"); done
+for kind in $(printf '%s\n' "${wanted[@]}" | awk '!seen[$0]++'); do
     [ "${tags[$kind]:--}" != - ] || die "$kind: there is nothing to build it from; make setup fetches what is missing"
     if ! there "${tags[$kind]}"; then missing+=("$kind"); fi
 done

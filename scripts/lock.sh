@@ -11,6 +11,6 @@ compile() {
 }
 compile "$@" requirements/build.in --output-file requirements/build.txt
 compile "$@" pyproject.toml --extra dev --constraint requirements/build.txt --output-file requirements/dev.txt
-compile "$@" pyproject.toml --extra nats --extra nkeys --extra orthanc --constraint requirements/dev.txt \
+compile "$@" pyproject.toml --extra all --constraint requirements/dev.txt \
     --output-file requirements/bridge.txt
-echo "requirements/build.txt, dev.txt (all of development) and bridge.txt (the bridge with NATS, and to ask Orthanc) are written"
+echo "requirements/build.txt, dev.txt (all of development) and bridge.txt (bridge and consumers, with every broker) are written"

@@ -1,8 +1,9 @@
-"""The images of the servers that tests run in containers.
+"""The images of the servers that tests run in containers, and of those that the Compose file starts.
 
 Each server has two: the official one, pinned, which is pulled; and where none can be pulled one of our own, which
 ``scripts/images.sh`` builds from Debian's packages by the files in ``docker/``. Both have the same program where it is
-looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`).
+looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). The images with this package in
+them, `OURS`, are built only; they stand on others of our own.
 
 ``python -m orthanc_events_bridge.testing.images`` prints the servers' names and our own images' tags. Standard library
 only.
@@ -26,6 +27,9 @@ OFFICIAL: Final[dict[str, str]] = {
     "orthanc-sid": "jodogne/orthanc-python:latest",
 }
 
+#: The images with this package in them → the server's image that they stand on.
+OURS: Final[dict[str, str]] = {"consumers": "webhook", "orthanc-events": "orthanc"}
+
 #: What our own are built by; it is there in a checkout only.
 RECIPES: Final = Path(__file__).parents[2] / "docker"
 
@@ -33,13 +37,20 @@ RECIPES: Final = Path(__file__).parents[2] / "docker"
 def own_image(kind: str) -> str | None:
     """Return the name of our own image of a server, with a tag that stands for what it is built from.
 
-    :param kind: one of `OFFICIAL`, or ``base``.
+    :param kind: one of `OFFICIAL` or `OURS`, or ``base``.
     :return: None where it can't have been built here.
     """
-    files = [path for folder in {"base", kind} for path in (RECIPES / folder).glob("*")]
+    content = hashlib.sha256()
+    if kind in OURS:
+        under = own_image(OURS[kind])
+        if under is None:
+            return None
+        content.update(under.encode())
+        files = _of_the_package(kind)
+    else:
+        files = [path for folder in {"base", kind} for path in (RECIPES / folder).glob("*")]
     if not files:
         return None
-    content = hashlib.sha256()
     for path in sorted(files):
         content.update(path.name.encode() + b"\0" + path.read_bytes())
     if kind == "nats":
@@ -47,12 +58,21 @@ def own_image(kind: str) -> str | None:
             content.update(find_nats().read_bytes())
         except MissingComponentError:
             return None
-    if kind.startswith("orthanc"):
-        for name in ("bridge.txt", "dev.txt"):
-            content.update((RECIPES.parent / "requirements" / name).read_bytes())
+    if kind.startswith("orthanc") or kind in OURS:
+        content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
     return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
 
 
+def _of_the_package(kind: str) -> list[Path]:
+    """What an image with this package in it is built from, beside the locked packages."""
+    root = RECIPES.parent
+    recipes = (RECIPES / "consumers").glob("*") if kind == "consumers" else [RECIPES / "Dockerfile"]
+    shared = [path for path in RECIPES.glob("*") if path.is_file() and path.name != "Dockerfile"]
+    package = [path for path in (root / "orthanc_events_bridge").rglob("*") if path.is_file()]
+    sources = [path for path in package if "__pycache__" not in path.parts]
+    return [*recipes, *shared, *sources, root / "pyproject.toml", root / "config" / "orthanc_events.py"]
+
+
 if __name__ == "__main__":
-    for name in ("base", *OFFICIAL):
+    for name in ("base", *OFFICIAL, *OURS):
         print(name, own_image(name) or "-")

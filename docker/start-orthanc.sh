@@ -1,0 +1,17 @@
+#!/bin/sh
+# What Orthanc's image does, behind what is said in files: NAME_FILE names a file with the value of NAME, which keeps it
+# out of the container's description.
+set -eu
+for name in ORTHANC_PASSWORD ORTHANC_EVENTS_SOURCE; do
+    eval "value=\${$name:-} file=\${${name}_FILE:-}"
+    if [ -z "$value" ] && [ -n "$file" ]; then
+        value=$(cat "$file")
+        export "$name=$value"
+    fi
+done
+# A plain Orthanc, for whoever wants one from the same image.
+if [ "${ORTHANC_EVENTS_ENABLED:-true}" = false ]; then
+    unset ORTHANC__PYTHON_SCRIPT ORTHANC__PYTHON__ALLOW_THREADS
+    export PYTHON_PLUGIN_ENABLED=false
+fi
+exec /docker-entrypoint.sh "$@"
