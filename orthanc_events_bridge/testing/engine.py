@@ -25,7 +25,7 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
 
 from orthanc_events_bridge.testing.guard import LABEL, RUN, guard
-from orthanc_events_bridge.testing.images import OFFICIAL, own_image
+from orthanc_events_bridge.testing.images import OFFICIAL, VERSIONS, own_image
 from orthanc_events_bridge.testing.programs import MissingComponentError
 
 testcontainers_config.ryuk_disabled = True
@@ -147,15 +147,16 @@ def find_image(kind: str, wanted: str | None = None) -> str:
     """Find the image of a server: our own where it was built, else the official one, which is pulled if need be.
 
     :param kind: one of `images.OFFICIAL`.
-    :param wanted: another image, or another kind; where it isn't given, the variable ``ORTHANC_EVENTS_IMAGE_`` with the
-        kind behind it in capitals may name one.
+    :param wanted: another image, or the name of one of ours in `images`; where it isn't given, the variable
+        ``ORTHANC_EVENTS_IMAGE_`` with the kind behind it in capitals may name one.
     :raises MissingComponentError: no container engine answers, or there is no such image.
     """
     find_engine()
     variable = f"ORTHANC_EVENTS_IMAGE_{kind.upper()}"
     wanted = wanted or os.environ.get(variable) or kind
-    if wanted in OFFICIAL:
-        there, name = own_image(wanted), OFFICIAL[wanted]
+    if wanted in OFFICIAL or wanted in VERSIONS:
+        there = own_image(wanted)
+        name = OFFICIAL.get(wanted) or f"orthanc-events-bridge/test-{wanted}"
         remedy = (
             f"name another by {variable}, or build our own (in a clone on Debian, as root: scripts/images.sh {wanted})"
         )

@@ -2,8 +2,8 @@
 
 Each server has two: the official one, pinned, which is pulled; and where none can be pulled one of our own, which
 ``scripts/images.sh`` builds from Debian's packages by the files in ``docker/``. Both have the same program where it is
-looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). Other versions, `VERSIONS`, and
-the images with this package in them, `OURS`, are built only; these stand on others of our own.
+looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). Other versions, `VERSIONS`,
+and the images with this package in them, `OURS`, are built only; these stand on others of our own.
 
 ``python -m orthanc_events_bridge.testing.images`` prints of each image of our own its name, its tag, the folder of its
 recipe and what it stands on. Standard library only.

@@ -133,17 +133,17 @@ class Line(Watched):
         try:
             self.broker.start()
             self.orthanc.start()
+            self.wait(
+                lambda document: (
+                    document["capture"]["state"] == "following" and document["transports"][0]["state"] == "connected"
+                ),
+                what="the started line",
+            )
+            self.broker.settle()
         except BaseException:
             self.orthanc._kill_all()
             self.broker.server._kill_all()
             raise
-        self.wait(
-            lambda document: (
-                document["capture"]["state"] == "following" and document["transports"][0]["state"] == "connected"
-            ),
-            what="the started line",
-        )
-        self.broker.settle()
         return self
 
     def __exit__(
