@@ -83,6 +83,7 @@ class NatsServer(Server):
     """
 
     title = "nats-server"
+    ends = (*Server.ends, 1)  # 2.10 says so
 
     def __init__(self, folder: Path, *, port: int | None = None, config: str = "", binary: Path | None = None) -> None:
         super().__init__(folder)
