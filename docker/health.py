@@ -65,7 +65,7 @@ def main():
     until = time.monotonic() + options.wait
     while (wrong := trouble(options)) and time.monotonic() < until:
         time.sleep(0.5)
-    sys.exit(wrong)
+    sys.exit(wrong or 0)
 
 
 main()

@@ -105,8 +105,11 @@ build() {
         esac
         collect "$kind" "$folder"
         case $kind in
-            consumers) arguments+=(--build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
-            orthanc-events) arguments+=(--build-arg "ORTHANC=${tags[${under[$kind]}]}" --build-arg USER=orthanc) ;;
+            consumers) arguments+=(--build-arg "STAGE=$work" --build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
+            orthanc-events)
+                arguments+=(--build-arg "STAGE=$work" --build-arg "ORTHANC=${tags[${under[$kind]}]}")
+                arguments+=(--build-arg USER=orthanc)
+                ;;
             *) arguments+=(--build-arg "BASE=${tags[${under[$kind]}]}") ;;
         esac
         for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
@@ -121,7 +124,7 @@ build() {
         die "$tag could not be built, see above"
     }
     # Of two stages the first is left behind, under no name.
-    docker image prune --force --filter label=io.orthanc-events.stage=environment >/dev/null 2>&1 || true
+    docker image prune --force --filter "label=io.orthanc-events.stage=$work" >/dev/null 2>&1 || true
     remove_others "$tag"
     say "$tag: $((SECONDS - began)) s"
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -15,7 +16,7 @@ from uuid import UUID
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from orthanc_events_bridge.transports.blocks import TransportBlock
+from orthanc_events_bridge.transports.blocks import TransportBlock, block_of
 from orthanc_events_bridge.values import Duration, EventFilter, Options, Place, Size, mistake
 
 #: What `template.yaml` carries in place of a source of one's own.
@@ -214,7 +215,8 @@ class Settings(Options):
     transports: tuple[TransportBlock, ...] = Field(
         min_length=1,
         description="Where the events go: at least one broker. Each has its own position in the outbox, so "
-        "that one that is down doesn't hold up another.",
+        "that one that is down doesn't hold up another. In place of a block its URL alone can be given: "
+        "`nats://HOST:4222`, `amqp://HOST:5672` or `kafka://HOST:9092`, several servers of one with commas between.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least severe messages that reach Orthanc's log."
@@ -232,13 +234,17 @@ class Settings(Options):
         transports = given.get("transports")
         places: dict[str, Place] = {}
         for number, transport in enumerate(transports if isinstance(transports, list | tuple) else ()):
+            is_url = isinstance(transport, str)
+            if is_url:
+                with suppress(PydanticCustomError):  # told where it is read
+                    transport = block_of(transport)
             if not isinstance(transport, Mapping):
                 continue
             option = "name" if transport.get("name") is not None else "type"
             name = transport.get(option)
             if not isinstance(name, str):
                 continue
-            place: Place = ("transports", number, option)
+            place: Place = ("transports", number) if is_url else ("transports", number, option)
             if name not in places:
                 places[name] = place
                 continue

@@ -24,7 +24,6 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from orthanc_events_bridge.consumers import stores
-from orthanc_events_bridge.consumers.broker import block_of
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.orthanc_api import OrthancOptions
@@ -53,12 +52,7 @@ ConsumerName = Annotated[str, AfterValidator(_name)]
 
 
 def _broker(value: object, info: ValidationInfo) -> TransportOptions:
-    return transport_of(block_of(value) if isinstance(value, str) else value, info).for_consumer()
-
-
-class _UrlOrBlock(ByType):
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, super().__get_pydantic_json_schema__(schema, handler)]}
+    return transport_of(value, info).for_consumer()
 
 
 def _orthanc(value: object) -> object:
@@ -195,7 +189,7 @@ class ConsumerSettings(Options):
         "to it again.",
         examples=["router"],
     )
-    broker: Annotated[SerializeAsAny[TransportOptions], BeforeValidator(_broker), _UrlOrBlock()] | None = Field(
+    broker: Annotated[SerializeAsAny[TransportOptions], BeforeValidator(_broker), ByType()] | None = Field(
         default=None,
         description="Where the events come from: a URL (`nats://`, `tls://`, `amqp://`, `amqps://`, `kafka://`; "
         "several servers with commas between), or a block as in `transports` of "

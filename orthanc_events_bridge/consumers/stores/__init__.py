@@ -12,7 +12,6 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr, ValidationInfo
 
-from orthanc_events_bridge.consumers.broker import block_of
 from orthanc_events_bridge.consumers.stores.base import Begun, Store, StoreError
 from orthanc_events_bridge.consumers.stores.database import Database
 from orthanc_events_bridge.consumers.stores.sql import SqlStore
@@ -49,7 +48,6 @@ def option(value: object, info: ValidationInfo) -> SecretStr | NatsOptions:
             return SecretStr(value)
         if not value.startswith(_NATS):
             raise mistake("is no URL of a store", STORES)
-        value = block_of(value)
     elif not isinstance(value, Mapping | TransportOptions):
         raise mistake("is no store", STORES)
     options = transport_of(value, info)
