@@ -23,7 +23,7 @@ import httpx
 import orthanc_events_bridge
 from orthanc_events_bridge.bridge.config import parse
 from orthanc_events_bridge.consumers import Event
-from orthanc_events_bridge.consumers.broker import block_of, broker_options
+from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.testing.bridged import SOURCE, BridgedOrthanc
 from orthanc_events_bridge.testing.contained import BrokerContainer, ContainerServer
@@ -110,25 +110,25 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         )
         if self.published:  # requests from this machine come from the engine's proxy
             self.config |= {"RemoteAccessAllowed": True, "DicomCheckModalityHost": False} | dict(orthanc or {})
-        #: The options of a transport by which this machine reads what the bridge has sent; none without a broker.
-        self.transport: Mapping[str, Any] = {}
+        #: The broker as this machine reaches it, to read what the bridge has sent; none without a broker.
+        self.broker: Mapping[str, Any] | str | None = None
         if broker is not None:
-            self.transport, inner = self._transports(broker)
+            self.broker, inner = self._addresses(broker)
             document = json.dumps({"source": SOURCE, "transports": [inner], **(settings or {})}, indent=2)
             parse(document, "the container's configuration", {})
             self.config_path.write_text(document, "utf-8")  # JSON is YAML too
 
-    def _transports(self, broker: BrokerContainer | str | Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-        """The transport's options for who is on this machine, and for the bridge."""
+    def _addresses(self, broker: BrokerContainer | str | Mapping[str, Any]) -> tuple[str | Mapping[str, Any], ...]:
+        """The broker for who is on this machine, and for the bridge."""
         if not isinstance(broker, BrokerContainer):
             broker_options(broker)
-            return (block_of(broker) if isinstance(broker, str) else broker,) * 2
+            return broker, broker
         if broker.published != self.published:
             raise BridgeError(
                 f"of {broker.title} and Orthanc one has this machine's network and the other one hasn't",
                 "give both the same way",
             )
-        return block_of(broker.get_url()), block_of(broker.get_inner_url())
+        return broker.get_url(), broker.get_inner_url()
 
     def get_url(self) -> str:
         """Where Orthanc's REST API is, for a consumer's ``orthanc``."""
@@ -169,15 +169,13 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         :raises TimeoutError: it did not come; the message says what did.
         :raises BridgeError: there is no broker, or it does not let events be read back.
         """
-        if not self.transport:
+        if self.broker is None:
             raise BridgeError("this Orthanc was given no broker", "OrthancContainer(broker)")
 
         def counts(event: Event) -> bool:
             return study in (None, event.study_id)
 
-        found = events_until(
-            self.transport, lambda event: event.name == name and counts(event) and where(event), timeout
-        )
+        found = events_until(self.broker, lambda event: event.name == name and counts(event) and where(event), timeout)
         return [event for event in found if counts(event)]
 
     def wait_for_event(
@@ -194,7 +192,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
     # How it is run.
 
     def _is_ready(self) -> bool:
-        return super()._is_ready() and (not self.transport or self._is_connected())
+        return super()._is_ready() and (self.broker is None or self._is_connected())
 
     def _is_connected(self) -> bool:
         try:
