@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup images demo demo-ai hello test test-unit test-contract test-containers test-compose test-newer test-sid \
-	test-integration test-faults test-slow test-mutants test-bare lint format bench docs build golden lock clean
+	test-matrix test-integration test-faults test-slow test-mutants test-bare lint format bench docs build golden lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -16,7 +16,10 @@ CODE := $(TYPED) typings
 # container may make others.
 CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) \
 	-k "not webhook and not memory and not (kafka and contract)" \
-	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py tests/integration/test_compose.py
+	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py tests/integration/test_compose.py \
+	tests/integration/test_orthanc_container.py tests/integration/test_integration_example.py
+# The versions of Orthanc and of the brokers that are asked for in pairs.
+OTHERS := orthanc-1.10 nats-2.10 rabbitmq-3.10
 
 # What is asked again of a newer Orthanc, which a container has.
 NEWER := TEST_ORTHANC=containers scripts/docker.sh $(BESIDE) tests/faults/test_capture.py tests/faults/test_repair.py \
@@ -48,6 +51,7 @@ test: ## every test but the slow, on real servers: as processes, and the brokers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql docker faketime languages
 	$(BESIDE)
 	$(CONTAINED)
+	scripts/docker.sh sh -c 'scripts/images.sh $(OTHERS) && TEST_SERVERS=containers $(BESIDE) tests/matrix'
 	$(NEWER) -k "not kafka and not tight_loop and not late and not twice and not away"
 
 test-unit: setup ## the fast ones: seconds, no servers
@@ -73,8 +77,15 @@ test-newer: ## capture, repair and labels with Orthanc 1.12.7 in a container
 # Plugin 7.1 crashes by itself when Orthanc 1.13.0 stops while changes come in (6 of 6, with a callback that does nothing).
 test-sid: ## the same with the newest Orthanc of Debian, whatever it is today
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
-	scripts/docker.sh sh -c 'scripts/images.sh orthanc-sid && TEST_ORTHANC_IMAGE=orthanc-sid $(NEWER) \
+	scripts/docker.sh sh -c 'scripts/images.sh orthanc-sid && ORTHANC_EVENTS_IMAGE_ORTHANC=orthanc-sid $(NEWER) \
 		-k "not stopped and not stop-nats and not stop-kafka and not older and not twice"'
+
+test-matrix: ## each Orthanc with each version of each broker, in containers; the table in README.md (SID=1: Debian sid too)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
+	scripts/docker.sh sh -c 'scripts/images.sh $(OTHERS) $(if $(SID),orthanc-sid) && code=0 && \
+		{ TEST_SERVERS=containers $(PYTEST) -n 2 --dist=loadgroup -m "slow or not slow" $(if $(SID),,-k "not sid") \
+		-o junit_family=xunit1 --junitxml build/matrix.xml tests/matrix || code=$$?; } && \
+		$(BIN)/python tools/matrix_table.py build/matrix.xml && exit $$code'
 
 test-integration: ## the way from a DICOM file to the stream, on real servers
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka postgresql languages

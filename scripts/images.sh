@@ -4,7 +4,9 @@
 # packages. What is built already is left as it is: the tags stand for the files that an image is built from. Needs a
 # container engine that answers.
 #
-#   scripts/images.sh [nats|rabbitmq|kafka|webhook|orthanc|orthanc-sid|consumers|orthanc-events…]   default: but for sid
+#   scripts/images.sh [KIND…]
+#
+# The kinds are those of orthanc_events_bridge/testing/images.py; by default all but other versions (nats-2.10, …).
 #
 # consumers and orthanc-events are this project's own images: docker/consumers, docker/Dockerfile.
 #
@@ -61,6 +63,9 @@ collect() {
         orthanc)
             chosen 3.13 "$2/site"
             ;;
+        orthanc-1.10)
+            chosen 3.11 "$2/site"
+            ;;
         orthanc-sid)
             chosen 3.13 "$2/site"
             chosen 3.14 "$2/site"
@@ -88,14 +93,15 @@ remove_others() {
 }
 
 build() {
-    local kind=$1 tag=$2 folder=$work/$1 began=$SECONDS name arguments=()
+    local kind=$1 tag=$2 folder=$work/$1 began=$SECONDS name suite arguments=()
     mkdir "$folder"
-    if [ "$kind" = base ]; then
-        command=(docker/base/build.sh "$tag" "$folder")
+    if [[ $kind = base* ]]; then
+        suite=${kind#base}
+        command=(docker/base/build.sh "$tag" "$folder" ${suite:+"${suite#-}"})
     else
         case $kind in
             orthanc-events) cp docker/Dockerfile "$folder/" ;;
-            *) cp -r "docker/$kind/." "$folder/" ;;
+            *) cp -r "docker/${recipes[$kind]}/." "$folder/" ;;
         esac
         collect "$kind" "$folder"
         case $kind in
@@ -104,7 +110,7 @@ build() {
                 arguments+=(--build-arg "STAGE=$work" --build-arg "ORTHANC=${tags[${under[$kind]}]}")
                 arguments+=(--build-arg USER=orthanc)
                 ;;
-            *) arguments+=(--build-arg "BASE=${tags[base]}") ;;
+            *) arguments+=(--build-arg "BASE=${tags[${under[$kind]}]}") ;;
         esac
         for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
             if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
@@ -126,13 +132,19 @@ build() {
 docker version >/dev/null 2>&1 || die "no container engine answers (scripts/docker.sh starts one)"
 command -v "$python" >/dev/null || die "$python is missing: make setup"
 
-declare -A tags
-while read -r kind tag; do tags[$kind]=$tag; done < <("$python" -m orthanc_events_bridge.testing.images)
+declare -A tags recipes under # under: what they stand on
+while read -r kind tag recipe other; do
+    tags[$kind]=$tag recipes[$kind]=$recipe under[$kind]=$other
+done < <("$python" -m orthanc_events_bridge.testing.images)
 missing=()
 if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc consumers orthanc-events; fi
-declare -A under=([consumers]=webhook [orthanc-events]=orthanc) # what they stand on
 wanted=()
-for kind in "$@"; do wanted+=(${under[$kind]:-} "$kind"); done
+for kind in "$@"; do
+    case ${under[$kind]:-} in
+        '' | base*) wanted+=("$kind") ;;
+        *) wanted+=("${under[$kind]}" "$kind") ;;
+    esac
+done
 for kind in $(printf '%s\n' "${wanted[@]}" | awk '!seen[$0]++'); do
     [ "${tags[$kind]:--}" != - ] || die "$kind: there is nothing to build it from; make setup fetches what is missing"
     if ! there "${tags[$kind]}"; then missing+=("$kind"); fi
@@ -140,9 +152,11 @@ done
 if [ ${#missing[@]} = 0 ]; then exit 0; fi
 
 say "building ${missing[*]} (a minute or two)"
-if ! there "${tags[base]}"; then
+for kind in "${missing[@]}"; do
+    base=${under[$kind]}
+    if [[ $base != base* ]] || there "${tags[$base]}"; then continue; fi
     [ "$(id -u)" = 0 ] || die "debootstrap needs root; pull the official images, or let root build these"
     command -v debootstrap >/dev/null || die "debootstrap is missing: apt-get install debootstrap"
-    build base "${tags[base]}"
-fi
+    build "$base" "${tags[$base]}"
+done
 for kind in "${missing[@]}"; do build "$kind" "${tags[$kind]}"; done

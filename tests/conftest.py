@@ -23,13 +23,13 @@ REAL = ("integration", "fault", "mutant", "bench")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests one of several runs side by side does in a row (pytest-xdist, ``--dist=loadgroup``).
 
-    Those of a file share its servers. In the contract suite a broker's do; faults share nothing.
+    Those of a file share its servers. In the contract suite a broker's do; faults and the matrix share nothing.
     """
     for item in items:
         folder, name = item.path.parent.name, item.path.stem
         if folder == "contract" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             name += f"-{item.callspec.params.get('harness', '')}"
-        elif folder == "faults":
+        elif folder in ("faults", "matrix"):
             name += f"-{item.name}"
         item.add_marker(pytest.mark.xdist_group(f"{folder}-{name}"))
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The base of the servers' images for tests: Debian 13, as small as it goes, made by debootstrap (root only) and told to
-# the container engine under the name in $1. The folder $2 is for its files, 300 MB.
+# The base of the servers' images for tests: Debian 13 (or the release $3), as small as it goes, made by debootstrap (root
+# only) and told to the container engine under the name in $1. The folder $2 is for its files, 300 MB.
 #
 # DEBIAN_MIRROR     default: the one that this machine's apt uses, else http://deb.debian.org/debian
 set -euo pipefail
 
 name=$1
 root=$2
-suite=trixie
+suite=${3:-trixie}
 
 # Debian's own archive among this machine's sources, by apt's own account of them.
 mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' 2>/dev/null \

@@ -8,6 +8,7 @@ and it is given the engine's socket.
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from docker.errors import (  # type: ignore[import-not-found]  # mypy looks for 
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
 
-from orthanc_events_bridge.testing.guard import LABEL, guard
-from orthanc_events_bridge.testing.images import OFFICIAL, own_image
+from orthanc_events_bridge.testing.guard import LABEL, RUN, guard
+from orthanc_events_bridge.testing.images import OFFICIAL, VERSIONS, own_image
 from orthanc_events_bridge.testing.programs import MissingComponentError
 
 testcontainers_config.ryuk_disabled = True
@@ -73,21 +74,32 @@ def engine_client() -> Iterator[Any]:
 
 
 def remove_leftovers(client: Any) -> None:
-    """Remove containers whose starter is gone, in this boot and among the processes that can be seen from here."""
-    boot, space, *_ = [*this_starter().split("/"), ""]
+    """Remove containers and networks whose starter is gone, in this boot and among the processes seen from here."""
     for container in client.containers.list(all=True, filters={"label": STARTER}, ignore_removed=True):
-        starter = container.labels[STARTER]
-        if starter.startswith(f"{boot}/{space}/"):
-            try:
-                alive = _starter(starter.split("/")[2]) == starter
-            except OSError:
-                alive = False
-            if not alive:
-                try:
-                    container.remove(force=True, v=True)
-                except APIError as error:  # others clean up too: gone, or going
-                    if error.status_code not in (404, 409):
-                        raise
+        if _is_left(container.labels[STARTER]):
+            _remove(container, force=True, v=True)
+    for network in client.networks.list(filters={"label": STARTER}):
+        if _is_left(network.attrs["Labels"][STARTER]):
+            _remove(network)
+
+
+def _is_left(starter: str) -> bool:
+    """Whether a process that we would see if it were there is gone."""
+    boot, space, *_ = [*this_starter().split("/"), ""]
+    if not starter.startswith(f"{boot}/{space}/"):
+        return False
+    try:
+        return _starter(starter.split("/")[2]) != starter
+    except OSError:
+        return True
+
+
+def _remove(what: Any, **options: bool) -> None:
+    try:
+        what.remove(**options)
+    except APIError as error:  # others clean up too: gone, or going
+        if error.status_code not in (403, 404, 409):
+            raise
 
 
 @functools.cache
@@ -101,8 +113,8 @@ def find_engine() -> None:
             remove_leftovers(client)
     except (DockerException, OSError) as error:
         raise MissingComponentError(
-            "no container engine answers: start one (scripts/docker.sh COMMAND… does for a command), name it by "
-            "DOCKER_HOST, or leave TEST_SERVERS out, for processes"
+            "no container engine answers: start one, or name it by DOCKER_HOST (in a clone scripts/docker.sh COMMAND… "
+            "starts one for a command; without TEST_SERVERS our own tests have processes)"
         ) from error
     guard.tell("containers", LABEL)
 
@@ -119,26 +131,48 @@ def shares_network() -> bool:
 
 
 @functools.cache
-def find_image(kind: str) -> str:
+def run_network() -> str:
+    """Make the network in which the containers of this run find each other by their aliases; it goes with the run.
+
+    :raises DockerException: it can't be made.
+    """
+    name = f"orthanc-events-{RUN}"
+    with engine_client() as client:
+        client.networks.create(name, labels={LABEL: RUN, STARTER: this_starter()})
+    return name
+
+
+@functools.cache
+def find_image(kind: str, wanted: str | None = None) -> str:
     """Find the image of a server: our own where it was built, else the official one, which is pulled if need be.
 
-    :raises MissingComponentError: no container engine answers, or there is neither image.
+    :param kind: one of `images.OFFICIAL`.
+    :param wanted: another image, or the name of one of ours in `images`; where it isn't given, the variable
+        ``ORTHANC_EVENTS_IMAGE_`` with the kind behind it in capitals may name one.
+    :raises MissingComponentError: no container engine answers, or there is no such image.
     """
     find_engine()
-    official = testcontainers_config.hub_image_name_prefix + OFFICIAL[kind]
+    variable = f"ORTHANC_EVENTS_IMAGE_{kind.upper()}"
+    wanted = wanted or os.environ.get(variable) or kind
+    if wanted in OFFICIAL or wanted in VERSIONS:
+        there = own_image(wanted)
+        name = OFFICIAL.get(wanted) or f"orthanc-events-bridge/test-{wanted}"
+        remedy = (
+            f"name another by {variable}, or build our own (in a clone on Debian, as root: scripts/images.sh {wanted})"
+        )
+    else:
+        there, name, remedy = wanted, wanted, f"an argument or {variable} names it: name one that is there"
+    name = testcontainers_config.hub_image_name_prefix + name
     with engine_client() as client:
-        for name in (own_image(kind), official):
+        for candidate in (there, name):
             try:
-                if name is not None:
-                    client.images.get(name)
-                    return name
+                if candidate is not None:
+                    client.images.get(candidate)
+                    return candidate
             except ImageNotFound:
                 pass
         try:
-            client.images.pull(official)
+            client.images.pull(name)
         except (DockerException, OSError) as error:
-            raise MissingComponentError(
-                f"the image {official} can't be pulled, and our own of {kind} isn't there: build it (Debian, as "
-                f"root: scripts/images.sh {kind})"
-            ) from error
-    return official
+            raise MissingComponentError(f"the image {name} can't be pulled: {remedy}") from error
+    return name

@@ -55,27 +55,22 @@ def leftovers() -> list[int]:
 
 
 def remove_containers(run: str) -> None:
-    """Remove the containers of a run with all that they have, then its networks and volumes, as far as Docker's command
-    line is there.
-    """
+    """Remove a run's containers with all that they have, its networks and volumes, if Docker's command is there."""
     ours = ["--quiet", "--filter", f"label={LABEL}={run}"]
-    quiet = 0
-    while quiet < 2:  # the engine may just have been making one
-        listing = ["docker", "ps", "--all", "--no-trunc", *ours]
-        try:
-            found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-            if found:
-                subprocess.run(["docker", "rm", "--force", "--volumes", *found], capture_output=True, timeout=60)
-        except (OSError, subprocess.SubprocessError):
-            return
-        quiet = 0 if found else quiet + 1
-    for kind in ("network", "volume"):
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(
-                ["docker", kind, "ls", *ours], capture_output=True, text=True, timeout=60
-            ).stdout.split()
-            if found:
-                subprocess.run(["docker", kind, "rm", *found], capture_output=True, timeout=60)
+    for listing, removal in (
+        (["docker", "ps", "--all", "--no-trunc", *ours], ["docker", "rm", "--force", "--volumes"]),
+        (["docker", "network", "ls", "--no-trunc", *ours], ["docker", "network", "rm"]),
+        (["docker", "volume", "ls", *ours], ["docker", "volume", "rm"]),
+    ):
+        quiet = 0
+        while quiet < 2:  # the engine may just have been making one
+            try:
+                found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+                if found:
+                    subprocess.run([*removal, *found], capture_output=True, timeout=60)
+            except (OSError, subprocess.SubprocessError):
+                return
+            quiet = 0 if found else quiet + 1
 
 
 def _guard_main(run: str, lines: IO[str]) -> None:

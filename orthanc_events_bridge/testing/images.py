@@ -2,11 +2,11 @@
 
 Each server has two: the official one, pinned, which is pulled; and where none can be pulled one of our own, which
 ``scripts/images.sh`` builds from Debian's packages by the files in ``docker/``. Both have the same program where it is
-looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). The images with this package
-in them, `OURS`, are built only; they stand on others of our own.
+looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). Other versions, `VERSIONS`,
+and the images with this package in them, `OURS`, are built only; these stand on others of our own.
 
-``python -m orthanc_events_bridge.testing.images`` prints the servers' names and our own images' tags. Standard library
-only.
+``python -m orthanc_events_bridge.testing.images`` prints of each image of our own its name, its tag, the folder of its
+recipe and what it stands on. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ OFFICIAL: Final[dict[str, str]] = {
     "rabbitmq": "rabbitmq:4.0.9",
     "kafka": "apache/kafka:4.1.0",
     "webhook": "python:3.13-slim",
-    "orthanc": "jodogne/orthanc-python:1.12.7",
-    "orthanc-sid": "jodogne/orthanc-python:latest",
+    "orthanc": "orthancteam/orthanc:26.9.1",
+}
+
+#: Other versions, which are built only → the image that they stand on, by the release of Debian that has them.
+VERSIONS: Final[dict[str, str]] = {
+    "nats-2.10": "base",
+    "orthanc-1.10": "base-bookworm",
+    "orthanc-sid": "base",
+    "rabbitmq-3.10": "base-bookworm",
 }
 
 #: The images with this package in them → the server's image that they stand on.
@@ -37,7 +44,7 @@ RECIPES: Final = Path(__file__).parents[2] / "docker"
 def own_image(kind: str) -> str | None:
     """Return the name of our own image of a server, with a tag that stands for what it is built from.
 
-    :param kind: one of `OFFICIAL` or `OURS`, or ``base``.
+    :param kind: one of `OFFICIAL`, `VERSIONS` or `OURS`, or what those stand on.
     :return: None where it can't have been built here.
     """
     content = hashlib.sha256()
@@ -48,7 +55,8 @@ def own_image(kind: str) -> str | None:
         content.update(under.encode())
         files = _of_the_package(kind)
     else:
-        files = [path for folder in {"base", kind} for path in (RECIPES / folder).glob("*")]
+        content.update(VERSIONS.get(kind, "base").removeprefix("base").encode())
+        files = [path for folder in {"base", recipe(kind)} for path in (RECIPES / folder).glob("*")]
     if not files:
         return None
     for path in sorted(files):
@@ -63,6 +71,11 @@ def own_image(kind: str) -> str | None:
     return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
 
 
+def recipe(kind: str) -> str:
+    """The folder of `RECIPES` that an image of a server is built from: its own, or that of its other versions."""
+    return kind if (RECIPES / kind).is_dir() else kind.partition("-")[0]
+
+
 def _of_the_package(kind: str) -> list[Path]:
     """What an image with this package in it is built from, beside the locked packages."""
     root = RECIPES.parent
@@ -74,5 +87,5 @@ def _of_the_package(kind: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for name in ("base", *OFFICIAL, *OURS):
-        print(name, own_image(name) or "-")
+    for name in ("base", "base-bookworm", *OFFICIAL, *VERSIONS, *OURS):
+        print(name, own_image(name) or "-", recipe(name), OURS.get(name) or VERSIONS.get(name, "base"))

@@ -10,7 +10,8 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -28,14 +29,14 @@ from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.servers import NotAcknowledgedError, OrthancServer
 
 
-def _kind_of_orthanc() -> type[BridgedOrthanc]:
-    """How Orthanc is started: as a process, or in a container where ``TEST_ORTHANC=containers`` asks for that."""
-    if os.environ.get("TEST_ORTHANC") != "containers":
+def _kind_of_orthanc(image: str | None) -> Callable[..., BridgedOrthanc]:
+    """How Orthanc is started: as a process, or in a container if an image or ``TEST_ORTHANC=containers`` says so."""
+    if image is None and os.environ.get("TEST_ORTHANC") != "containers":
         return BridgedOrthanc
     # Only here: what it needs is not installed wherever the demo runs.
-    from orthanc_events_bridge.testing.orthanc_container import ContainedOrthanc
+    from orthanc_events_bridge.testing.orthanc_container import OrthancContainer
 
-    return ContainedOrthanc
+    return partial(OrthancContainer, image=image)
 
 
 class Watched(ABC):
@@ -86,6 +87,7 @@ class Line(Watched):
     :param orthanc: options of Orthanc's configuration.
     :param environment: for Orthanc.
     :param stable_age: seconds.
+    :param image: of an Orthanc in a container (see `OrthancContainer`).
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Line(Watched):
         orthanc: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         stable_age: int = 1,
+        image: str | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.root = folder
@@ -112,8 +115,8 @@ class Line(Watched):
         if without & mutants.MUTANTS.keys():
             variables["ORTHANC_EVENTS_PYTHON"] = str(mutants.wrapper(folder))
             variables[mutants.VARIABLE] = ",".join(sorted(without & mutants.MUTANTS.keys()))
-        self.orthanc = _kind_of_orthanc()(
-            folder / "orthanc",
+        self.orthanc = _kind_of_orthanc(image)(
+            folder=folder / "orthanc",
             yaml=smallest(broker, [*self.broker.options(port=port), *transport]) + settings,
             user_script=script,
             config=orthanc,
@@ -130,17 +133,17 @@ class Line(Watched):
         try:
             self.broker.start()
             self.orthanc.start()
+            self.wait(
+                lambda document: (
+                    document["capture"]["state"] == "following" and document["transports"][0]["state"] == "connected"
+                ),
+                what="the started line",
+            )
+            self.broker.settle()
         except BaseException:
             self.orthanc._kill_all()
             self.broker.server._kill_all()
             raise
-        self.wait(
-            lambda document: (
-                document["capture"]["state"] == "following" and document["transports"][0]["state"] == "connected"
-            ),
-            what="the started line",
-        )
-        self.broker.settle()
         return self
 
     def __exit__(

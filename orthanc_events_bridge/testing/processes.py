@@ -83,6 +83,8 @@ class Server:
     title: ClassVar[str] = "the server"
     #: How long a start or a stop may take, in seconds.
     deadline: ClassVar[float] = 60.0
+    #: The exit codes after SIGTERM that mean that all went well; the last one is Java's way to say it.
+    ends: ClassVar[tuple[int, ...]] = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     #: Where clients connect.
     port: int
 
@@ -212,7 +214,7 @@ class Server:
             self._forget()
             raise ServerError(self._message(f"did not stop within {self.deadline:.0f} s; it was killed")) from None
         self._forget()
-        if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):  # the last one is Java's way to say it
+        if code not in self.ends:
             raise ServerError(self._message(f"stopped with exit code {code}"))
         return time.monotonic() - began
 

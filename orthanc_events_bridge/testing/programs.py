@@ -7,7 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
+
+#: Where Orthanc's plugins are, on a machine or in an image.
+PLUGIN_FOLDERS: Final = (
+    "/usr/share/orthanc/plugins",
+    "/usr/local/share/orthanc/plugins",
+    "/usr/share/orthanc/plugins-available",
+    "/usr/lib/orthanc",
+    "/usr/local/lib/orthanc",
+    "/opt/orthanc/plugins",
+)
 
 
 class MissingComponentError(Exception):
@@ -86,18 +96,10 @@ def find_postgresql_plugin() -> Path:
 
 
 def _find_plugin(name: str, variable: str, title: str, package: str) -> Path:
-    folders = (
-        "/usr/share/orthanc/plugins",
-        "/usr/local/share/orthanc/plugins",
-        "/usr/share/orthanc/plugins-available",
-        "/usr/lib/orthanc",
-        "/usr/local/lib/orthanc",
-        "/opt/orthanc/plugins",
-    )
     return find_program(
         f"{name}.so",
         variable=variable,
-        candidates=[Path(folder) / f"{name}{ending}" for folder in folders for ending in (".so", ".dylib")],
+        candidates=[Path(folder) / f"{name}{ending}" for folder in PLUGIN_FOLDERS for ending in (".so", ".dylib")],
         remedy=f"install {title} (Debian: apt-get install {package})",
     )
 

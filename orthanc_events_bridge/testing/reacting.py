@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Final, Self
 
 from orthanc_events_bridge.consumers import Consumer, Event
 from orthanc_events_bridge.testing.brokers import Broker
+from orthanc_events_bridge.testing.servers import broker_url
 
 if TYPE_CHECKING:
     import httpx
 
 #: Seconds that it may take to begin, and to end.
 _PATIENCE: Final = 60.0
-_SCHEMES: Final = {"nats": "nats", "rabbitmq": "amqp", "kafka": "kafka"}
 
 
 def consumer_url(broker: Broker) -> str:
     """A broker's address as consumers are given it."""
-    return f"{_SCHEMES[broker.kind]}://127.0.0.1:{broker.port}"
+    return broker_url(broker.kind, broker.port)
 
 
 class Reacting:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import httpx
 
@@ -40,6 +40,7 @@ __all__ = [
     "NotAcknowledgedError",
     "OrthancServer",
     "ServerError",
+    "broker_url",
     "find_nats",
     "find_orthanc",
     "find_python_plugin",
@@ -54,6 +55,15 @@ __all__ = [
 
 #: The levels of DICOM resources as Orthanc's REST API spells them.
 LEVELS = ("patients", "studies", "series", "instances")
+
+
+#: The scheme of each broker's URL, as consumers are given it.
+SCHEMES: Final = {"nats": "nats", "rabbitmq": "amqp", "kafka": "kafka"}
+
+
+def broker_url(kind: str, port: int, host: str = "127.0.0.1") -> str:
+    """A broker's address as consumers are given it."""
+    return f"{SCHEMES[kind]}://{host}:{port}"
 
 
 class NotAcknowledgedError(Exception):
@@ -73,6 +83,7 @@ class NatsServer(Server):
     """
 
     title = "nats-server"
+    ends = (*Server.ends, 1)  # 2.10 says so
 
     def __init__(self, folder: Path, *, port: int | None = None, config: str = "", binary: Path | None = None) -> None:
         super().__init__(folder)
@@ -137,6 +148,7 @@ class OrthancServer(Server):
     :param stable_age: after how many seconds without news a resource is stable.
     :param verbose: write a log of everything.
     :param login: a user and a password, without which nobody is let in.
+    :param binary: the program, where `find_orthanc` is not to look for it.
     """
 
     title = "Orthanc"
@@ -152,10 +164,11 @@ class OrthancServer(Server):
         stable_age: int = 1,
         verbose: bool = False,
         login: tuple[str, str] | None = None,
+        binary: Path | None = None,
     ) -> None:
         super().__init__(folder, environment)
         self.login = login
-        self.binary = find_orthanc()
+        self.binary = binary or find_orthanc()
         self.verbose = verbose
         self.port = free_port()
         self.dicom_port = free_port()
@@ -297,17 +310,19 @@ class OrthancServer(Server):
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
-    def upload(self, data: bytes) -> dict[str, Any]:
+    def upload(self, data: bytes | Path) -> dict[str, Any]:
         """Upload a DICOM file and return Orthanc's acknowledgement.
 
         Orthanc 1.10.1 answers some uploads with 500 while others upload and delete at the same time.
 
+        :param data: its content, or where it is.
         :return: ``ID``, ``ParentPatient``, ``ParentStudy``, ``ParentSeries`` and ``Status`` (``Success`` or
             ``AlreadyStored``).
         :raises NotAcknowledgedError: no answer, or a status of 500 and above.
         :raises httpx.HTTPStatusError: Orthanc refuses the file.
         """
-        answer = self._request("POST", "/instances", content=data, headers={"Content-Type": "application/dicom"})
+        content = data.read_bytes() if isinstance(data, Path) else data
+        answer = self._request("POST", "/instances", content=content, headers={"Content-Type": "application/dicom"})
         answer.raise_for_status()
         return cast(dict[str, Any], answer.json())
 

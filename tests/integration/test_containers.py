@@ -27,7 +27,7 @@ if way() != "containers":
     pytest.skip("TEST_SERVERS is not containers", allow_module_level=True)
 
 from orthanc_events_bridge.testing import engine
-from orthanc_events_bridge.testing.containers import ContainerServer, RabbitContainer
+from orthanc_events_bridge.testing.containers import ContainerServer, RabbitMQContainer
 
 pytestmark = pytest.mark.integration
 
@@ -159,7 +159,7 @@ def test_one_that_does_not_start_says_why(tmp_path: Path, kind: str, config: str
 
 def test_an_administrator_is_heard(tmp_path: Path) -> None:
     server = make_server("rabbitmq", tmp_path)
-    assert isinstance(server, RabbitContainer)
+    assert isinstance(server, RabbitMQContainer)
     with pytest.raises(ServerError, match="is not running"):
         server.ctl("version")
     with server:

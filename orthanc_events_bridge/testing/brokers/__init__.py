@@ -49,9 +49,16 @@ def make_server(kind: str, folder: Path, *, config: str = "") -> Server:
     """
     if way() == "containers":
         # Only here: what it needs is not installed wherever the demo runs.
-        from orthanc_events_bridge.testing.containers import CONTAINERS
+        from orthanc_events_bridge.testing.brokers.webhook_container import WebhookContainer
+        from orthanc_events_bridge.testing.containers import KafkaContainer, NatsContainer, RabbitMQContainer
 
-        return CONTAINERS[kind](folder, config=config)
+        contained: dict[str, Callable[..., Server]] = {
+            "kafka": KafkaContainer,
+            "nats": NatsContainer,
+            "rabbitmq": RabbitMQContainer,
+            "webhook": WebhookContainer,
+        }
+        return contained[kind](folder, config=config)
     return _PROCESSES[kind](folder, config=config)
 
 

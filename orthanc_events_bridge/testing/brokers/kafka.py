@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 
 from orthanc_events_bridge.testing.brokers.base import Broker
 from orthanc_events_bridge.testing.brokers.events import Event, decode
-from orthanc_events_bridge.testing.brokers.kafka_server import KafkaServer, kafka_cluster
+from orthanc_events_bridge.testing.kafka_server import KafkaServer, kafka_cluster
 
 __all__ = ["TOPIC", "KafkaBroker", "KafkaServer", "kafka_admin", "kafka_cluster", "read_kafka"]
 
@@ -140,7 +140,7 @@ class KafkaBroker(Broker):
         return self.server.behind_port
 
     def stand_behind(self, port: int) -> None:
-        self.server.proxy_port = port
+        self.server.proxy_host, self.server.proxy_port = "127.0.0.1", port
 
     def demand(self, password: str) -> None:
         module = "org.apache.kafka.common.security.plain.PlainLoginModule"

@@ -49,6 +49,7 @@ class KafkaServer(Server):
     :param jars: Kafka's folder, where `find_kafka` is not to look for it.
 
     :ivar proxy_port: where a proxy that leads to ``behind_port`` listens, if there is one. Read at each start.
+    :ivar proxy_host: where that is; this machine, where nothing is said.
     :ivar scram: users and passwords for SCRAM-SHA-256 and SCRAM-SHA-512, known from the first start on.
     """
 
@@ -71,6 +72,7 @@ class KafkaServer(Server):
         self.node = node
         self.port, self.behind_port, self.admin_port, self.controller_port = (free_port() for _ in range(4))
         self.proxy_port = free_port()
+        self.proxy_host: str | None = None
         self.scram: Mapping[str, str] = {}
         self.cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         self.voters = [self]
@@ -124,7 +126,7 @@ controller.quorum.voters={",".join(f"{voter.node}@127.0.0.1:{voter.controller_po
 log.dirs={self.data}
 listeners=CLIENT://127.0.0.1:{self.port},PROXY://127.0.0.1:{self.behind_port},\
 INTERNAL://127.0.0.1:{self.admin_port},CONTROLLER://127.0.0.1:{self.controller_port}
-advertised.listeners=CLIENT://127.0.0.1:{self.port},PROXY://127.0.0.1:{self.proxy_port},\
+advertised.listeners=CLIENT://127.0.0.1:{self.port},PROXY://{self.proxy_host or "127.0.0.1"}:{self.proxy_port},\
 INTERNAL://127.0.0.1:{self.admin_port}
 listener.security.protocol.map=CLIENT:PLAINTEXT,PROXY:PLAINTEXT,INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=INTERNAL

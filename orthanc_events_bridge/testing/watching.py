@@ -1,0 +1,52 @@
+"""Waiting for events in integration tests, as a subscriber of the broker receives them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orthanc_events_bridge.consumers.broker import broker_options
+from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
+from orthanc_events_bridge.errors import NotConnectedError
+from orthanc_events_bridge.transports import create
+
+
+def events_until(broker: Mapping[str, Any] | str, last: Callable[[Event], bool], timeout: float) -> list[Event]:
+    """Read what a broker has kept and what comes, from the oldest on, until one event is there.
+
+    Nothing is acknowledged, and consumers don't notice. It is read anew where the connection is lost.
+
+    :param broker: its URL as consumers have it, or a transport's options.
+    :param last: whether an event is the one.
+    :param timeout: seconds.
+    :return: all of them in the order in which they came, the one at the end.
+    :raises TimeoutError: it did not come; the message says what did.
+    :raises BridgeError: the broker is none, or does not permit it.
+    """
+    found: list[Event] = []
+    try:
+        asyncio.run(asyncio.wait_for(_follow(broker, last, found), timeout))
+    except TimeoutError:
+        came = "\n".join(f"    {event.name}  {event.attributes.get('subject', '')}" for event in found) or "    nothing"
+        raise TimeoutError(f"the event did not come within {timeout:g} s; what did:\n{came}") from None
+    return found
+
+
+async def _follow(broker: Mapping[str, Any] | str, last: Callable[[Event], bool], found: list[Event]) -> None:
+    while True:
+        transport = create(broker_options(broker))
+        found.clear()
+        try:
+            await transport.connect()
+            async with contextlib.aclosing(transport.tail(oldest=True)) as messages:
+                async for message in messages:
+                    with contextlib.suppress(UnreadableError):  # somebody else's
+                        found.append(read(message))
+                        if last(found[-1]):
+                            return
+        except NotConnectedError:
+            await asyncio.sleep(0.2)
+        finally:
+            await transport.close()
