@@ -97,7 +97,10 @@ class Handling:
         return self._threads.busy
 
     async def handle(self, held: Held) -> None:
-        """Have it handled, and settle it."""
+        """Have it handled, and settle it; not where it isn't ours any more, or nothing is to begin."""
+        self._holding.look()
+        if held.void or self._stop.is_set():
+            return
         event = held.event
         if event.attempt > _NOT_BEGUN and self._kills(held):
             reason = f"it was given {event.attempt - 1} times and never settled, as one that kills its workers"
@@ -108,12 +111,7 @@ class Handling:
         self._meter.begin()
         problem: BaseException | None = None
         try:
-            with self._spans.processing(event) as span:
-                try:
-                    await _Apart(self._call(held))
-                except BaseException as error:
-                    span.failed(kind_of(error))
-                    raise
+            await (self._traced(held) if self._spans.on else _Apart(self._call(held)))
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
@@ -134,6 +132,14 @@ class Handling:
         """No handler is for it."""
         self._meter.count("ignored", held.event.name)
         await self._settle(held, held.delivery.ack)
+
+    async def _traced(self, held: Held) -> None:
+        with self._spans.processing(held.event) as span:
+            try:
+                await _Apart(self._call(held))
+            except BaseException as error:
+                span.failed(kind_of(error))
+                raise
 
     async def _call(self, held: Held) -> None:
         event = held.event

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from orthanc_events_bridge import __version__
 
@@ -40,17 +40,18 @@ class Spans:
         there = _ON and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
         self._tracer = trace.get_tracer("orthanc_events_bridge", __version__) if there else None
 
-    def processing(self, event: Event) -> contextlib.AbstractContextManager[Span]:
-        """The time in which an event's handlers run."""
-        if self._tracer is None:
-            return _NONE
-        return self._processing(self._tracer, event)
+    @property
+    def on(self) -> bool:
+        """Whether they are made."""
+        return self._tracer is not None
 
     @contextlib.contextmanager
-    def _processing(self, tracer: trace.Tracer, event: Event) -> Iterator[Span]:
+    def processing(self, event: Event) -> Iterator[Span]:
+        """The time in which an event's handlers run. Only where it is on."""
+        assert self._tracer is not None
         carrier = {name: event.attributes.get(name, "") for name in ("traceparent", "tracestate")}
         parent = TraceContextTextMapPropagator().extract(carrier)
-        with tracer.start_as_current_span(
+        with self._tracer.start_as_current_span(
             f"{event.name if event.ours else _OTHER} process",
             context=parent,
             kind=trace.SpanKind.CONSUMER,
@@ -82,7 +83,7 @@ class Spans:
 class Span:
     """One of them."""
 
-    def __init__(self, span: Any = None) -> None:
+    def __init__(self, span: trace.Span) -> None:
         self._span = span
 
     def failed(self, kind: str) -> None:
@@ -90,9 +91,5 @@ class Span:
 
         :param kind: the type of what it raised.
         """
-        if self._span is not None:
-            self._span.set_attribute("error.type", kind)
-            self._span.set_status(trace.Status(trace.StatusCode.ERROR, kind))
-
-
-_NONE: Final = contextlib.nullcontext(Span())
+        self._span.set_attribute("error.type", kind)
+        self._span.set_status(trace.Status(trace.StatusCode.ERROR, kind))

@@ -90,7 +90,7 @@ class Worker:
         self._handling = Handling(
             terms, self._holding, self._stop, self._start, clients, self.meter, system, now, chance
         )
-        self._keys = Keys(terms.concurrency, self._handle, self._start)
+        self._keys = Keys(terms.concurrency, self._handling.handle, self._start)
         self._ignored: deque[Held] = deque()
         self._ignoring = False
         self._drained = False
@@ -293,11 +293,6 @@ class Worker:
             if len(self._by_type) < _TYPES:
                 self._by_type[event.type] = found
         return found
-
-    async def _handle(self, held: Held) -> None:
-        self._holding.look()
-        if not held.void and not self._stop.is_set():
-            await self._handling.handle(held)
 
     async def _ignore(self) -> None:
         try:

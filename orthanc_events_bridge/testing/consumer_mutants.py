@@ -9,12 +9,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import SecretStr
 
 from orthanc_events_bridge.consumers import stores, worker
 from orthanc_events_bridge.consumers.event import Event, read
+from orthanc_events_bridge.consumers.handling import Handling
 from orthanc_events_bridge.consumers.holding import Held, Holding
 from orthanc_events_bridge.consumers.keys import Keys
 from orthanc_events_bridge.consumers.worker import Worker
@@ -24,18 +25,18 @@ from orthanc_events_bridge.transports.nats_options import NatsOptions
 
 def _acknowledging_first() -> None:
     """What is given is acknowledged before its handlers have returned."""
-    handle = Worker._handle
+    handle = Handling.handle
 
     async def nothing(*_: object) -> None:
         """It is settled."""
 
-    async def acknowledge_and_handle(self: Worker, held: Any) -> None:
+    async def acknowledge_and_handle(self: Handling, held: Held) -> None:
         await held.delivery.ack()
         for name in ("ack", "nack", "reject", "extend"):
             setattr(held.delivery, name, nothing)
         await handle(self, held)
 
-    Worker._handle = acknowledge_and_handle  # type: ignore[method-assign]
+    Handling.handle = acknowledge_and_handle  # type: ignore[method-assign]
 
 
 def _settling_late() -> None:

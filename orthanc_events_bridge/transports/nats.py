@@ -90,7 +90,7 @@ class NatsTransport(Transport):
             await self.close()
             connection = self._connection = await self._servers.open()
             self._inbox = connection.new_inbox()
-            await connection.ask(connection.subscribe(f"{self._inbox}.*.*", cb=self._on_ack, pending_msgs_limit=-1))
+            await connection.ask(connection.listen(f"{self._inbox}.*.*", self._on_ack))
         info = await open_stream(connection, self._options, "inbox" if self._consumer else "events")
         self._last = info.state.last_seq
         return info.created.isoformat() if info.created else ""
@@ -187,7 +187,7 @@ class NatsTransport(Transport):
             "check the server; the events are sent again",
         )
 
-    async def _on_ack(self, message: Msg) -> None:
+    def _on_ack(self, message: Msg) -> None:
         batch = self._batch
         number, _, index = message.subject[len(self._inbox) + 1 :].partition(".")
         if batch is None or int(number) != self._batches:

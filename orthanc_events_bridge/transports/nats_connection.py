@@ -15,10 +15,10 @@ from typing import Any, Final, TypeVar
 
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.transports.nats_listening import Listening
 from orthanc_events_bridge.transports.nats_login import login_of, tls_of
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.tls import cut
@@ -35,7 +35,7 @@ class _HungUpError(TransportConfigurationError):
     """The server ended the connection in place of answering the login."""
 
 
-class Connection(Client):
+class Connection(Listening):
     """nats-py's client; made by `open`, used once, and ended by `give_up`.
 
     :ivar fault: why it can't be used any more.

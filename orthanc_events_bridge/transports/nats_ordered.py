@@ -115,7 +115,7 @@ class NatsOrderedSubscription(Settling):
             )
             self._check()
 
-    async def _on_message(self, durable: Durable, message: Msg) -> None:
+    def _on_message(self, durable: Durable, message: Msg) -> None:
         pull = self._pulls.get(durable)
         if message.reply:
             since = pull.sent if pull else boot_time()

@@ -91,9 +91,9 @@ class Pull:
 def received(message: Msg) -> tuple[Incoming, int]:
     """An event as a consumer gets it, one of an inbox under its address for everybody; how often it was given."""
     headers = {name.lower(): value for name, value in (message.headers or {}).items()}
-    attempt, position, *_ = _tokens(message.reply)
+    tokens = _tokens(message.reply)
     address = headers.get(ADDRESS) or message.subject
-    return Incoming(address, message.data, headers, position), int(attempt)
+    return Incoming(address, message.data, headers, tokens[1]), int(tokens[0])
 
 
 def key_of(reply: str) -> str:

@@ -105,14 +105,14 @@ class Settling(Subscription):
         for info in infos:
             durable = Durable(info, self._connection.new_inbox(), self._origins[info.stream_name])
             answered = functools.partial(self._on_message, durable)
-            listening = self._connection.subscribe(durable.reply, cb=answered, pending_msgs_limit=-1)
+            listening = self._connection.listen(durable.reply, answered)
             self._answers.append(await self._connection.ask(listening))
             durables.append(durable)
         self.ack_wait = min(durable.ack_wait for durable in durables)
         return durables
 
     @abstractmethod
-    async def _on_message(self, durable: Durable, message: Msg) -> None:
+    def _on_message(self, durable: Durable, message: Msg) -> None:
         """What a durable consumer answers."""
 
     @abstractmethod
@@ -145,8 +145,8 @@ class Settling(Subscription):
         :param since: when it was asked for.
         """
         incoming, given = received(message)
-        left = due_of(incoming.headers) - time.time()
-        if left > 0:
+        had_to_wait = DUE in incoming.headers
+        if had_to_wait and (left := due_of(incoming.headers) - time.time()) > 0:
             early = NatsDelivery(self, durable, incoming, given, message.reply, since)
             self._held[early] = None
             task = asyncio.create_task(self._put_off(early, left))
@@ -154,7 +154,7 @@ class Settling(Subscription):
             task.add_done_callback(self._putting_off.discard)
             return None
         # A copy that had to wait was given once more, to be put off.
-        died = max(0, given - (2 if DUE in incoming.headers else 1))
+        died = max(0, given - (2 if had_to_wait else 1))
         attempt = attempts_before(incoming.headers, self._name) + died + 1
         return NatsDelivery(self, durable, incoming, attempt, message.reply, since)
 

@@ -141,7 +141,7 @@ class NatsSubscription(Settling):
         )
         return True
 
-    async def _on_message(self, durable: Durable, message: Msg) -> None:
+    def _on_message(self, durable: Durable, message: Msg) -> None:
         pull = self._pull
         if message.reply:
             since = pull.sent if pull else boot_time()

@@ -156,6 +156,7 @@ def test_a_handler_says_again_or_never() -> None:
         (b"\xff\x00", "it is no CloudEvent"),
         (b"[" * 100_000, "it is no CloudEvent"),
         (b"{}", "it is no CloudEvent"),
+        (b'{"specversion": "1.0", "id": "5", "source": "s", "type": "a.study.stable.v1"} 5', "it is no CloudEvent"),
         (b'{"specversion": "1.0", "id": 5, "source": "s", "type": "t"}', "without id"),
         (b'{"specversion": "0.3", "id": "5", "source": "s", "type": "t"}', "another version"),
         (b'{"specversion": "1.0", "id": "5", "source": "s", "type": "io.study.stable.v2"}', "version v2"),

@@ -261,6 +261,8 @@ def test_binary_message_is_the_same_event_as_the_structured_one(prefix: str) -> 
 def test_binary_message_with_other_content_or_none() -> None:
     headers = {f"ce-{name}": value for name, value in EVENT.items()}
     assert event_of(Incoming("a", b"", headers)) == EVENT
+    spaced = b" %b \r\n\t" % json.dumps(EVENT).encode()
+    assert event_of(Incoming("a", spaced)) == event_of(Incoming("a", spaced.lstrip())) == EVENT
     text = {**headers, "content-type": "text/plain"}
     assert event_of(Incoming("a", b"a b", text)) == {**EVENT, "datacontenttype": "text/plain", "data_base64": "YSBi"}
 
