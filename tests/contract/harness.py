@@ -37,7 +37,7 @@ SECRET: Final = "s3cret-of-the-contract"
 CONTENT_TYPE: Final = "application/cloudevents+json"
 
 
-def run(main: Coroutine[Any, Any, _T], *, seconds: float = 60.0) -> _T:
+def run(main: Coroutine[Any, Any, _T], *, seconds: float = 180.0) -> _T:
     """Run a coroutine in an event loop of its own.
 
     It must end in time, leave no task behind, and no error that only the loop would have seen.

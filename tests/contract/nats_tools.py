@@ -46,7 +46,7 @@ def refusal(
     kind: type[TransportError] | tuple[type[TransportError], ...],
     work: Coroutine[Any, Any, object] | None = None,
     *,
-    within: float = 1.5,
+    within: float = 10.0,
 ) -> str:
     """The text of the error with which connecting, or other work, must fail soon. Closes the transport."""
 

@@ -25,8 +25,9 @@ from tests.contract.harness import CONTENT_TYPE, SECRET, Harness, event, events,
 from tests.contract.table import TABLE
 
 KEYS = [f"study-{number}" for number in range(10)]
-#: A call's own deadline may pass, then a moment on a busy machine.
-GRACE = 1.5
+#: A call's own deadline may pass, then some moments on a busy machine; shorter than `Harness.patience`, so that a loss
+#: is noticed by itself, and not by the end of a deadline.
+GRACE = 8.0
 
 
 def ids(harness: Harness) -> list[str]:
@@ -318,10 +319,10 @@ def test_closing_while_a_batch_is_under_way(harness: Harness) -> None:
             await asyncio.sleep(0.05)
             began = time.monotonic()
             await transport.close()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 1 + GRACE
             with failing(harness, NotConnectedError, confirmed=-1):
                 await publishing
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 1 + GRACE
             await publish_all(transport, sent)
             await transport.close()
 
@@ -463,7 +464,7 @@ def test_a_broker_that_is_frozen(harness: Harness, size: int) -> None:
             assert time.monotonic() - began < harness.deadline + GRACE
             began = time.monotonic()
             await one.close()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 1 + GRACE
         harness.thaw()
         await publish_all(transport, sent[100:])
         await transport.close()

@@ -8,14 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import aiormq
 import aiormq.abc
-from pamqp.commands import Basic
 from pamqp.common import FieldValue
 
 from orthanc_events_bridge.testing.brokers.base import Broker
@@ -29,8 +27,9 @@ _T = TypeVar("_T")
 EXCHANGE: Final = "orthanc.events"
 HISTORY: Final = "orthanc.events.history"
 
-#: The ``type`` of a message that says where a reader is to stop.
-_MARK: Final = "tests.mark"
+#: Seconds after which a stream that shows nothing is empty; more messages than are ever stored together.
+_EMPTY: Final = 2.0
+_TOGETHER: Final = 10_000
 _HANDSHAKE: Final = b"AMQP\x00\x00\x09\x01"
 _STARTED: Final = b"Server startup complete"
 
@@ -203,29 +202,46 @@ async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], A
 
 
 async def _read(channel: aiormq.abc.AbstractChannel, stream: str) -> list[aiormq.abc.DeliveredMessage]:
-    """Read a stream to its end.
-
-    The server's count of messages is seconds old, and it pauses where it likes: so the end is marked, by a message
-    that only readers like this one see, and leave out.
-    """
-    mark = uuid.uuid4().hex
-    properties = Basic.Properties(message_type=_MARK, message_id=mark)
-    await channel.basic_publish(b"", routing_key=stream, properties=properties, mandatory=True)
+    """Read a stream to its end, and leave nothing in it: the server's count of messages is seconds old."""
+    last = await _last(channel, stream)
     messages: list[aiormq.abc.DeliveredMessage] = []
+    if last < 0:
+        return messages
     done = asyncio.get_running_loop().create_future()
 
     async def take(message: aiormq.abc.DeliveredMessage) -> None:
-        found = message.header.properties
-        if found.message_type != _MARK:
-            messages.append(message)
-        elif found.message_id == mark:
-            done.set_result(None)
+        messages.append(message)
         await channel.basic_ack(message.delivery_tag or 0, wait=False)
+        if _offset(message) >= last and not done.done():
+            done.set_result(None)
 
     await channel.basic_qos(prefetch_count=1000)
     await channel.basic_consume(stream, take, arguments={"x-stream-offset": "first"})
     await done
-    return messages
+    return [message for message in messages if _offset(message) <= last]
+
+
+async def _last(channel: aiormq.abc.AbstractChannel, stream: str) -> int:
+    """The number of a stream's last message; -1 where nothing shows up."""
+    seen: list[int] = []
+    something = asyncio.Event()
+
+    async def see(message: aiormq.abc.DeliveredMessage) -> None:
+        seen.append(_offset(message))
+        something.set()
+
+    await channel.basic_qos(prefetch_count=_TOGETHER)
+    consuming = await channel.basic_consume(stream, see, arguments={"x-stream-offset": "last"})
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(something.wait(), _EMPTY)
+    # What is stored together is handed over before the next question is answered.
+    await channel.queue_declare(stream, passive=True)
+    await channel.basic_cancel(consuming.consumer_tag or "")
+    return max(seen, default=-1)
+
+
+def _offset(message: aiormq.abc.DeliveredMessage) -> int:
+    return int(str((message.header.properties.headers or {})["x-stream-offset"]))
 
 
 class RabbitBroker(Broker):
