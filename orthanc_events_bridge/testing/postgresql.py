@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from orthanc_events_bridge.testing.guard import guard
-from orthanc_events_bridge.testing.processes import Server, ServerError, free_port
+from orthanc_events_bridge.testing.processes import Server, ServerError, free_port, wait_until
 from orthanc_events_bridge.testing.programs import find_postgres, find_postgresql_plugin, find_python_plugin
 
 #: Who runs it where this process is root's, whom PostgreSQL refuses: the first of them that there is.
@@ -94,6 +94,21 @@ class PostgresServer(Server):
             os.kill(self.pid, signal.SIGINT)
         return super().stop()
 
+    def kill(self) -> None:
+        """Kill it, and wait until its own processes are gone; see `Server.kill`.
+
+        They end when they notice. As long as one is there it holds the shared memory, and a server refuses to start.
+        """
+        own: list[int] = []
+        if self.running:
+            self.freeze()  # so that it starts no more of them
+            own = [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text("utf-8").split()]
+        super().kill()
+        if not wait_until(lambda: not any(map(_is_there, own)), 10):
+            for pid in filter(_is_there, own):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not any(map(_is_there, own)), 10)
+
     def _kill_all(self) -> None:
         super()._kill_all()
         if self._own is not None:
@@ -123,6 +138,13 @@ class PostgresServer(Server):
     def _is_ready(self) -> bool:
         command = [str(self.binary.parent / "pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={self.port}"]
         return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # of a zombie it is empty
+    except OSError:
+        return False
 
 
 def _user() -> pwd.struct_passwd:
