@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.consumers.app import Consumer
+from orthanc_events_bridge.consumers.effects import Effects
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Retry
 from orthanc_events_bridge.workflows import job_again, job_retry
@@ -35,15 +35,15 @@ def _counting_in_memory() -> None:
     """Each worker counts the failures that it has seen itself."""
     noted: dict[str, str] = {}
 
-    async def recall(self: Consumer, name: str) -> str | None:
+    async def recall(self: Effects, name: str) -> str | None:
         return noted.get(name)
 
-    async def swap(self: Consumer, name: str, old: str | None, new: str, keep: float = 0) -> bool:
+    async def swap(self: Effects, name: str, old: str | None, new: str, keep: float = 0) -> bool:
         noted[name] = new
         return True
 
-    Consumer.recall = recall  # type: ignore[method-assign]
-    Consumer.swap = swap  # type: ignore[method-assign]
+    Effects.recall = recall  # type: ignore[method-assign]
+    Effects.swap = swap  # type: ignore[method-assign]
 
 
 def _not_looking_again() -> None:
