@@ -226,18 +226,22 @@ def _row(letter: Letter) -> list[str]:
     return [_plain(cell) for cell in cells]
 
 
-async def _print_json(letters: DeadLetters, choice: Choice, shown: Callable[[Letter], dict[str, Any]]) -> int:
-    """Print one document, a list, as they come."""
-    begin = "["
+async def _print_json(letters: DeadLetters, choice: Choice, shown: Callable[[Letter], dict[str, Any]]) -> set[str]:
+    """Print one document, a list, as they come.
+
+    :return: their ids.
+    """
+    begin, found = "[", set[str]()
     with Meter("dead letters read") as meter:
         async for part in _parts(letters, choice, meter):
             meter.clear()
             for one in part:
                 print(begin, textwrap.indent(json.dumps(shown(one), indent=2), "  "), sep="\n", end="")
                 begin = ","
+            found |= {one.id for one in part}
             sys.stdout.flush()
     print("[]" if begin == "[" else "\n]")
-    return 0
+    return found
 
 
 def _plain(text: str) -> str:
@@ -248,7 +252,8 @@ def _plain(text: str) -> str:
 async def _show(options: argparse.Namespace, choice: Choice) -> int:
     async with _dead_letters(options) as (_, letters, name):
         if options.json:
-            return await _print_json(letters, choice, lambda one: _whole(one, data=options.data))
+            _check_ids(name, choice, await _print_json(letters, choice, lambda one: _whole(one, data=options.data)))
+            return 0
         found: set[str] = set()
         with Meter("dead letters read") as meter:
             async for part in _parts(letters, choice, meter):

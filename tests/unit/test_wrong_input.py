@@ -275,11 +275,11 @@ def test_a_webhook_has_no_dead_letters(run: Run, tmp_path: Path) -> None:
     check(run("dlq", "list", "--config", "consumer.yaml"), "no dead letters at a transport of type webhook (name the")
 
 
-@pytest.mark.parametrize("action", ["show", "redrive", "discard"])
-def test_an_id_that_no_dead_letter_has(run: Run, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+@pytest.mark.parametrize("action", [["show"], ["show", "--json"], ["redrive"], ["discard"]], ids=" ".join)
+def test_an_id_that_no_dead_letter_has(run: Run, monkeypatch: pytest.MonkeyPatch, action: list[str]) -> None:
     monkeypatch.setattr(transports, "create", lambda options: MemoryTransport(options))
     check(
-        run("dlq", action, *ONE, "--id", "f40e8d8b"),
+        run("dlq", *action, *ONE, "--id", "f40e8d8b"),
         "consumer one has no dead letter that fits with the id f40e8d8b",
         1,
     )
