@@ -1,7 +1,7 @@
 """nats-py's client, with a shorter way for what comes in great numbers: events, and acknowledgements.
 
 What nats-py 2.16 does with each message (a queue and a task of its subscription, and a look at every letter of its
-headers' names) takes 2 µs, of the 24 that a worker takes for an event in all.
+headers' names) takes 1.5 µs more, of the 24 that a worker takes for an event in all.
 """
 
 from __future__ import annotations
