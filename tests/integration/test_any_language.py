@@ -68,7 +68,9 @@ def verdicts(
     """What the runner says of each program, and of one of our own kit on each broker: side by side, and beside other
     tests, since they wait most of the time."""
     ours: Callable[[], list[str]] = lambda: [sys.executable, str(OURS)]  # noqa: E731
-    commands = {name: (one.broker, built[name].result) for name, one in LANGUAGES.items()}
+    commands: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        name: (one.broker, built[name].result) for name, one in LANGUAGES.items()
+    }
     commands |= {f"ours-{kind}": (kind, ours) for kind in BROKERS}
     with ThreadPoolExecutor(len(commands) + 1) as pool:
         played = {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}
