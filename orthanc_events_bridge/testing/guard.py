@@ -71,10 +71,8 @@ def remove_containers(run: str) -> None:
         quiet = 0 if found else quiet + 1
     for kind in ("network", "volume"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(
-                ["docker", kind, "ls", *ours], capture_output=True, text=True, timeout=60
-            ).stdout.split()
-            if found:
+            listed = subprocess.run(["docker", kind, "ls", *ours], capture_output=True, text=True, timeout=60)
+            if found := listed.stdout.split():
                 subprocess.run(["docker", kind, "rm", *found], capture_output=True, timeout=60)
 
 
