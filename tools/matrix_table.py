@@ -1,4 +1,4 @@
-"""``python tools/matrix_table.py JUNIT``: what `make test-matrix` has found, as a table in README.md.
+"""``python tools/matrix_table.py JUNIT…``: what `make test-matrix` has found, as a table in README.md.
 
 The result is recorded in tests/matrix/RESULT.json, from which a test of the documents makes the table again.
 """
@@ -68,13 +68,13 @@ def with_table(readme: str, cells: Iterable[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Record a result, and write the table."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        found = cells(Path(sys.argv[1]).read_text("utf-8"))
+        found = [one for path in sys.argv[1:] for one in cells(Path(path).read_text("utf-8"))]
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        print(f"{sys.argv[1]}: {error}", file=sys.stderr)
+        print(f"{' '.join(sys.argv[1:])}: {error}", file=sys.stderr)
         return 1
     RESULT.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     README.write_text(with_table(README.read_text("utf-8"), found), "utf-8")

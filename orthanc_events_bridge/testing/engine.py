@@ -8,11 +8,14 @@ and it is given the engine's socket.
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +24,7 @@ from docker.errors import (  # type: ignore[import-not-found]  # mypy looks for 
     DockerException,
     ImageNotFound,
 )
+from packaging.requirements import Requirement
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
 
@@ -29,6 +33,20 @@ from orthanc_events_bridge.testing.images import OFFICIAL, VERSIONS, own_image
 from orthanc_events_bridge.testing.programs import MissingComponentError
 
 testcontainers_config.ryuk_disabled = True
+
+_BUILD: Final = "in a clone on Debian, as root: scripts/images.sh"
+#: What the bridge needs beside its own requirements, whatever the broker.
+_EXTRAS: Final = ("nats", "rabbitmq", "kafka", "webhook")
+#: A Python for the bridge on an image of Orthanc.
+_RECIPE: Final = """\
+FROM {base}
+USER root
+ARG PIP_INDEX_URL
+RUN python3 -m venv --without-pip /opt/bridge \\
+    && python3 -m pip --python /opt/bridge/bin/python install --no-cache-dir {packages}
+"""
+#: What of this environment a build is told.
+_GIVEN: Final = ("PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 #: The label that tells whose containers these are, so that others' leftovers can be told from what is in use.
 STARTER: Final = "io.orthanc-events.tests.starter"
@@ -154,25 +172,57 @@ def find_image(kind: str, wanted: str | None = None) -> str:
     find_engine()
     variable = f"ORTHANC_EVENTS_IMAGE_{kind.upper()}"
     wanted = wanted or os.environ.get(variable) or kind
-    if wanted in OFFICIAL or wanted in VERSIONS:
-        there = own_image(wanted)
-        name = OFFICIAL.get(wanted) or f"orthanc-events-bridge/test-{wanted}"
-        remedy = (
-            f"name another by {variable}, or build our own (in a clone on Debian, as root: scripts/images.sh {wanted})"
-        )
-    else:
-        there, name, remedy = wanted, wanted, f"an argument or {variable} names it: name one that is there"
-    name = testcontainers_config.hub_image_name_prefix + name
+    own = own_image(wanted) if wanted in OFFICIAL or wanted in VERSIONS else wanted
+    prefix = testcontainers_config.hub_image_name_prefix
     with engine_client() as client:
-        for candidate in (there, name):
+        if own is not None and _is_there(client, own):
+            return own
+        if wanted in VERSIONS:
+            raise MissingComponentError(f"there is no image {wanted}: build it ({_BUILD} {wanted})")
+        name = prefix + OFFICIAL.get(wanted, wanted)
+        if not _is_there(client, name):
             try:
-                if candidate is not None:
-                    client.images.get(candidate)
-                    return candidate
-            except ImageNotFound:
-                pass
+                client.images.pull(name)
+            except (DockerException, OSError) as error:
+                remedy = f", or build our own ({_BUILD} {wanted})" if wanted in OFFICIAL else ""
+                raise MissingComponentError(
+                    f"the image {name} can't be pulled: name another by {variable}{remedy}"
+                ) from error
+        return _with_bridge(client, name) if wanted == "orthanc" else name
+
+
+def _is_there(client: Any, name: str) -> bool:
+    try:
+        client.images.get(name)
+    except ImageNotFound:
+        return False
+    return True
+
+
+def _with_bridge(client: Any, base: str) -> str:
+    """Build an image on one of Orthanc, once: with a Python that has what the bridge needs.
+
+    :raises MissingComponentError: it can't be built.
+    """
+    needed = [Requirement(text) for text in metadata.requires("orthanc-events-bridge") or []]
+    wanted = [
+        f"'{one.name}{one.specifier}'"
+        for one in needed
+        if one.name != "orthanc-events-bridge"
+        and (one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in _EXTRAS))
+    ]
+    recipe = _RECIPE.format(base=base, packages=" ".join(sorted(set(wanted)))).encode()
+    name = f"orthanc-events-bridge/for-tests:{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if not _is_there(client, name):
+        given = {one: os.environ[one] for one in _GIVEN if one in os.environ}
+        network = "host" if shares_network() else None
         try:
-            client.images.pull(name)
+            client.images.build(
+                fileobj=io.BytesIO(recipe), tag=name, rm=True, forcerm=True, buildargs=given, network_mode=network
+            )
         except (DockerException, OSError) as error:
-            raise MissingComponentError(f"the image {name} can't be pulled: {remedy}") from error
+            said = "".join(line.get("stream", "") for line in getattr(error, "build_log", ()))[-1000:]
+            raise MissingComponentError(
+                f"no image can be built on {base} (name a ready one by ORTHANC_EVENTS_IMAGE_ORTHANC): {error}\n{said}"
+            ) from error
     return name

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.consumers.event import Event, UnreadableError, read
 from orthanc_events_bridge.errors import NotConnectedError
 from orthanc_events_bridge.transports import create
+
+#: How many events a message shows.
+_SHOWN: Final = 30
 
 
 def events_until(broker: Mapping[str, Any] | str, last: Callable[[Event], bool], timeout: float) -> list[Event]:
@@ -29,8 +32,9 @@ def events_until(broker: Mapping[str, Any] | str, last: Callable[[Event], bool],
     try:
         asyncio.run(asyncio.wait_for(_follow(broker, last, found), timeout))
     except TimeoutError:
-        came = "\n".join(f"    {event.name}  {event.attributes.get('subject', '')}" for event in found) or "    nothing"
-        raise TimeoutError(f"the event did not come within {timeout:g} s; what did:\n{came}") from None
+        lines = [f"    {event.name}  {event.attributes.get('subject', '')}\n" for event in found[-_SHOWN:]]
+        came = "".join(lines) or "    nothing\n"
+        raise TimeoutError(f"the event did not come within {timeout:g} s; the last that did:\n{came}") from None
     return found
 
 

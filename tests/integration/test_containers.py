@@ -185,6 +185,7 @@ with scratch_folder() as folder:
     server.start()
     server.freeze()
     other = make_server("nats", folder / "other")
+    other.published = True  # in the network of the run
     other.start()
     print(RUN, folder, flush=True)
     END
@@ -192,8 +193,11 @@ with scratch_folder() as folder:
 
 
 def of_run(run: str) -> list[Any]:
+    """Its containers and its network."""
+    ours = {"label": f"{LABEL}={run}"}
     with engine.engine_client() as client:
-        return list(client.containers.list(all=True, filters={"label": f"{LABEL}={run}"}, ignore_removed=True))
+        networks = client.networks.list(filters=ours)
+        return [*client.containers.list(all=True, filters=ours, ignore_removed=True), *networks]
 
 
 @pytest.mark.parametrize("end", ["time.sleep(600)", "raise SystemExit(3)", "import os; os._exit(4)"])
@@ -204,7 +208,7 @@ def test_nothing_outlives_the_starter(end: str) -> None:
         assert starter.stdout is not None
         run, folder = starter.stdout.readline().split()
         if "sleep" in end:
-            assert len(of_run(run)) == 2
+            assert len(of_run(run)) == 3
             starter.kill()
         starter.wait(60)
     assert wait_until(lambda: not of_run(run), 60, every=0.2)
@@ -221,7 +225,7 @@ def test_what_the_guard_could_not_remove_goes_with_the_next_run(tmp_path: Path) 
         )
         run, folder = done.stdout.split()
         try:
-            assert len(of_run(run)) == 2
+            assert len(of_run(run)) == 3
             with engine.engine_client() as client:
                 engine.remove_leftovers(client)
             assert not of_run(run)

@@ -28,6 +28,7 @@ from orthanc_events_bridge.testing import dicom
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.values import Options
 from tests.integration.whole import started
+from tools import matrix_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orthanc_events_bridge"
@@ -350,3 +351,11 @@ def test_the_subscriber_on_the_page_of_events_works(line: Line, tmp_path: Path) 
             assert process.stdout.readline().split()[1] == f"studies/{study.id}"
         finally:
             process.kill()
+
+
+def test_the_table_of_versions_is_what_the_last_recorded_run_says() -> None:
+    readme = text_of(matrix_table.README)
+    cells = json.loads(text_of(matrix_table.RESULT))
+    assert len(cells) >= 10
+    assert matrix_table.PLACE.search(readme)
+    assert matrix_table.with_table(readme, cells) == readme
