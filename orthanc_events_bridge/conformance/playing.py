@@ -167,7 +167,7 @@ class Play:
         await self._all_ended([one.id for one in (unheard[-1], *keyed)], "D3", "with an unknown attribute, and of keys")
         self._compare("D3", [unheard[-1].id])
         await self._retried(retry, fail)
-        verdicts.check("S3", len(self._begun(later.id)) <= 1, "a retry in an hour came again within minutes")
+        verdicts.check("S3", self._attempts(later)[-1:] <= [1], "a retry in an hour came again within minutes")
         self._in_order(keyed, every)
         await self._buried(reject, fail, malformed, unheard)
         await self._given_again(reject)
@@ -181,13 +181,18 @@ class Play:
 
     async def _retried(self, retry: Outgoing, fail: Outgoing) -> None:
         program, verdicts = self.program, self.verdicts
-        await program.wait(lambda: len(self._begun(retry.id)) > 1, self._patience)
-        attempts = [one.attempt for one in self._begun(retry.id)]
-        verdicts.check("S2", attempts == [1, 2], f"it was to be given as attempts 1 and 2, and came as {attempts}")
-        if len(attempts) > 1:
-            waited = self._begun(retry.id)[1].at - self._published[retry.id]
+        await program.wait(lambda: self._attempts(retry)[-1:] > [1], self._patience)
+        attempts = self._attempts(retry)
+        right = steady(attempts) and attempts[-1] > 1
+        verdicts.check("S2", right, f"it was to be given as attempts 1 and 2, and came as {attempts}")
+        if right:
+            again = next(one for one in self._begun(retry.id) if one.attempt > 1)
+            waited = again.at - self._published[retry.id]
             verdicts.check("S2", waited >= RETRY, f"it was due {RETRY:g} s later, and came after {waited:.2f} s")
-        await program.wait(lambda: len(self._begun(fail.id)) >= ATTEMPTS_IN_ALL, self._patience)
+        await program.wait(lambda: self._attempts(fail)[-1:] >= [ATTEMPTS_IN_ALL], self._patience)
+
+    def _attempts(self, event: Outgoing) -> list[int]:
+        return [one.attempt for one in self._begun(event.id)]
 
     def _in_order(self, *groups: Sequence[Outgoing]) -> None:
         keys: dict[str, list[str]] = {}
@@ -217,24 +222,21 @@ class Play:
         for one in malformed:
             verdicts.check("D4", one.body in by_body, f"{one.body[:40]!r} is not among the dead letters, to the byte")
         verdicts.check("S4", reject.body in by_body, "what was rejected is not among the dead letters, to the byte")
-        attempts = [one.attempt for one in self._begun(fail.id)]
-        right = [*range(1, ATTEMPTS_IN_ALL + 1)]
-        verdicts.check("S5", attempts == right, f"what fails came as attempts {attempts}, and not as {right}")
+        attempts = self._attempts(fail)
+        right = steady(attempts) and attempts[-1] == ATTEMPTS_IN_ALL
+        verdicts.check("S5", right, f"what fails came as attempts {attempts}, and not as 1 to {ATTEMPTS_IN_ALL}")
         verdicts.check("S5", fail.body in by_body, "what fails is not among the dead letters")
         for body, event in wanted.items():
             if body in by_body:
-                times = ATTEMPTS_IN_ALL if event is fail else 1
-                self._headers(event, by_body[body], times, exception=event is fail)
+                self._headers(event, by_body[body], failed=event is fail)
         # What others send there at the same time is not ours to judge.
         strangers = {one.id for one in letters if one.letter.message.body not in wanted} & self.played.sent.keys()
         unheard_of = {one.id for one in unheard}
         verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
         others = [self._spelt(one) for one in strangers - unheard_of]
         verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {_some(others)}")
-        number = sum(one.letter.message.body == reject.body for one in letters)
-        verdicts.check("S4", number <= 1, f"what was rejected is among the dead letters {number} times")
 
-    def _headers(self, event: Outgoing, letter: Letter, times: int, *, exception: bool) -> None:
+    def _headers(self, event: Outgoing, letter: Letter, *, failed: bool) -> None:
         said, check = letter.letter.message.headers, self.verdicts.check
         what = self.played.expected.get(event.id, {}).get("type", "a malformed one")
         check(
@@ -246,6 +248,7 @@ class Play:
         lost = [name for name, _ in event.attributes if prefix + name not in said]
         check("S4", not lost, f"{what}: the headers of {_some(lost)} are not kept")
         check("S6", letter.reason, f"{what}: no orthanc-reason")
+        times = ATTEMPTS_IN_ALL if failed else max([1, *self._attempts(event)])
         check("S6", letter.attempts == times, f"{what}: {ATTEMPTS} is {letter.attempts}, and not {times}")
         check(
             "S6", said.get(CONSUMER) == self._name, f"{what}: {CONSUMER} is {said.get(CONSUMER)}, and not {self._name}"
@@ -258,7 +261,7 @@ class Play:
         check(
             "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, the last {letter.last or 'not'}"
         )
-        check("S6", not exception or letter.exception, f"{what}: no orthanc-exception, and its handler has failed")
+        check("S6", not failed or letter.exception, f"{what}: no orthanc-exception, and its handler has failed")
 
     def _address(self, event: Outgoing) -> str:
         options = self._options
@@ -311,8 +314,10 @@ class Play:
         await self._all_ended([one.id for one in (*others, *late)], "L2", "of what was left and came meanwhile")
         settled = ended - {one for one, what in self._told.items() if what != "slow"}
         again = {one.id for one in program.begun[before:]} & settled
-        spelt = [self._spelt(one) for one in again]
-        verdicts.check("L2", not again, f"what was settled came again: {_some(spelt)}")
+        # A connection that is lost brings again what was settled just then; that is no fault.
+        verdicts.check("L2", slow.id not in again, "the event came again whose handler was let end")
+        few = len(again) <= len(settled) // 10
+        verdicts.check("L2", few, f"what was settled came again: {_some([self._spelt(one) for one in sorted(again)])}")
 
     async def _end(self, rule: str) -> None:
         code = await self.program.end(self._patience)
@@ -341,8 +346,15 @@ class Play:
         verdicts.shown.add("L3")
         await self._all_ended([hang.id, *(one.id for one in others)], "L3", "after kill -9")
         await self._end("L1")
-        later = next(one for one, what in self._told.items() if what == "later")
-        verdicts.check("S3", len(self._begun(later)) == 1, f"a retry in an hour came {len(self._begun(later))} times")
+        later = next(played.sent[one] for one, what in self._told.items() if what == "later")
+        attempts = self._attempts(later)
+        verdicts.check("S3", attempts[-1:] == [1], f"a retry in an hour came as attempts {attempts}")
+
+
+def steady(attempts: Sequence[int]) -> bool:
+    """Whether they begin with 1 and go up by 1: one may come twice, where a connection was lost."""
+    steps = [after - before for before, after in itertools.pairwise([0, *attempts])]
+    return bool(attempts) and attempts[0] == 1 and set(steps) <= {0, 1}
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
