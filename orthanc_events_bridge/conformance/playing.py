@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.conformance.events import Played
+from orthanc_events_bridge.conformance.judging import Expected, differences, judge, some, steady
 from orthanc_events_bridge.conformance.program import Begun, Program
 from orthanc_events_bridge.conformance.rules import Verdicts
 from orthanc_events_bridge.consumers.dead import Letter, letter_of, redrive
-from orthanc_events_bridge.moments import seconds_of
-from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, EVENT_ID
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Outgoing, Transport
@@ -29,7 +27,6 @@ ACK_WAIT: Final = 12
 RETRY: Final = 1.0
 #: Seconds between two looks at the dead letters.
 _LOOK: Final = 0.3
-_SHOWN: Final = 3
 
 
 class Stopped(Exception):  # noqa: N818 -- no error: what comes next can't be played
@@ -119,7 +116,7 @@ class Play:
             return True
         left = [self._spelt(one) for one in self.played.sent if one in missing()]
         ended = "" if self.program.running else "; the program has ended by itself"
-        self.verdicts.against(rule, f"{what}: {_some(left)} {'was' if len(left) == 1 else 'were'} not handled{ended}")
+        self.verdicts.against(rule, f"{what}: {some(left)} {'was' if len(left) == 1 else 'were'} not handled{ended}")
         return False
 
     def _spelt(self, identifier: str) -> str:
@@ -228,40 +225,19 @@ class Play:
         verdicts.check("S5", fail.body in by_body, "what fails is not among the dead letters")
         for body, event in wanted.items():
             if body in by_body:
-                self._headers(event, by_body[body], failed=event is fail)
+                given = ATTEMPTS_IN_ALL if event is fail else max([1, *self._attempts(event)])
+                expected = Expected(event, self._name, self._address(event), self._prefix, given, failed=event is fail)
+                judge(verdicts, by_body[body], expected)
         # What others send there at the same time is not ours to judge.
         strangers = {one.id for one in letters if one.letter.message.body not in wanted} & self.played.sent.keys()
         unheard_of = {one.id for one in unheard}
         verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
         others = [self._spelt(one) for one in strangers - unheard_of]
-        verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {_some(others)}")
+        verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {some(others)}")
 
-    def _headers(self, event: Outgoing, letter: Letter, *, failed: bool) -> None:
-        said, check = letter.letter.message.headers, self.verdicts.check
-        what = self.played.expected.get(event.id, {}).get("type", "a malformed one")
-        check(
-            "S4", said.get("content-type") == event.content_type, f"{what}: content-type is {said.get('content-type')}"
-        )
-        for name, value in event.headers:
-            check("S4", said.get(name) == value, f"{what}: the header {name} is not kept")
-        prefix = "ce_" if self._options.type == "kafka" else "ce-"
-        lost = [name for name, _ in event.attributes if prefix + name not in said]
-        check("S4", not lost, f"{what}: the headers of {_some(lost)} are not kept")
-        check("S6", letter.reason, f"{what}: no orthanc-reason")
-        times = ATTEMPTS_IN_ALL if failed else max([1, *self._attempts(event)])
-        check("S6", letter.attempts == times, f"{what}: {ATTEMPTS} is {letter.attempts}, and not {times}")
-        check(
-            "S6", said.get(CONSUMER) == self._name, f"{what}: {CONSUMER} is {said.get(CONSUMER)}, and not {self._name}"
-        )
-        address = self._address(event)
-        check("S6", said.get(ADDRESS) == address, f"{what}: {ADDRESS} is {said.get(ADDRESS)}, and not {address}")
-        check("S6", said.get(EVENT_ID) == event.id, f"{what}: {EVENT_ID} is {said.get(EVENT_ID)}, and not its id")
-        first, last = seconds_of(letter.first), seconds_of(letter.last)
-        right = first is not None and last is not None and first <= last
-        check(
-            "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, the last {letter.last or 'not'}"
-        )
-        check("S6", not failed or letter.exception, f"{what}: no orthanc-exception, and its handler has failed")
+    @property
+    def _prefix(self) -> str:
+        return "ce_" if self._options.type == "kafka" else "ce-"
 
     def _address(self, event: Outgoing) -> str:
         options = self._options
@@ -317,7 +293,7 @@ class Play:
         # A connection that is lost brings again what was settled just then; that is no fault.
         verdicts.check("L2", slow.id not in again, "the event came again whose handler was let end")
         few = len(again) <= len(settled) // 10
-        verdicts.check("L2", few, f"what was settled came again: {_some([self._spelt(one) for one in sorted(again)])}")
+        verdicts.check("L2", few, f"what was settled came again: {some([self._spelt(one) for one in sorted(again)])}")
 
     async def _end(self, rule: str) -> None:
         code = await self.program.end(self._patience)
@@ -349,32 +325,3 @@ class Play:
         later = next(played.sent[one] for one, what in self._told.items() if what == "later")
         attempts = self._attempts(later)
         verdicts.check("S3", attempts[-1:] == [1], f"a retry in an hour came as attempts {attempts}")
-
-
-def steady(attempts: Sequence[int]) -> bool:
-    """Whether they begin with 1 and go up by 1: one may come twice, where a connection was lost."""
-    steps = [after - before for before, after in itertools.pairwise([0, *attempts])]
-    return bool(attempts) and attempts[0] == 1 and set(steps) <= {0, 1}
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What an event differs in, field by field. Times are compared as times: SDKs spell them in their own way."""
-    wrong = []
-    for name in dict.fromkeys((*wanted, *found)):
-        one, other = wanted.get(name), found.get(name)
-        same_time = name == "time" and None is not _moment(one) == _moment(other)
-        if one != other and not same_time:
-            wrong.append(f"{name} is {other!r}, and not {one!r}")
-    return wrong
-
-
-def _moment(text: object) -> datetime | None:
-    try:
-        return datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
-
-
-def _some(names: Sequence[str]) -> str:
-    left = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")

@@ -17,7 +17,7 @@ import pytest
 
 from orthanc_events_bridge import transports
 from orthanc_events_bridge.conformance.events import Played
-from orthanc_events_bridge.conformance.playing import differences
+from orthanc_events_bridge.conformance.judging import differences
 from orthanc_events_bridge.conformance.rules import RULES
 from orthanc_events_bridge.consumers.broker import broker_options
 from orthanc_events_bridge.events.mapping import trace_parent
@@ -68,7 +68,9 @@ def verdicts(
     """What the runner says of each program, and of one of our own kit on each broker: side by side, and beside other
     tests, since they wait most of the time."""
     ours: Callable[[], list[str]] = lambda: [sys.executable, str(OURS)]  # noqa: E731
-    commands = {name: (one.broker, built[name].result) for name, one in LANGUAGES.items()}
+    commands: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        name: (one.broker, built[name].result) for name, one in LANGUAGES.items()
+    }
     commands |= {f"ours-{kind}": (kind, ours) for kind in BROKERS}
     with ThreadPoolExecutor(len(commands) + 1) as pool:
         played = {name: pool.submit(conformance, urls[kind], command) for name, (kind, command) in commands.items()}

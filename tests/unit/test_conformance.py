@@ -10,7 +10,7 @@ import pytest
 
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.conformance.events import Played
-from orthanc_events_bridge.conformance.playing import differences, steady
+from orthanc_events_bridge.conformance.judging import differences, steady
 from orthanc_events_bridge.conformance.rules import RULES, Verdicts
 from orthanc_events_bridge.events.catalog import TYPES
 
