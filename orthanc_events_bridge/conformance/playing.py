@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.conformance.events import Played
+from orthanc_events_bridge.conformance.judging import Expected, differences, judge, some, steady
 from orthanc_events_bridge.conformance.program import Begun, Program
 from orthanc_events_bridge.conformance.rules import Verdicts
 from orthanc_events_bridge.consumers.dead import Letter, letter_of, redrive
-from orthanc_events_bridge.moments import seconds_of
-from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, EVENT_ID
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Outgoing, Transport
@@ -29,7 +27,6 @@ ACK_WAIT: Final = 12
 RETRY: Final = 1.0
 #: Seconds between two looks at the dead letters.
 _LOOK: Final = 0.3
-_SHOWN: Final = 3
 
 
 class Stopped(Exception):  # noqa: N818 -- no error: what comes next can't be played
@@ -119,7 +116,7 @@ class Play:
             return True
         left = [self._spelt(one) for one in self.played.sent if one in missing()]
         ended = "" if self.program.running else "; the program has ended by itself"
-        self.verdicts.against(rule, f"{what}: {_some(left)} {'was' if len(left) == 1 else 'were'} not handled{ended}")
+        self.verdicts.against(rule, f"{what}: {some(left)} {'was' if len(left) == 1 else 'were'} not handled{ended}")
         return False
 
     def _spelt(self, identifier: str) -> str:
@@ -167,7 +164,7 @@ class Play:
         await self._all_ended([one.id for one in (unheard[-1], *keyed)], "D3", "with an unknown attribute, and of keys")
         self._compare("D3", [unheard[-1].id])
         await self._retried(retry, fail)
-        verdicts.check("S3", len(self._begun(later.id)) <= 1, "a retry in an hour came again within minutes")
+        verdicts.check("S3", self._attempts(later)[-1:] <= [1], "a retry in an hour came again within minutes")
         self._in_order(keyed, every)
         await self._buried(reject, fail, malformed, unheard)
         await self._given_again(reject)
@@ -181,13 +178,18 @@ class Play:
 
     async def _retried(self, retry: Outgoing, fail: Outgoing) -> None:
         program, verdicts = self.program, self.verdicts
-        await program.wait(lambda: len(self._begun(retry.id)) > 1, self._patience)
-        attempts = [one.attempt for one in self._begun(retry.id)]
-        verdicts.check("S2", attempts == [1, 2], f"it was to be given as attempts 1 and 2, and came as {attempts}")
-        if len(attempts) > 1:
-            waited = self._begun(retry.id)[1].at - self._published[retry.id]
+        await program.wait(lambda: self._attempts(retry)[-1:] > [1], self._patience)
+        attempts = self._attempts(retry)
+        right = steady(attempts) and attempts[-1] > 1
+        verdicts.check("S2", right, f"it was to be given as attempts 1 and 2, and came as {attempts}")
+        if right:
+            again = next(one for one in self._begun(retry.id) if one.attempt > 1)
+            waited = again.at - self._published[retry.id]
             verdicts.check("S2", waited >= RETRY, f"it was due {RETRY:g} s later, and came after {waited:.2f} s")
-        await program.wait(lambda: len(self._begun(fail.id)) >= ATTEMPTS_IN_ALL, self._patience)
+        await program.wait(lambda: self._attempts(fail)[-1:] >= [ATTEMPTS_IN_ALL], self._patience)
+
+    def _attempts(self, event: Outgoing) -> list[int]:
+        return [one.attempt for one in self._begun(event.id)]
 
     def _in_order(self, *groups: Sequence[Outgoing]) -> None:
         keys: dict[str, list[str]] = {}
@@ -217,48 +219,25 @@ class Play:
         for one in malformed:
             verdicts.check("D4", one.body in by_body, f"{one.body[:40]!r} is not among the dead letters, to the byte")
         verdicts.check("S4", reject.body in by_body, "what was rejected is not among the dead letters, to the byte")
-        attempts = [one.attempt for one in self._begun(fail.id)]
-        right = [*range(1, ATTEMPTS_IN_ALL + 1)]
-        verdicts.check("S5", attempts == right, f"what fails came as attempts {attempts}, and not as {right}")
+        attempts = self._attempts(fail)
+        right = steady(attempts) and attempts[-1] == ATTEMPTS_IN_ALL
+        verdicts.check("S5", right, f"what fails came as attempts {attempts}, and not as 1 to {ATTEMPTS_IN_ALL}")
         verdicts.check("S5", fail.body in by_body, "what fails is not among the dead letters")
         for body, event in wanted.items():
             if body in by_body:
-                times = ATTEMPTS_IN_ALL if event is fail else 1
-                self._headers(event, by_body[body], times, exception=event is fail)
+                given = ATTEMPTS_IN_ALL if event is fail else max([1, *self._attempts(event)])
+                expected = Expected(event, self._name, self._address(event), self._prefix, given, failed=event is fail)
+                judge(verdicts, by_body[body], expected)
         # What others send there at the same time is not ours to judge.
         strangers = {one.id for one in letters if one.letter.message.body not in wanted} & self.played.sent.keys()
         unheard_of = {one.id for one in unheard}
         verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
         others = [self._spelt(one) for one in strangers - unheard_of]
-        verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {_some(others)}")
-        number = sum(one.letter.message.body == reject.body for one in letters)
-        verdicts.check("S4", number <= 1, f"what was rejected is among the dead letters {number} times")
+        verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {some(others)}")
 
-    def _headers(self, event: Outgoing, letter: Letter, times: int, *, exception: bool) -> None:
-        said, check = letter.letter.message.headers, self.verdicts.check
-        what = self.played.expected.get(event.id, {}).get("type", "a malformed one")
-        check(
-            "S4", said.get("content-type") == event.content_type, f"{what}: content-type is {said.get('content-type')}"
-        )
-        for name, value in event.headers:
-            check("S4", said.get(name) == value, f"{what}: the header {name} is not kept")
-        prefix = "ce_" if self._options.type == "kafka" else "ce-"
-        lost = [name for name, _ in event.attributes if prefix + name not in said]
-        check("S4", not lost, f"{what}: the headers of {_some(lost)} are not kept")
-        check("S6", letter.reason, f"{what}: no orthanc-reason")
-        check("S6", letter.attempts == times, f"{what}: {ATTEMPTS} is {letter.attempts}, and not {times}")
-        check(
-            "S6", said.get(CONSUMER) == self._name, f"{what}: {CONSUMER} is {said.get(CONSUMER)}, and not {self._name}"
-        )
-        address = self._address(event)
-        check("S6", said.get(ADDRESS) == address, f"{what}: {ADDRESS} is {said.get(ADDRESS)}, and not {address}")
-        check("S6", said.get(EVENT_ID) == event.id, f"{what}: {EVENT_ID} is {said.get(EVENT_ID)}, and not its id")
-        first, last = seconds_of(letter.first), seconds_of(letter.last)
-        right = first is not None and last is not None and first <= last
-        check(
-            "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, the last {letter.last or 'not'}"
-        )
-        check("S6", not exception or letter.exception, f"{what}: no orthanc-exception, and its handler has failed")
+    @property
+    def _prefix(self) -> str:
+        return "ce_" if self._options.type == "kafka" else "ce-"
 
     def _address(self, event: Outgoing) -> str:
         options = self._options
@@ -311,8 +290,10 @@ class Play:
         await self._all_ended([one.id for one in (*others, *late)], "L2", "of what was left and came meanwhile")
         settled = ended - {one for one, what in self._told.items() if what != "slow"}
         again = {one.id for one in program.begun[before:]} & settled
-        spelt = [self._spelt(one) for one in again]
-        verdicts.check("L2", not again, f"what was settled came again: {_some(spelt)}")
+        # A connection that is lost brings again what was settled just then; that is no fault.
+        verdicts.check("L2", slow.id not in again, "the event came again whose handler was let end")
+        few = len(again) <= len(settled) // 10
+        verdicts.check("L2", few, f"what was settled came again: {some([self._spelt(one) for one in sorted(again)])}")
 
     async def _end(self, rule: str) -> None:
         code = await self.program.end(self._patience)
@@ -341,28 +322,6 @@ class Play:
         verdicts.shown.add("L3")
         await self._all_ended([hang.id, *(one.id for one in others)], "L3", "after kill -9")
         await self._end("L1")
-        later = next(one for one, what in self._told.items() if what == "later")
-        verdicts.check("S3", len(self._begun(later)) == 1, f"a retry in an hour came {len(self._begun(later))} times")
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What an event differs in, field by field. Times are compared as times: SDKs spell them in their own way."""
-    wrong = []
-    for name in dict.fromkeys((*wanted, *found)):
-        one, other = wanted.get(name), found.get(name)
-        same_time = name == "time" and None is not _moment(one) == _moment(other)
-        if one != other and not same_time:
-            wrong.append(f"{name} is {other!r}, and not {one!r}")
-    return wrong
-
-
-def _moment(text: object) -> datetime | None:
-    try:
-        return datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
-
-
-def _some(names: Sequence[str]) -> str:
-    left = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+        later = next(played.sent[one] for one, what in self._told.items() if what == "later")
+        attempts = self._attempts(later)
+        verdicts.check("S3", attempts[-1:] == [1], f"a retry in an hour came as attempts {attempts}")

@@ -10,7 +10,7 @@ import pytest
 
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.conformance.events import Played
-from orthanc_events_bridge.conformance.playing import differences
+from orthanc_events_bridge.conformance.judging import differences, steady
 from orthanc_events_bridge.conformance.rules import RULES, Verdicts
 from orthanc_events_bridge.events.catalog import TYPES
 
@@ -51,6 +51,14 @@ def test_a_time_may_be_spelt_otherwise_and_nothing_else(spelt: str) -> None:
     assert differences(event, {**event, "recordedtime": "2026-01-01T12:00:00.1Z"})
     assert differences(event, {**event, "data": {"a": 2}}) == ["data is {'a': 2}, and not {'a': 1}"]
     assert differences(event, {**event, "more": ""}) == ["more is '', and not None"]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "right"),
+    [([1], True), ([1, 2, 3], True), ([1, 1, 2], True), ([], False), ([2], False), ([1, 3], False), ([1, 2, 1], False)],
+)
+def test_attempts_go_up_by_one_and_one_may_come_twice(attempts: list[int], right: bool) -> None:
+    assert steady(attempts) is right
 
 
 def test_every_type_is_played_in_both_modes_under_ids_of_its_own() -> None:

@@ -1,0 +1,90 @@
+"""Comparing what was seen with what is asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from orthanc_events_bridge.moments import seconds_of
+from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, EVENT_ID
+
+if TYPE_CHECKING:
+    from orthanc_events_bridge.conformance.rules import Verdicts
+    from orthanc_events_bridge.consumers.dead import Letter
+    from orthanc_events_bridge.transports.base import Outgoing
+
+_SHOWN: Final = 3
+
+
+def steady(attempts: Sequence[int]) -> bool:
+    """Whether they begin with 1 and go up by 1: one may come twice, where a connection was lost."""
+    steps = [after - before for before, after in itertools.pairwise([0, *attempts])]
+    return bool(attempts) and attempts[0] == 1 and set(steps) <= {0, 1}
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What an event differs in, field by field. Times are compared as times: SDKs spell them in their own way."""
+    wrong = []
+    for name in dict.fromkeys((*wanted, *found)):
+        one, other = wanted.get(name), found.get(name)
+        same_time = name == "time" and None is not _moment(one) == _moment(other)
+        if one != other and not same_time:
+            wrong.append(f"{name} is {other!r}, and not {one!r}")
+    return wrong
+
+
+def _moment(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+
+
+def some(names: Sequence[str]) -> str:
+    left = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a dead letter has to say.
+
+    :ivar event: as it was sent.
+    :ivar name: of the consumer.
+    :ivar address: under which everybody got it.
+    :ivar prefix: of the headers with attributes.
+    :ivar given: how often it was.
+    :ivar failed: its handler has raised an error.
+    """
+
+    event: Outgoing
+    name: str
+    address: str
+    prefix: str
+    given: int
+    failed: bool
+
+
+def judge(verdicts: Verdicts, letter: Letter, expected: Expected) -> None:
+    """Look at the headers of a dead letter: those of the original, and what is said beside them."""
+    said, event = letter.letter.message.headers, expected.event
+    what = f"{letter.type or 'a malformed one'} {event.id}"
+    kind = said.get("content-type")
+    verdicts.check("S4", kind == event.content_type, f"{what}: content-type is {kind}, and not {event.content_type}")
+    wanted = dict(event.headers) | {expected.prefix + name: value for name, value in event.attributes}
+    lost = [name for name in wanted if name not in said]
+    verdicts.check("S4", not lost, f"{what}: the headers {some(lost)} are not kept")
+    for name, value in ((CONSUMER, expected.name), (ADDRESS, expected.address), (EVENT_ID, event.id)):
+        verdicts.check("S6", said.get(name) == value, f"{what}: {name} is {said.get(name)}, and not {value}")
+    right = letter.attempts == expected.given
+    verdicts.check("S6", right, f"{what}: {ATTEMPTS} is {letter.attempts}, and not {expected.given}")
+    verdicts.check("S6", letter.reason, f"{what}: no orthanc-reason")
+    verdicts.check("S6", not expected.failed or letter.exception, f"{what}: its handler failed: no orthanc-exception")
+    first, last = seconds_of(letter.first), seconds_of(letter.last)
+    right = first is not None and last is not None and first <= last
+    verdicts.check(
+        "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, its last {letter.last or 'not'}"
+    )
