@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, 
 from orthanc_events_bridge.cli_status import table
 from orthanc_events_bridge.cli_workers import needs_pydicom
 from orthanc_events_bridge.errors import GoneError
+from orthanc_events_bridge.moments import iso
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.workflows.dispatch import Dispatcher
@@ -114,13 +114,7 @@ async def _list(dispatcher: Dispatcher, options: argparse.Namespace) -> int:
 
 def _row(one: Workflow) -> list[str]:
     sent = f"{sum(each.sent for each in one.results)} of {len(one.results)}" if one.results else "-"
-    return [one.id, one.state, _ago(one.since), one.rule, one.series, sent, one.reason or "-"]
-
-
-def _ago(moment: float) -> str:
-    from orthanc_events_bridge.values import format_duration
-
-    return f"{format_duration(float(max(0, round(time.time() - moment))))} ago"
+    return [one.id, one.state, iso(one.since * 1000), one.rule, one.series, sent, one.reason or "-"]
 
 
 async def _show(dispatcher: Dispatcher, options: argparse.Namespace) -> int:
