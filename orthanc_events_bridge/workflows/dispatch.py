@@ -27,13 +27,12 @@ from orthanc_events_bridge.errors import BridgeError, GoneError, RefusedError
 from orthanc_events_bridge.events.derived import STEP_ORDERED
 from orthanc_events_bridge.events.mapping import NAMESPACE
 from orthanc_events_bridge.workflows.conditions import Verdict
-from orthanc_events_bridge.workflows.dispatch_settings import DispatchSettings
+from orthanc_events_bridge.workflows.dispatch_settings import DispatchSettings, Rule
 from orthanc_events_bridge.workflows.dispatch_steps import MARK, Steps, told
 from orthanc_events_bridge.workflows.facts import Resource, check_labels, look
 from orthanc_events_bridge.workflows.orders import Inboxes, Origin, order
 from orthanc_events_bridge.workflows.program import Programs
 from orthanc_events_bridge.workflows.pseudonymous import belongs_to, check_secret, without_results
-from orthanc_events_bridge.workflows.rules import Conditional
 from orthanc_events_bridge.workflows.transitions import begun_again, cancelled, given_up, mended
 from orthanc_events_bridge.workflows.workflow import STEPS, Workflow
 
@@ -58,7 +57,7 @@ class Explained:
 
     series: str
     instances: int
-    verdicts: list[tuple[Conditional, Verdict]]
+    verdicts: list[tuple[Rule, Verdict]]
     rule: str | None
     why: str
 

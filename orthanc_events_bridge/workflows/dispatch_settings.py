@@ -21,7 +21,11 @@ from orthanc_events_bridge.workflows.profile import Profile
 from orthanc_events_bridge.workflows.rules import Conditional, named_twice
 
 
-class Anonymize(Secret):
+class Rule(Conditional):
+    """Which series go to the service."""
+
+
+class Pseudonymisation(Secret):
     """How a series is pseudonymised before it leaves."""
 
     project: str = Field(
@@ -74,7 +78,7 @@ class Service(Options):
             yield (), mistake("how it is reached has to be said in one way", "give one of dicomweb, answers")
 
 
-class Results(Options):
+class Delivery(Options):
     """Where results go."""
 
     to: Destination = Field(
@@ -96,12 +100,12 @@ class DispatchSettings(Remembering):
         default="dispatch", description="Of the consumer; its steps are `{name}-send` and so on."
     )
     concurrency: int = Field(default=4, ge=1, le=256, description="How many series one worker looks at, at a time.")
-    rules: tuple[Conditional, ...] = Field(
+    rules: tuple[Rule, ...] = Field(
         min_length=1, description="Which series go to the service: those that any rule fits."
     )
-    anonymize: Anonymize = Field(default_factory=Anonymize, description="How they are pseudonymised.")
+    anonymize: Pseudonymisation = Field(default_factory=Pseudonymisation, description="How they are pseudonymised.")
     service: Service = Field(description="Where they are sent.", examples=[{"dicomweb": "ai"}])
-    results: Results = Field(description="Where their results go.", examples=[{"to": {"modality": "pacs"}}])
+    results: Delivery = Field(description="Where their results go.", examples=[{"to": {"modality": "pacs"}}])
     audit: FileName | None = Field(
         default=None,
         description="A file to which a line of JSON is appended for all that is done: what, where to, when, by which "
