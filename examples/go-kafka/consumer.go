@@ -73,6 +73,16 @@ func handle(e event.Event, attempt int) error {
 	return nil
 }
 
+// A panic is a failure like any other: it must not end the worker again and again.
+func safely(e event.Event, attempt int) (failure error) {
+	defer func() {
+		if recover() != nil {
+			failure = errors.New("a panic")
+		}
+	}()
+	return handle(e, attempt)
+}
+
 func decode(headers map[string]string, body []byte) (e event.Event, err error) {
 	e = event.New()
 	if strings.HasPrefix(headers["content-type"], event.ApplicationCloudEventsJSON) {
@@ -108,7 +118,7 @@ func settle(client *kgo.Client, record *kgo.Record) error {
 	if failure != nil {
 		failure = Reject{"it is no CloudEvent"}
 	} else {
-		failure = handle(e, attempt)
+		failure = safely(e, attempt)
 	}
 	if failure == nil {
 		return nil

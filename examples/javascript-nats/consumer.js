@@ -75,7 +75,7 @@ async function copy(where, message, given, said) {
 
 async function settle(message, held) {
   const given = lowered(message.headers ?? []);
-  const due = Date.parse(given["orthanc-due"] ?? 0) - Date.now();
+  const due = Date.parse(given["orthanc-due"] ?? "1970-01-01") - Date.now();
   if (stopping) return message.nak(); // not begun: it is for others
   if (due > 0) return message.nak(due + 250);
   const before = given["orthanc-consumer"] === CONSUMER ? Number(given["orthanc-attempts"] ?? 0) : 0;
