@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup images demo hello test test-unit test-contract test-containers test-newer test-sid test-matrix test-integration \
-	test-faults test-slow test-mutants test-bare lint format bench docs lock clean
+.PHONY: help setup images demo hello test test-unit test-contract test-containers test-compose test-newer test-sid \
+	test-matrix test-integration test-faults test-slow test-mutants test-bare lint format bench docs lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
@@ -14,7 +14,7 @@ TYPED := $(wildcard orthanc_events_bridge tests tools benchmarks examples)
 CODE := $(TYPED) typings
 # What is asked again of brokers in containers. What is no broker's is no other there.
 CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) -k "not webhook and not memory" \
-	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py \
+	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py tests/integration/test_compose.py \
 	tests/integration/test_orthanc_container.py tests/integration/test_integration_example.py
 # The versions of Orthanc and of the brokers that are asked for in pairs.
 OTHERS := orthanc-1.10 nats-2.10 rabbitmq-3.10
@@ -58,6 +58,11 @@ test-contract: ## what every transport must do, against real brokers
 test-containers: ## contract and faults with brokers in containers (a container engine and images are made first)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	$(CONTAINED)
+
+test-compose: ## the Compose file, with images of our own (PROFILE=rabbitmq|kafka|all: with another broker)
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh kafka docker
+	TEST_SERVERS=containers scripts/docker.sh $(PYTEST) tests/integration/test_compose.py -m "slow or not slow" \
+		-k "[$(or $(PROFILE),nats)]"
 
 test-newer: ## capture, repair and labels with Orthanc 1.12.7 in a container
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker

@@ -9,7 +9,7 @@
 # rabbitmq          RabbitMQ, from Debian
 # kafka             Java and Maven, from Debian; Apache Kafka, from Maven's repository, into .cache
 # postgresql        PostgreSQL and Orthanc's plugin for it, from Debian
-# docker            a container engine, from Debian
+# docker            a container engine and Compose, from Debian
 # faketime          a library that gives a process another clock, from Debian
 #
 # PYTHON            the interpreter for .venv (default: the first of python3, python3.11 … 3.14 that is 3.11 or newer)
@@ -121,6 +121,7 @@ missing_packages() {
     if wanted docker; then
         command -v dockerd >/dev/null || echo docker.io
         command -v debootstrap >/dev/null || echo debootstrap
+        command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || echo docker-compose
     fi
     if wanted faketime; then has_faketime || echo libfaketime; fi
 }

@@ -343,8 +343,8 @@ def router_page(page: str) -> str:
 def schema() -> str:
     """The JSON Schema of the bridge's file."""
     result = {**Settings.model_json_schema(), "title": "orthanc-events-bridge"}
-    transports = result["properties"]["transports"]["items"]["oneOf"]
-    return finished(result, "Configuration of orthanc-events-bridge.", transports)
+    block = next(variant for variant in result["properties"]["transports"]["items"]["anyOf"] if "oneOf" in variant)
+    return finished(result, "Configuration of orthanc-events-bridge.", block["oneOf"])
 
 
 def finished(result: dict[str, Any], description: str, transports: list[dict[str, Any]]) -> str:

@@ -2,8 +2,8 @@
 """Puts Orthanc's configuration together as orthancteam's images do, and becomes Orthanc.
 
 First come the files of /etc/orthanc, in the order of their names, then the variables that begin with ``ORTHANC__``:
-``ORTHANC__DICOM_WEB__ENABLE=true`` is ``{"DicomWeb": {"Enable": true}}``. A value is JSON if it can be read as that, else
-text. ``ORTHANC_PASSWORD`` is the password of a user ``orthanc``. The program's argument is the file that is written.
+``ORTHANC__DICOM_WEB__ENABLE=true`` is ``{"DicomWeb": {"Enable": true}}``. A value is JSON if it can be read as that,
+else text. ``ORTHANC_PASSWORD`` is the password of a user ``orthanc``. The program's argument is the file to write.
 """
 
 import json

@@ -55,21 +55,25 @@ def leftovers() -> list[int]:
 
 
 def remove_containers(run: str) -> None:
-    """Remove a run's containers with all that they have, and its network, if Docker's command line is there."""
-    ours = ["--quiet", "--no-trunc", "--filter", f"label={LABEL}={run}"]
-    for listing, removal in (
-        (["docker", "ps", "--all", *ours], ["docker", "rm", "--force", "--volumes"]),
-        (["docker", "network", "ls", *ours], ["docker", "network", "rm"]),
-    ):
-        quiet = 0
-        while quiet < 2:  # the engine may just have been making one
-            try:
-                found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-                if found:
-                    subprocess.run([*removal, *found], capture_output=True, timeout=60)
-            except (OSError, subprocess.SubprocessError):
-                return
-            quiet = 0 if found else quiet + 1
+    """Remove the containers of a run with all that they have, then its networks and volumes, as far as Docker's command
+    line is there.
+    """
+    ours = ["--quiet", "--filter", f"label={LABEL}={run}"]
+    quiet = 0
+    while quiet < 2:  # the engine may just have been making one
+        listing = ["docker", "ps", "--all", "--no-trunc", *ours]
+        try:
+            found = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+            if found:
+                subprocess.run(["docker", "rm", "--force", "--volumes", *found], capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            return
+        quiet = 0 if found else quiet + 1
+    for kind in ("network", "volume"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            listed = subprocess.run(["docker", kind, "ls", *ours], capture_output=True, text=True, timeout=60)
+            if found := listed.stdout.split():
+                subprocess.run(["docker", kind, "rm", *found], capture_output=True, timeout=60)
 
 
 def _guard_main(run: str, lines: IO[str]) -> None:

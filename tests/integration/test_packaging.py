@@ -17,16 +17,8 @@ from orthanc_events_bridge.cli_init import shim_text
 ROOT = Path(__file__).parents[2]
 
 
-def service(name: str) -> dict[str, Any]:
-    compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
-    found: dict[str, Any] = compose["services"][name]
-    return found
-
-
-def mounts(of: str) -> dict[str, str]:
-    """Where the container has which file or folder of the tree."""
-    bound = (str(volume).split(":") for volume in service(of)["volumes"])
-    return {inside: outside for outside, inside, *_ in bound if outside.startswith("./")}
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
 @pytest.mark.parametrize("name", ["build", "bridge", "dev"])
@@ -44,44 +36,65 @@ def test_the_build_backend_is_the_locked_one() -> None:
     assert f"\n{backend} " in (ROOT / "requirements" / "build.txt").read_text("utf-8")
 
 
-def test_what_the_container_mounts_is_there() -> None:
-    assert mounts("orthanc")
-    assert not [outside for outside in mounts("orthanc").values() if not (ROOT / outside).is_file()]
+def test_what_containers_mount_and_read_is_there() -> None:
+    mounted = [str(volume).split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())]
+    files = [outside for outside in mounted if outside.startswith("./")]
+    assert len(files) > 5
+    assert not [outside for outside in files if not (ROOT / outside).is_file()]
+    assert {outside for outside in mounted if not outside.startswith("./")} == set(COMPOSE["volumes"])
+    profiles = {profile for service in SERVICES.values() for profile in service.get("profiles", ())} - {"demo"}
+    assert profiles == {path.stem for path in (ROOT / "config" / "compose").glob("*.env")}
 
 
-def test_the_container_runs_the_script_that_init_writes() -> None:
-    orthanc = json.loads((ROOT / "config" / "orthanc.json").read_text("utf-8"))
-    script = mounts("orthanc")[orthanc["PythonScript"]]
-    config = next(inside for inside, outside in mounts("orthanc").items() if outside.endswith("orthanc-events.yaml"))
+def test_the_image_runs_the_script_that_init_writes() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text("utf-8")
-    assert (ROOT / script).read_text("utf-8") == shim_text(
-        "/opt/orthanc-events/bin/python", "/opt/orthanc-events/package", config
-    )
-    for name in ("/opt/orthanc-events/bin/python", "/opt/orthanc-events/package", config):
-        assert name in dockerfile
+    config = "/etc/orthanc-events/orthanc-events.yaml"
+    home = "/opt/orthanc-events"
+    script = (ROOT / "config" / "orthanc_events.py").read_text("utf-8")
+    assert script == shim_text(f"{home}/bin/python", f"{home}/package", config)
+    assert f"ORTHANC_EVENTS_CONFIG={config} " in dockerfile
+    assert f"ORTHANC__PYTHON_SCRIPT={home}/shim/orthanc_events.py " in dockerfile
+    environment = (ROOT / "docker" / "environment.sh").read_text("utf-8")
+    assert all(name in environment for name in (f"home={home}\n", '"$home/package"', '"$home/shim" config/'))
 
 
-def test_the_outbox_of_the_container_is_on_a_volume() -> None:
+def test_outbox_and_index_of_containers_are_on_volumes() -> None:
     orthanc = json.loads((ROOT / "config" / "orthanc.json").read_text("utf-8"))
-    inside = [str(volume).split(":")[1] for volume in service("orthanc")["volumes"]]
-    assert {
-        orthanc["OrthancEvents"]["Outbox"],
-        orthanc["IndexDirectory"],
-        orthanc["StorageDirectory"],
-    } <= set(inside)
+    inside = [str(volume).split(":")[1] for volume in SERVICES["orthanc"]["volumes"]]
+    outbox = re.search(r"ORTHANC_EVENTS_OUTBOX=(\S+)", (ROOT / "docker" / "Dockerfile").read_text("utf-8"))
+    assert outbox
+    assert {outbox[1], orthanc["IndexDirectory"], orthanc["StorageDirectory"]} <= set(inside)
 
 
-def test_images_are_pinned_and_ports_are_open_to_this_machine_only() -> None:
-    assert re.search(
-        r"^ARG ORTHANC=\S+:\d+(\.\d+)+$", (ROOT / "docker" / "Dockerfile").read_text("utf-8"), re.MULTILINE
-    )
-    assert re.fullmatch(r"nats:\d+\.\d+\.\d+(-\w+)?", service("nats")["image"])
-    ports = [str(port) for name in ("orthanc", "nats") for port in service(name)["ports"]]
-    assert ports
-    assert all(port.startswith("127.0.0.1:") for port in ports)
+def test_images_are_pinned_and_can_be_replaced_and_ports_are_open_to_this_machine_only() -> None:
+    for folder in ("", "consumers/"):
+        text = (ROOT / "docker" / f"{folder}Dockerfile").read_text("utf-8")
+        assert re.search(r"^ARG (ORTHANC|PYTHON)=\S+:\d+(\.\d+)+(-[\w-]+)?$", text, re.MULTILINE)
+    for name, service in SERVICES.items():
+        variable = re.fullmatch(r"\$\{([A-Z_]+_IMAGE):-(\S+)\}", service["image"])
+        assert variable, name
+        assert "build" in service or re.fullmatch(r"\S+:\d+\.\d+\.\d+(-\w+)?", variable[2]), name
+    ports = [str(port) for service in SERVICES.values() for port in service.get("ports", ())]
+    assert len(ports) > 5
+    assert all(port.startswith("127.0.0.1:${") for port in ports)
+
+
+def test_bases_are_the_same_in_compose_file_and_dockerfiles() -> None:
+    for service in SERVICES.values():
+        if "build" in service:
+            text = (ROOT / service["build"]["dockerfile"]).read_text("utf-8")
+            for name, value in service["build"]["args"].items():
+                assert f"ARG {name}={value.partition(':-')[2].rstrip('}')}\n" in text
+
+
+def test_what_an_image_is_built_from_is_sent_to_the_engine() -> None:
+    sent = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    for file in ("docker/Dockerfile", "docker/consumers/Dockerfile", "docker/environment.sh"):
+        for name in re.findall(r"\b((?:docker|requirements|config)/[\w.-]+\.\w+)", (ROOT / file).read_text("utf-8")):
+            assert f"!{name}" in sent, name
 
 
 def test_the_scripts_are_executable() -> None:
-    scripts = [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]
+    scripts = [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh"), *(ROOT / "docker").glob("*.sh")]
     assert len(scripts) > 1
     assert not [script for script in scripts if not os.access(script, os.X_OK)]

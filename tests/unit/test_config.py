@@ -18,8 +18,10 @@ from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.errors import BridgeError, TransportConfigurationError
 from orthanc_events_bridge.events.catalog import TYPES
 from orthanc_events_bridge.mistakes import options_class
+from orthanc_events_bridge.transports.kafka_options import KafkaOptions
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import MemoryOptions, TransportOptions
+from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.values import Duration, EventFilter, Size, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -131,6 +133,19 @@ class TestSmallest:
         )
         assert [transport.name for transport in found.transports] == ["nats", "research", "memory"]
         assert isinstance(found.transports[2], MemoryOptions)
+
+    def test_a_url_in_place_of_a_transport(self) -> None:
+        found = settings(f"{SMALLEST}  - amqp://a:5672,b\n  - ${{KAFKA}}\n", KAFKA="kafka://c:9092").transports
+        assert [transport.type for transport in found] == ["nats", "rabbitmq", "kafka"]
+        assert isinstance(found[1], RabbitOptions)
+        assert found[1].servers == ("amqp://a:5672", "amqp://b")
+        assert isinstance(found[2], KafkaOptions)
+        assert found[2].servers == ("c:9092",)
+
+    def test_two_of_a_kind_need_names_as_urls_too(self) -> None:
+        found = problem(f"{SMALLEST}  - nats://other:4222\n")
+        assert (found.line, found.option) == (5, "transports[1]")
+        assert "(line 3)" in found.wrong
 
     def test_an_anchor_can_be_merged(self) -> None:
         found = settings(
@@ -393,7 +408,9 @@ class TestOptions:
             ("type: [nats]", ".type", "has to be text", "nats, rabbitmq, kafka, webhook, memory"),
             ("name: x", ".type", "is required", "nats, rabbitmq, kafka, webhook, memory"),
             ("type:", ".type", "is required", "nats, rabbitmq, kafka, webhook, memory"),
-            ("nats", "", "a block of options is expected, and text was found", "indented"),
+            ("nats", "", "is no URL of a broker", "nats://HOST:4222"),
+            ("http://nats:4222", "", "is no URL of a broker", "webhook"),
+            ("amqp://u:p@rabbit", ".servers[0]", "holds credentials", "password_file"),
             ("", "", "a block of options is expected, and nothing was found", "indented"),
             ("[]", "", "a block of options is expected, and a list was found", "indented"),
         ],
