@@ -197,7 +197,9 @@ def test_workers_of_one_name_share_the_events_also_when_one_ends(
     keys = [f"key {number}" for number in range(10)]
     with contextlib.ExitStack() as stack:
         first, second = (
-            stack.enter_context(Consumer(command, tmp_path / name, BROKER_URL=url, CONSUMER=f"shared-{language}"))
+            stack.enter_context(
+                Consumer(command, tmp_path / name, BROKER_URL=url, CONSUMER=f"shared-{language}", ACK_WAIT="10")
+            )
             for name in ("first", "second")
         )
         asyncio.run(publish(url, played.of_keys(keys, 15)))
