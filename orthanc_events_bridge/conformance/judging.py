@@ -20,9 +20,9 @@ _SHOWN: Final = 3
 
 
 def steady(attempts: Sequence[int]) -> bool:
-    """Whether they begin with 1 and go up by 1: one may come twice, where a connection was lost."""
-    steps = [after - before for before, after in itertools.pairwise([0, *attempts])]
-    return bool(attempts) and attempts[0] == 1 and set(steps) <= {0, 1}
+    """Whether none is left out on the way up from 1. Where a connection was lost, some come again: beside what waits."""
+    highest = itertools.accumulate([0, *attempts], max)
+    return bool(attempts) and all(1 <= one <= before + 1 for one, before in zip(attempts, highest, strict=False))
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

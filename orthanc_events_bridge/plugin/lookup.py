@@ -35,10 +35,10 @@ _JOB_CONTENT: Final = {
     "LocalAet": "localAet",
     "RemoteAet": "remoteAet",
     "TargetAet": "targetAet",
-    "InstancesCount": "instances",
-    "FailedInstancesCount": "failedInstances",
     "ParentResources": "parentResources",
 }
+#: Numbers, which Orthanc's own jobs spell as such, and those of the DICOMweb plugin as text.
+_JOB_COUNTS: Final = {"InstancesCount": "instances", "FailedInstancesCount": "failedInstances"}
 
 
 class Lookup:
@@ -277,11 +277,13 @@ class Lookup:
 
 
 def job_snapshot(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``/jobs/{id}`` an event may say; see `_JOB_FIELDS` and `_JOB_CONTENT`."""
+    """What of ``/jobs/{id}`` an event may say; see `_JOB_FIELDS`, `_JOB_CONTENT` and `_JOB_COUNTS`."""
     snapshot = {name: answer[field] for field, name in _JOB_FIELDS.items() if field in answer}
     content = answer.get("Content")
     if isinstance(content, Mapping):
         snapshot.update((name, content[field]) for field, name in _JOB_CONTENT.items() if field in content)
+        counts = {name: str(content.get(field)) for field, name in _JOB_COUNTS.items()}
+        snapshot.update((name, int(count)) for name, count in counts.items() if count.isdecimal())
         peer = content.get("Peer")
         # Orthanc spells a peer as a list whose first item is the URL, or, with options, as an object.
         url = peer.get("Url") if isinstance(peer, Mapping) else peer[0] if isinstance(peer, list) and peer else peer
