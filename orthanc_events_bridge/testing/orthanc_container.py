@@ -37,10 +37,14 @@ _INTERPRETERS: Final = ("/opt/bridge/bin/python", "/opt/orthanc-events/bin/pytho
 _PLUGIN: Final = "libOrthancPython.so"
 
 
+#: What an image may say for whoever starts it without a configuration of their own, as ``docker/Dockerfile`` does.
+_SAID: Final = ("ORTHANC_EVENTS_CONFIG", "ORTHANC_EVENTS_OUTBOX", "ORTHANC_EVENTS_PYTHON")
+
 _START: Final = f"""\
 #!/bin/sh
 # Orthanc finds its Python plugin under one name, wherever the image has it.
 here=$(dirname "$0")
+unset NOT_SAID
 for folder in {" ".join(PLUGIN_FOLDERS)}; do
     if [ -f "$folder/{_PLUGIN}" ]; then
         ln -sfn "$folder/{_PLUGIN}" "$here/{_PLUGIN}"
@@ -100,10 +104,11 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         script = options.get("user_script")
         self._scripts = {Path(script).parent: "rw"} if script else {}
         options.setdefault("config", orthanc)
+        not_said = [name for name in _SAID if name not in (options.get("environment") or {})]
         super().__init__(
             folder,
             python=str(_program(folder / "python-in-the-image", _BRIDGE)),
-            binary=_program(folder / "start-in-the-image", _START),
+            binary=_program(folder / "start-in-the-image", _START.replace("NOT_SAID", " ".join(not_said))),
             plugins=[folder / _PLUGIN],
             stable_age=stable_age,
             **options,
