@@ -29,7 +29,7 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
 
 from orthanc_events_bridge.testing.guard import LABEL, RUN, guard
-from orthanc_events_bridge.testing.images import OFFICIAL, VERSIONS, own_image
+from orthanc_events_bridge.testing.images import OFFICIAL, OURS, VERSIONS, own_image
 from orthanc_events_bridge.testing.programs import MissingComponentError
 
 testcontainers_config.ryuk_disabled = True
@@ -172,12 +172,13 @@ def find_image(kind: str, wanted: str | None = None) -> str:
     find_engine()
     variable = f"ORTHANC_EVENTS_IMAGE_{kind.upper()}"
     wanted = wanted or os.environ.get(variable) or kind
-    own = own_image(wanted) if wanted in OFFICIAL or wanted in VERSIONS else wanted
+    built_only = wanted in VERSIONS or wanted in OURS
+    own = own_image(wanted) if wanted in OFFICIAL or built_only else wanted
     prefix = testcontainers_config.hub_image_name_prefix
     with engine_client() as client:
         if own is not None and _is_there(client, own):
             return own
-        if wanted in VERSIONS:
+        if built_only:
             raise MissingComponentError(f"there is no image {wanted}: build it ({_BUILD} {wanted})")
         name = prefix + OFFICIAL.get(wanted, wanted)
         if not _is_there(client, name):

@@ -35,12 +35,14 @@ _PACKAGE: Final = Path(orthanc_events_bridge.__file__).parent
 #: Where images have the bridge's Python: ours for tests (``docker/orthanc/Dockerfile``), and ``docker/Dockerfile``.
 _INTERPRETERS: Final = ("/opt/bridge/bin/python", "/opt/orthanc-events/bin/python")
 _PLUGIN: Final = "libOrthancPython.so"
-
+#: What an image may say for whoever starts it without a configuration of their own, as ``docker/Dockerfile`` does.
+_SAID: Final = ("ORTHANC_EVENTS_CONFIG", "ORTHANC_EVENTS_OUTBOX", "ORTHANC_EVENTS_PYTHON")
 
 _START: Final = f"""\
 #!/bin/sh
 # Orthanc finds its Python plugin under one name, wherever the image has it.
 here=$(dirname "$0")
+unset NOT_SAID
 for folder in {" ".join(PLUGIN_FOLDERS)}; do
     if [ -f "$folder/{_PLUGIN}" ]; then
         ln -sfn "$folder/{_PLUGIN}" "$here/{_PLUGIN}"
@@ -72,7 +74,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
 
     :param broker: to which the bridge sends, running already: a container of `testing.containers`; its URL as consumers
         have it; or a transport's options, as in the bridge's file.
-    :param settings: more of the bridge's file: ``{"events": {"tags": ["Modality"]}}``.
+    :param settings: more of the bridge's file: ``{"data": {"tags": ["StudyInstanceUID"]}}``.
     :param orthanc: options of Orthanc's configuration, over those set here.
     :param stable_age: after how many seconds without news a resource is stable.
     :param image: another one than ``ORTHANC_EVENTS_IMAGE_ORTHANC`` or the default.
@@ -99,17 +101,19 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         folder.mkdir(parents=True, exist_ok=True)
         script = options.get("user_script")
         self._scripts = {Path(script).parent: "rw"} if script else {}
-        options.setdefault("config", orthanc)
+        config = dict(options.pop("config", None) or orthanc or {})
+        not_said = [name for name in _SAID if name not in (options.get("environment") or {})]
         super().__init__(
             folder,
             python=str(_program(folder / "python-in-the-image", _BRIDGE)),
-            binary=_program(folder / "start-in-the-image", _START),
+            binary=_program(folder / "start-in-the-image", _START.replace("NOT_SAID", " ".join(not_said))),
             plugins=[folder / _PLUGIN],
             stable_age=stable_age,
+            config=config,
             **options,
         )
         if self.published:  # requests from this machine come from the engine's proxy
-            self.config |= {"RemoteAccessAllowed": True, "DicomCheckModalityHost": False} | dict(orthanc or {})
+            self.config |= {"RemoteAccessAllowed": True, "DicomCheckModalityHost": False} | config
         #: The broker as this machine reaches it, to read what the bridge has sent; none without a broker.
         self.broker: Mapping[str, Any] | str | None = None
         if broker is not None:

@@ -25,6 +25,7 @@ from orthanc_events_bridge.bridge.config import parse
 from orthanc_events_bridge.bridge.settings import Settings
 from orthanc_events_bridge.cli import _parser
 from orthanc_events_bridge.testing import dicom
+from orthanc_events_bridge.testing.images import OFFICIAL
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.values import Options
 from tests.integration.whole import started
@@ -359,3 +360,9 @@ def test_the_table_of_versions_is_what_the_last_recorded_run_says() -> None:
     assert len(cells) >= 10
     assert matrix_table.PLACE.search(readme)
     assert matrix_table.with_table(readme, cells) == readme
+
+
+def test_the_images_of_containers_are_those_that_are_named() -> None:
+    testing = text_of(ROOT / "docs" / "testing.md")
+    assert not [image for kind, image in OFFICIAL.items() if kind != "webhook" and f"`{image}`" not in testing]
+    assert f"ARG ORTHANC={OFFICIAL['orthanc']}\n" in text_of(ROOT / "docker" / "Dockerfile")
