@@ -20,7 +20,7 @@ _SHOWN: Final = 3
 
 
 def steady(attempts: Sequence[int]) -> bool:
-    """Whether none is left out on the way up from 1. Where a connection was lost, some come again: beside what waits."""
+    """Whether none is left out on the way up from 1. Some come again where a connection was lost."""
     highest = itertools.accumulate([0, *attempts], max)
     return bool(attempts) and all(1 <= one <= before + 1 for one, before in zip(attempts, highest, strict=False))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+from orthanc_events_bridge.transports.base import Escaped
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming
@@ -30,6 +33,8 @@ def event_of(message: Incoming) -> dict[str, Any] | None:
     if "specversion" not in attributes:
         return _from_json(message.body)
     content_type = message.headers.get("content-type", "")
+    if isinstance(message, Escaped):
+        attributes = {name: unquote(value) for name, value in attributes.items()}
     event = {**attributes, **({"datacontenttype": content_type} if content_type else {})}
     if not message.body:
         return event

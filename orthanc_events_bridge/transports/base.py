@@ -139,6 +139,11 @@ class Incoming:
 
 
 @dataclass(frozen=True, slots=True)
+class Escaped(Incoming):
+    """One whose attributes, where they are headers, are percent-encoded: as NATS' and HTTP's bindings want it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a transport can do, frozen. The contract suite keeps a table of its own of what each must have."""
 

@@ -11,7 +11,7 @@ import nats.js.errors
 from nats.js.api import RawStreamMsg
 
 from orthanc_events_bridge.errors import NotConnectedError, TransportConfigurationError
-from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Incoming
+from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters, Escaped
 from orthanc_events_bridge.transports.headers import ADDRESS
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
@@ -47,7 +47,7 @@ class NatsDeadLetters(DeadLetters):
                 return
             headers = {name.lower(): str(value) for name, value in (message.headers or {}).items()}
             address = headers.get(ADDRESS) or self._subject
-            incoming = Incoming(address, message.data or b"", headers, str(message.seq))
+            incoming = Escaped(address, message.data or b"", headers, str(message.seq))
             yield DeadLetter(incoming, message.seq)
             number = message.seq + 1
 

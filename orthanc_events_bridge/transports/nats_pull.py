@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo
 
-from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.base import Escaped, Incoming
 from orthanc_events_bridge.transports.headers import ADDRESS
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def received(message: Msg) -> tuple[Incoming, int]:
     headers = {name.lower(): value for name, value in (message.headers or {}).items()}
     tokens = _tokens(message.reply)
     address = headers.get(ADDRESS) or message.subject
-    return Incoming(address, message.data, headers, tokens[1]), int(tokens[0])
+    return Escaped(address, message.data, headers, tokens[1]), int(tokens[0])
 
 
 def key_of(reply: str) -> str:

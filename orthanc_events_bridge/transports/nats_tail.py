@@ -13,7 +13,7 @@ from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from orthanc_events_bridge.errors import TransportError
-from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.base import Escaped, Incoming
 from orthanc_events_bridge.transports.nats_connection import Connection
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 
@@ -52,7 +52,7 @@ async def tail(connected: Callable[[], Connection], options: NatsOptions, *, old
             else:
                 asked -= 1
                 position = str(message.metadata.sequence.stream) if oldest else ""
-                yield Incoming(message.subject, message.data, headers, position)
+                yield Escaped(message.subject, message.data, headers, position)
     except nats.errors.Error as error:
         raise connection.lost(error) from error
     finally:

@@ -55,9 +55,17 @@ def test_a_time_may_be_spelt_otherwise_and_nothing_else(spelt: str) -> None:
 
 @pytest.mark.parametrize(
     ("attempts", "right"),
-    [([1], True), ([1, 2, 3], True), ([1, 1, 2], True), ([], False), ([2], False), ([1, 3], False), ([1, 2, 1], False)],
+    [
+        ([1], True),
+        ([1, 2, 3], True),
+        ([1, 1, 2, 1, 2, 3], True),
+        ([], False),
+        ([2], False),
+        ([1, 3], False),
+        ([0], False),
+    ],
 )
-def test_attempts_go_up_by_one_and_one_may_come_twice(attempts: list[int], right: bool) -> None:
+def test_attempts_go_up_by_one_and_some_may_come_again(attempts: list[int], right: bool) -> None:
     assert steady(attempts) is right
 
 

@@ -452,3 +452,11 @@ def test_what_is_gone_or_alone_is_asked_for_itself() -> None:
     made.foresee([Fact("NewInstance", "instance", one, 0) for one in ("i1", "i2")])
     made.foresee([Fact("NewInstance", "instance", one, 0, parents={}) for one in ("i1", "i2", "i9")])
     assert "/instances/i2" not in orthanc.asked
+
+
+def test_counts_are_numbers_as_the_dicomweb_plugin_spells_them() -> None:
+    content = {"InstancesCount": "4", "FailedInstancesCount": "many"}
+    assert job_snapshot({"Type": "DicomWebStowClient", "Content": content}) == {
+        "type": "DicomWebStowClient",
+        "instances": 4,
+    }
