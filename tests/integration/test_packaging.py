@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,49 @@ def test_what_an_image_is_built_from_is_sent_to_the_engine() -> None:
     for file in ("docker/Dockerfile", "docker/consumers/Dockerfile", "docker/environment.sh"):
         for name in re.findall(r"\b((?:docker|requirements|config)/[\w.-]+\.\w+)", (ROOT / file).read_text("utf-8")):
             assert f"!{name}" in sent, name
+
+
+def test_our_orthanc_reads_variables_as_orthancs_own_images_do(tmp_path: Path) -> None:
+    (tmp_path / "Orthanc").write_text('#!/bin/sh\ncat "$1"\n', "utf-8")
+    (tmp_path / "Orthanc").chmod(0o755)
+    variables = {
+        "ORTHANC__NAME": "Ward 7",
+        "ORTHANC__STABLE_AGE": "10",
+        "ORTHANC__DICOM_WEB__ENABLE": "false",
+        "ORTHANC__DICOM_MODALITIES": '{"pacs": ["PACS", "pacs", 104]}',
+        "ORTHANC_PASSWORD": "hunter2",
+        "ORTHANC_EVENTS_SITE": "not for Orthanc",
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / "docker" / "orthanc" / "docker-entrypoint.py", tmp_path / "orthanc.json"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert (found["Name"], found["StableAge"], found["DicomWeb"]["Enable"]) == ("Ward 7", 10, False)
+    assert found["DicomModalities"]["pacs"] == ["PACS", "pacs", 104]
+    assert found["RegisteredUsers"]["orthanc"] == "${ORTHANC_PASSWORD}"  # Orthanc puts it in; the file has no secret
+    assert "hunter2" not in done.stdout
+    assert "not for Orthanc" not in done.stdout
+
+
+def test_what_an_installation_has_of_its_own_is_made_once(tmp_path: Path) -> None:
+    def start(folder: Path, **variables: str) -> dict[str, str]:
+        folder.mkdir(exist_ok=True)
+        environment = {"PATH": os.environ["PATH"], **variables}
+        subprocess.run([ROOT / "docker" / "first-start.sh", folder], env=environment, check=True)
+        assert not [path for path in folder.iterdir() if path.stat().st_mode & 0o007]
+        return {path.name: path.read_text("utf-8").strip() for path in folder.iterdir()}
+
+    first = start(tmp_path / "a")
+    assert set(first) == {"orthanc-password", "source", "research.secret"}
+    assert start(tmp_path / "a") == first
+    other = start(tmp_path / "b")
+    assert not [name for name in first if other[name] == first[name]]
+    given = start(tmp_path / "a", ORTHANC_PASSWORD="hunter2", ORTHANC_EVENTS_SOURCE="urn:too:late")
+    assert given == first | {"orthanc-password": "hunter2"}
 
 
 def test_the_scripts_are_executable() -> None:
