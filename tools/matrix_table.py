@@ -76,6 +76,7 @@ def main() -> int:
     except (OSError, ValueError, ElementTree.ParseError) as error:
         print(f"{' '.join(sys.argv[1:])}: {error}", file=sys.stderr)
         return 1
+    found.sort(key=lambda one: (_by_number(one["orthanc"]), _BROKERS.index(one["broker"]), _by_number(one["version"])))
     RESULT.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     README.write_text(with_table(README.read_text("utf-8"), found), "utf-8")
     print(table(found), end="")
