@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orthanc_events_bridge.testing.brokers import Broker
+from orthanc_events_bridge.testing.brokers import Broker, contract
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer
 from tests.contract.harness import aside
 from tests.contract.kafka_tools import read_topic
@@ -31,7 +31,9 @@ class Raw:
 
     @property
     def event(self) -> dict[str, Any]:
+        """The CloudEvent, which is as its schema says."""
         document: dict[str, Any] = json.loads(self.body)
+        assert contract.fault(document) == ""
         return document
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import nats
 from nats.aio.msg import Msg
 
-from orthanc_events_bridge.testing.brokers import make_broker
+from orthanc_events_bridge.testing.brokers import contract, make_broker
 from orthanc_events_bridge.testing.guard import scratch_folder
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.programs import MissingComponentError, require, skip_or_fail
@@ -68,8 +68,9 @@ class Message:
 
     @property
     def event(self) -> dict[str, Any]:
-        """The CloudEvent."""
+        """The CloudEvent, which is as its schema says."""
         document: dict[str, Any] = json.loads(self.body)
+        assert contract.fault(document) == ""
         return document
 
     @property
