@@ -113,7 +113,7 @@ def check_keys(events: dict[str, Event], studies: list[dicom.Study]) -> None:
 
 
 def test_it_goes_on_when_orthanc_is_killed_and_what_is_new_is_not_held_up(tmp_path: Path) -> None:
-    studies = [dicom.make_study(series=1, instances=1) for _ in range(120)]
+    studies = [dicom.make_study(series=1, instances=1) for _ in range(60)]
     with before(tmp_path, studies, questions=2) as line:
         line.settle()
         command = Command(line.folder.path, line.config)

@@ -23,7 +23,7 @@ from tests.contract.rabbitmq_tools import rabbit_server, rabbit_transport
 
 pytestmark = pytest.mark.integration
 
-COUNTS = {"nats": 10_000, "rabbitmq": 4_000, "kafka": 4_000}
+COUNTS = {"nats": 5_000, "rabbitmq": 2_000, "kafka": 2_000}
 #: What is shown, moved or removed in one go, and as much again that is just being read.
 FEW = 250
 

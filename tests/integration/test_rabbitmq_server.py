@@ -12,6 +12,7 @@ import aiormq
 import aiormq.abc
 import pytest
 
+from orthanc_events_bridge.events.samples import message
 from orthanc_events_bridge.testing.brokers.rabbitmq import EXCHANGE, HISTORY, RabbitBroker, RabbitServer
 from orthanc_events_bridge.testing.guard import marked_processes
 from orthanc_events_bridge.testing.processes import ServerError, free_port, wait_until
@@ -126,23 +127,19 @@ def test_one_that_ended_by_itself_is_noticed(rabbit: RabbitServer) -> None:
 
 def test_the_history_is_read_back_and_counted(rabbit: RabbitServer) -> None:
     broker = RabbitBroker(rabbit)
-    body = (
-        b'{"specversion": "1.0", "type": "io.orthanc-events.study.created.v1", "id": "%d", "source": "urn:x",'
-        b' "subject": "studies/a", "time": "t", "recorder": "r", "sequence": "00000000000000000001",'
-        b' "partitionkey": "a", "data": {"change": "NewStudy", "level": "study", "id": "a"}}'
-    )
+    sent = [message("study.created", number=number + 1) for number in range(300)]
 
     async def publish(channel: aiormq.abc.AbstractChannel) -> None:
         await channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True)
         await channel.queue_declare(HISTORY, durable=True, arguments={"x-queue-type": "stream"})
         await channel.queue_bind(HISTORY, EXCHANGE, "#")
-        for number in range(300):
-            await channel.basic_publish(body % number, exchange=EXCHANGE, routing_key="main.study.created.07")
+        for one in sent:
+            await channel.basic_publish(one.body, exchange=EXCHANGE, routing_key="main.study.created.07")
 
     assert broker.stored() == 0  # there is no such place
     broker.administrate(publish)
     found = broker.read()
-    assert [event.id for event in found] == [str(number) for number in range(300)]
+    assert [event.id for event in found] == [one.id for one in sent]
     assert [event.position for event in found] == list(range(1, 301))
     assert {event.address for event in found} == {"main.study.created.07"}
     assert broker.stored() == 300
