@@ -227,11 +227,13 @@ CASES: list[Any] = [
     ),
     pytest.param("webhook", ["confirm"], refuse_for_a_while, "lost", id="confirm-webhook", marks=pytest.mark.slow),
     pytest.param("nats", ["replay"], kill_the_broker, "lost", id="replay"),
-    pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting"),
+    pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting", marks=pytest.mark.slow),
     pytest.param("nats", ["log"], store_unseen, "lost", id="log"),
     pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
     pytest.param("nats", ["stable"], end_within_stable_age, "lost", id="stable"),
-    pytest.param("nats", ["doubt", "late"], delete_with_callbacks_held_up, "repeated", id="doubt"),
+    pytest.param(
+        "nats", ["doubt", "late"], delete_with_callbacks_held_up, "repeated", id="doubt", marks=pytest.mark.slow
+    ),
     pytest.param(
         "nats", ["continuity"], put_an_older_database_back, "unrecoverable", id="continuity", marks=pytest.mark.slow
     ),
@@ -241,15 +243,17 @@ CASES: list[Any] = [
     pytest.param(
         "nats", ["other-logs"], put_an_older_database_back, "unrecoverable", id="other-logs", marks=pytest.mark.slow
     ),
-    pytest.param("nats", ["published"], cut_behind_a_second_life, "out_of_order", id="published"),
+    pytest.param(
+        "nats", ["published"], cut_behind_a_second_life, "out_of_order", id="published", marks=pytest.mark.slow
+    ),
     # An outbox that is older than what was delivered of it is told from the one before, too: either is enough here.
     pytest.param("nats", ["jump", "renew"], cut_the_power_often, "unexpected lost", id="jump", marks=pytest.mark.slow),
     pytest.param("nats", ["outbox-lock"], record_twice, "unexpected lost", id="outbox-lock", marks=pytest.mark.slow),
     pytest.param("nats", ["look"], remove_the_outbox, "lost", id="look", marks=pytest.mark.slow),
-    pytest.param("nats", ["salvage"], remove_the_outbox, "lost", id="salvage"),
+    pytest.param("nats", ["salvage"], remove_the_outbox, "lost", id="salvage", marks=pytest.mark.slow),
     pytest.param("nats", ["renew"], put_an_older_copy_back, "unexpected lost", id="renew", marks=pytest.mark.slow),
     pytest.param("nats", ["rebirth"], store_again_unseen, "unrecoverable", id="rebirth", marks=pytest.mark.slow),
-    pytest.param("nats", ["announced"], backfill_while_receiving, "repeated", id="announced"),
+    pytest.param("nats", ["announced"], backfill_while_receiving, "repeated", id="announced", marks=pytest.mark.slow),
     pytest.param("nats", ["dedupe"], freeze_the_broker, "duplicated", id="dedupe", marks=pytest.mark.slow),
     pytest.param(
         "kafka", ["idempotence"], freeze_the_broker, "duplicated out_of_order", id="idempotence", marks=pytest.mark.slow

@@ -24,7 +24,8 @@ from tests.integration.whole import started
 
 pytestmark = pytest.mark.integration
 
-RESETS = 20
+#: In CI, and in the long form.
+RESETS = [8, pytest.param(20, marks=pytest.mark.slow)]
 _together = threading.Lock()
 
 
@@ -137,16 +138,14 @@ RUNS: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+@pytest.fixture(scope="module", params=RESETS, ids=lambda resets: f"{resets} times")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
     with ThreadPoolExecutor() as pool:
-        yield {name: pool.submit(run, tmp_path_factory.mktemp("reset"), RESETS) for name, run in RUNS.items()}
+        yield {name: pool.submit(run, tmp_path_factory.mktemp("reset"), request.param) for name, run in RUNS.items()}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_twenty_resets_leave_one_orthanc_and_one_bridge_and_lose_nothing(
-    runs: dict[str, Future[None]], name: str
-) -> None:
+def test_resets_leave_one_orthanc_and_one_bridge_and_lose_nothing(runs: dict[str, Future[None]], name: str) -> None:
     began = time.monotonic()
     runs[name].result()
     print(f"after {time.monotonic() - began:.0f} s more")

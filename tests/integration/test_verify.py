@@ -78,7 +78,9 @@ def fill(line: Line, studies: int = 3) -> list[dicom.Study]:
     return made
 
 
-@pytest.mark.parametrize("broker", ["nats", "rabbitmq", pytest.param("kafka", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "broker", ["nats", *(pytest.param(one, marks=pytest.mark.slow) for one in ("rabbitmq", "kafka"))]
+)
 def test_all_is_right_also_while_clients_are_at_work(
     make_line: Callable[..., Line], broker: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
