@@ -28,6 +28,7 @@ HISTORY: Final = "orthanc.events.history"
 #: Seconds after which a stream that shows nothing is empty; more messages than are ever stored together.
 _EMPTY: Final = 2.0
 _TOGETHER: Final = 10_000
+_POLL: Final = 0.1
 
 
 def read_rabbit(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> list[Event]:
@@ -53,7 +54,13 @@ def rabbit_stored(url: str, *, queue: str = HISTORY, timeout: float = 60.0) -> i
 
 async def rabbit_messages(url: str, queue: str) -> list[aiormq.abc.DeliveredMessage]:
     """Everything that a stream queue holds now, as a plain client gets it."""
-    return await _with_channel(url, lambda channel: _read(channel, queue))
+    while True:
+        try:
+            return await _with_channel(url, lambda channel: _read(channel, queue))
+        except aiormq.exceptions.ChannelPreconditionFailed as error:
+            if "running replica" not in str(error):
+                raise
+        await asyncio.sleep(_POLL)  # the server has just started, and its streams are still to come
 
 
 async def _with_channel(url: str, work: Callable[[aiormq.abc.AbstractChannel], Awaitable[_T]]) -> _T:
