@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from orthanc_events_bridge import cli
+from orthanc_events_bridge.testing.mutated import run
 from orthanc_events_bridge.workflows import dispatch_steps, jobs
 from orthanc_events_bridge.workflows.dispatch import Dispatcher
 from orthanc_events_bridge.workflows.workflow import Workflow, Workflows
@@ -68,6 +68,4 @@ MUTANTS: Final[dict[str, Callable[[], Any]]] = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1].split(","):
-        MUTANTS[name]()
-    sys.exit(cli.main(sys.argv[2:]))
+    run(MUTANTS)

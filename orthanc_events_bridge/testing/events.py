@@ -9,7 +9,7 @@ from typing import Any
 from orthanc_events_bridge.consumers.event import Event, read
 from orthanc_events_bridge.consumers.publishing import derive
 from orthanc_events_bridge.events.samples import AT, RECORDER, SOURCE, message, orthanc_id
-from orthanc_events_bridge.transports.base import Incoming
+from orthanc_events_bridge.transports.base import Incoming, Outgoing
 
 __all__ = ["AT", "RECORDER", "SOURCE", "derived", "event", "orthanc_id"]
 
@@ -68,7 +68,7 @@ def event(
         at=at,
         source=source,
     )
-    return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))
+    return received(sent)
 
 
 def derived(
@@ -94,4 +94,9 @@ def derived(
     :raises BridgeError: there can be no such event.
     """
     sent = derive(name, data, cause, producer=producer, now=at.timestamp(), of=of, linked=linked)
+    return received(sent)
+
+
+def received(sent: Outgoing) -> Event:
+    """What was sent, as a handler gets it."""
     return read(Incoming(sent.address, sent.body, {"content-type": sent.content_type}))

@@ -26,10 +26,10 @@ from orthanc_events_bridge.consumers.worker import Worker
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.events.mapping import STRUCTURED, partition
 from orthanc_events_bridge.orthanc_api import OrthancOptions
-from orthanc_events_bridge.testing.events import AT
+from orthanc_events_bridge.testing.events import AT, received
 from orthanc_events_bridge.testing.orthanc_api import RecordedClients
 from orthanc_events_bridge.testing.outcomes import Call, Outcome, Outcomes, Told, watch
-from orthanc_events_bridge.transports.base import Delivery, Incoming, Outgoing, Subscription
+from orthanc_events_bridge.transports.base import Delivery, Outgoing, Subscription
 from orthanc_events_bridge.transports.memory import Broker, MemoryTransport
 from orthanc_events_bridge.transports.options import MemoryOptions
 
@@ -66,8 +66,7 @@ class _Published(MemoryTransport):
 
     async def publish(self, events: Sequence[Outgoing]) -> None:
         await super().publish(events)
-        for one in events:
-            self._published.append(read(Incoming(one.address, one.body, {"content-type": one.content_type})))
+        self._published += map(received, events)
 
 
 class _Kit(Outcomes):

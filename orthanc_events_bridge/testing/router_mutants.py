@@ -7,12 +7,11 @@ without what these names stand for.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
 
-from orthanc_events_bridge import cli
 from orthanc_events_bridge.consumers import Consumer
+from orthanc_events_bridge.testing.mutated import run
 from orthanc_events_bridge.workflows import jobs
 from orthanc_events_bridge.workflows.destinations import Sender
 
@@ -53,6 +52,4 @@ MUTANTS: Final[dict[str, Callable[[], Any]]] = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1].split(","):
-        MUTANTS[name]()
-    sys.exit(cli.main(sys.argv[2:]))
+    run(MUTANTS)

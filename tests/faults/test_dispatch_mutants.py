@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from orthanc_events_bridge.testing.phantoms import Phantom
 from orthanc_events_bridge.testing.processes import wait_until
 from orthanc_events_bridge.testing.programs import require
 from orthanc_events_bridge.testing.ring import Ring
+from tests.faults.harm import harms
 from tests.integration.commands import PATIENCE, wait_for
 from tests.integration.dispatches import Dispatches, Sent
 from tests.integration.routers import Receiver
@@ -75,9 +75,6 @@ def test_the_dispatch_shows_what_a_protection_prevents(
 ) -> None:
     broker_or_skip("nats")
     require("orthanc-dicomweb")
-    with ThreadPoolExecutor(2) as pool:  # side by side, each with servers of its own
-        whole = pool.submit(scenario, tmp_path / "whole", [])
-        mutant = pool.submit(scenario, tmp_path / "mutant", [without])
-        print(f"{without}: harm {whole.result()}; without it {mutant.result()}")
-    assert whole.result() == 0
-    assert mutant.result() > 0
+    whole, mutant = harms(scenario, tmp_path, without)
+    assert whole == 0
+    assert mutant > 0

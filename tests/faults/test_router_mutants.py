@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from orthanc_events_bridge.testing.dicom import make_study
 from orthanc_events_bridge.testing.line import Line
+from tests.faults.harm import harms
 from tests.integration.commands import wait_for
 from tests.integration.routers import Receiver, Routers, gateway, in_a_circle, running
 from tests.integration.whole import broker_or_skip
@@ -77,9 +77,6 @@ def test_the_router_shows_what_a_protection_prevents(
     tmp_path: Path, without: str, scenario: Callable[[Path, Sequence[str]], int]
 ) -> None:
     broker_or_skip("nats")
-    with ThreadPoolExecutor(2) as pool:  # side by side, each with servers of its own
-        whole = pool.submit(scenario, tmp_path / "whole", [])
-        mutant = pool.submit(scenario, tmp_path / "mutant", [without])
-        print(f"{without}: harm {whole.result()}; without it {mutant.result()}")
-    assert whole.result() == 0
-    assert mutant.result() > 0
+    whole, mutant = harms(scenario, tmp_path, without)
+    assert whole == 0
+    assert mutant > 0
