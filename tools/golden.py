@@ -23,7 +23,9 @@ from pamqp.header import ContentHeader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from orthanc_events_bridge.consumers.samples import published  # noqa: E402
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES  # noqa: E402
+from orthanc_events_bridge.events.derived import DERIVED  # noqa: E402
 from orthanc_events_bridge.events.samples import message, orthanc_id  # noqa: E402
 from orthanc_events_bridge.transports.base import Outgoing  # noqa: E402
 from orthanc_events_bridge.transports.kafka_options import KafkaOptions  # noqa: E402
@@ -44,7 +46,8 @@ _METADATA: Final = {"Remark": 'Größe "1,5 %" … 日本'}
 
 
 def messages(*, binary: bool) -> Iterator[Outgoing]:
-    """Each event type of the catalog once, and one whose source has to be escaped in headers."""
+    """Each type that the bridge sends once, one whose source has to be escaped in headers, and each that consumers
+    publish."""
     for number, one in enumerate(TYPES, 1):
         yield message(
             one.name,
@@ -56,6 +59,8 @@ def messages(*, binary: bool) -> Iterator[Outgoing]:
             inferred=one.verb == "deleted",
         )
     yield message("study.stable", {"study": orthanc_id("odd")}, number=99, source=ODD_SOURCE, binary=binary)
+    for one in DERIVED:
+        yield published(one.name, binary=binary)
 
 
 def nats(event: Outgoing) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
+from orthanc_events_bridge.consumers.samples import published
 from orthanc_events_bridge.events.catalog import LEVELS, TYPES
+from orthanc_events_bridge.events.derived import DERIVED
 from orthanc_events_bridge.events.mapping import STRUCTURED, partition
 from orthanc_events_bridge.events.samples import message, orthanc_id
 from orthanc_events_bridge.transports.base import Outgoing
@@ -40,25 +43,35 @@ class Played:
 
         :param study: any text, by which events share a key.
         """
-        self._number += 1
         level = name.partition(".")[0]
         given = {"study": orthanc_id(f"{self.run} {study}")} if study and level in LEVELS and level != "patient" else {}
-        more |= {"source": f"urn:uuid:{uuid.UUID(self.run)}", "site": SITE, "number": self._number}
-        sent = message(name, given, binary=binary, **more)
-        plain = message(name, given, **more)
-        self.expected[sent.id] = json.loads(plain.body)
+        return self._made(partial(message, name, given, **more, **self._next()), binary)
+
+    def _next(self) -> dict[str, Any]:
+        self._number += 1
+        return {"source": f"urn:uuid:{uuid.UUID(self.run)}", "site": SITE, "number": self._number}
+
+    def _made(self, make: Callable[..., Outgoing], binary: bool) -> Outgoing:
+        sent = make(binary=binary)
+        self.expected[sent.id] = json.loads(make(binary=False).body)
         self.sent[sent.id] = sent
         if binary:
             self.binary.add(sent.id)
         return sent
 
     def every_type(self) -> list[Outgoing]:
-        """Each type of the catalog in both modes."""
-        return [
+        """Each type in both modes, those of the bridge first, then those that consumers publish."""
+        of_bridge = [
             self.make(one.name, binary=binary, job=_JOB if one.level == "job" else None)
             for one in TYPES
             for binary in (False, True)
         ]
+        of_consumers = [
+            self._made(partial(published, one.name, **self._next()), binary)
+            for one in DERIVED
+            for binary in (False, True)
+        ]
+        return of_bridge + of_consumers
 
     def of_keys(self, keys: Iterable[str], count: int) -> list[Outgoing]:
         """So many of each of several keys, one key behind the other in turn, in both modes."""

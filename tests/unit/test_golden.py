@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.derived import DERIVED
 from orthanc_events_bridge.events.reading import event_of
+from orthanc_events_bridge.testing.brokers.contract import fault
 from orthanc_events_bridge.transports.base import Escaped, Incoming
 from tools import golden
 
@@ -25,10 +27,17 @@ def test_no_other_file_is_there_but_what_a_real_orthanc_tells() -> None:
     assert {*golden.FOLDER.iterdir()} == {*golden.files(), golden.FOLDER / "orthanc.json"}
 
 
-def test_every_type_is_there_once_and_one_with_odd_characters() -> None:
-    names = [one["type"] for one in golden.events()]
-    assert names == [*(f"io.orthanc-events.{one.name}.v1" for one in TYPES), "io.orthanc-events.study.stable.v1"]
-    assert golden.events()[-1]["source"] == golden.ODD_SOURCE
+def test_every_type_is_there_once_one_with_odd_characters_and_what_consumers_publish() -> None:
+    events = golden.events()
+    names = [*(one.name for one in TYPES), "study.stable", *(one.name for one in DERIVED)]
+    assert [one["type"] for one in events] == [f"io.orthanc-events.{name}.v1" for name in names]
+    assert events[len(TYPES)]["source"] == golden.ODD_SOURCE
+    assert [("producer" in one) for one in events] == [False] * (len(TYPES) + 1) + [True] * len(DERIVED)
+
+
+@pytest.mark.parametrize("event", golden.events(), ids=lambda event: event["type"])
+def test_each_is_as_the_schemas_say(event: dict[str, Any]) -> None:
+    assert not fault(event)
 
 
 @pytest.mark.parametrize("mode", golden.MODES)
