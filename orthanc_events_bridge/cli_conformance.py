@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from orthanc_events_bridge.conformance.playing import Play
     from orthanc_events_bridge.conformance.rules import Verdicts
 
+#: So many details of a rule that is not met are shown to people.
+_SHOWN: Final = 5
+
 _EPILOG: Final = f"""\
 examples:
   orthanc-events conformance --broker nats://127.0.0.1:4222 -- node consumer.js
@@ -32,7 +35,8 @@ MAX_ATTEMPTS, ACK_WAIT and CONFORMANCE.
 
 USE A BROKER FOR TESTS: the events go where the bridge's go, under the site `conformance`,
 and everybody who reads there gets them. What is made for the consumer's name (its inbox,
-its delays, its dead letters) stays. It takes about half a minute.
+its delays, its dead letters) stays, and what is made for a second name, that with `-oldest`
+behind it. It takes about half a minute.
 
 {EXIT_CODES}; 1 is also: some rule is not met"""
 
@@ -96,8 +100,11 @@ def _print(options: argparse.Namespace, name: str, verdicts: Verdicts, play: Pla
     else:
         for line, row in zip(table([[row["rule"], row["result"], row["text"]] for row in rows]), rows, strict=True):
             print(line)
-            for detail in dict.fromkeys(row["details"]):
+            details = [*dict.fromkeys(row["details"])]
+            for detail in details[:_SHOWN]:
                 print(f"      {detail}")
+            if len(details) > _SHOWN:
+                print(f"      and {len(details) - _SHOWN} more: --json has all")
     if not verdicts.met and play.program.said:
         print(f"\nwhat the program has said last (its dead letters are those of {name}):", file=sys.stderr)
         for line in play.program.said:

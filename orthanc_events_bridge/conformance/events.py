@@ -38,6 +38,11 @@ class Played:
     binary: set[str] = field(default_factory=set)
     _number: int = 0
 
+    @property
+    def secret(self) -> str:
+        """Text that is in the data of some, and in what is no event: no log may have it."""
+        return f"private-{self.run}"
+
     def make(self, name: str, *, study: str = "", binary: bool = False, **more: Any) -> Outgoing:
         """An event of a type.
 
@@ -101,13 +106,13 @@ class Played:
 
     def malformed(self) -> list[Outgoing]:
         """Messages that are no events, each with bytes that no other run has; they are in no `expected`."""
-        run = self.run.encode()
+        secret = self.secret.encode()
         without_id = (("specversion", "1.0"), ("type", "org.example.without.id"), ("source", "urn:example"))
         some: tuple[tuple[str, bytes, tuple[tuple[str, str], ...]], ...] = (
-            (STRUCTURED, b'{"specversion": "1.0", "id": "' + run, ()),
-            (STRUCTURED, b'{"hello": "' + run + b'"}', ()),
-            ("application/json", b'["' + run + b'"]', ()),
-            ("application/json", b'{"run": "' + run + b'"}', without_id),
+            (STRUCTURED, b'{"specversion": "1.0", "id": "' + secret, ()),
+            (STRUCTURED, b'{"hello": "' + secret + b'"}', ()),
+            ("application/json", b'["' + secret + b'"]', ()),
+            ("application/json", b'{"run": "' + secret + b'"}', without_id),
         )
         where = SITE, "server", "unknown", "server", partition("server")
         return [
@@ -117,7 +122,7 @@ class Played:
 
     def told(self, what: str) -> Outgoing:
         """One whose handler is to do something: `subject_of` it is what tells the program."""
-        sent = self.make("study.stable", study=what, binary=what == "reject")
+        sent = self.make("study.stable", study=what, binary=what == "reject", metadata={"Remark": self.secret})
         sent = sent._replace(headers=(*sent.headers, CUSTOM))
         self.sent[sent.id] = sent
         return sent

@@ -58,6 +58,7 @@ class Expected:
     :ivar prefix: of the headers with attributes.
     :ivar given: how often it was.
     :ivar failed: its handler has raised an error.
+    :ivar secret: of its data.
     """
 
     event: Outgoing
@@ -66,6 +67,7 @@ class Expected:
     prefix: str
     given: int
     failed: bool
+    secret: str
 
 
 def judge(verdicts: Verdicts, letter: Letter, expected: Expected) -> None:
@@ -88,3 +90,18 @@ def judge(verdicts: Verdicts, letter: Letter, expected: Expected) -> None:
     verdicts.check(
         "S6", right, f"{what}: its first failure is {letter.first or 'not said'}, its last {letter.last or 'not'}"
     )
+    secret = [name for name, value in said.items() if expected.secret in value]
+    verdicts.check("S6", not secret, f"{what}: {some(secret)} has what is in its data")
+    _judge_key(verdicts, letter, expected, what)
+
+
+def _judge_key(verdicts: Verdicts, letter: Letter, expected: Expected, what: str) -> None:
+    """By what a broker tells a letter from others."""
+    key = letter.letter.mark
+    if "S9" in verdicts.rules:
+        another = isinstance(key, bytes) and key != expected.event.key.encode()
+        verdicts.check("S9", another, f"{what}: its key is that of the event: of two of a study one would be removed")
+    if "S8" in verdicts.rules:
+        begins, found = f"{expected.event.id}:dead:{expected.name}:", letter.letter.message.headers.get("nats-msg-id")
+        right = str(found).startswith(begins)
+        verdicts.check("S8", right, f"{what}: Nats-Msg-Id is {found}, and does not begin with {begins}")

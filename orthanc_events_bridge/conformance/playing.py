@@ -6,16 +6,18 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
+from orthanc_events_bridge.conformance.broker import give_again, letters, send
 from orthanc_events_bridge.conformance.events import Played
 from orthanc_events_bridge.conformance.judging import Expected, differences, judge, some, steady
 from orthanc_events_bridge.conformance.program import Begun, Program
-from orthanc_events_bridge.conformance.rules import Verdicts
-from orthanc_events_bridge.consumers.dead import Letter, letter_of, redrive
+from orthanc_events_bridge.conformance.rules import Verdicts, rules_of
+from orthanc_events_bridge.conformance.settings import differing
+from orthanc_events_bridge.errors import TransportConfigurationError
 
 if TYPE_CHECKING:
+    from orthanc_events_bridge.consumers.dead import Letter
     from orthanc_events_bridge.transports.base import Outgoing, Transport
     from orthanc_events_bridge.transports.options import TransportOptions
 
@@ -61,8 +63,8 @@ class Play:
         self._patience = patience
         self._tell = tell
         self.played = Played()
-        self.program = Program(command)
-        self.verdicts = Verdicts()
+        self.program = Program(command, self.played.secret)
+        self.verdicts = Verdicts(rules_of(self._options.type))
         self._told: dict[str, str] = {}
         self._published: dict[str, float] = {}
 
@@ -71,25 +73,31 @@ class Play:
 
         :raises BridgeError: the program can't be started, or the broker doesn't do what it has to.
         """
+        early = self.played.make("study.metadata-updated", study="before it was there")
         try:
+            await self._publish([early])
             await self._main()
             await self._terminated()
             await self._killed()
+            await self._begun_rightly(early)
+            wrong = await differing(self._options, self._name)
+            self.verdicts.check("P3", not wrong, wrong)
         except Stopped as stopped:
             self._tell(str(stopped))
         finally:
             await self.program.kill()
+        self.verdicts.check("L5", not self.program.told, "in what it says beside is something of an event's data")
         return self.verdicts
 
     # What the steps share.
 
-    async def _start(self, rule: str) -> None:
+    async def _start(self, rule: str, *, start: str = "new", name: str = "") -> None:
         told = {self.played.subject_of(self.played.sent[one]): what for one, what in self._told.items()}
         await self.program.start(
             {
                 "BROKER_URL": self._url,
-                "CONSUMER": self._name,
-                "START": "new",
+                "CONSUMER": name or self._name,
+                "START": start,
                 "MAX_ATTEMPTS": str(ATTEMPTS_IN_ALL),
                 "ACK_WAIT": str(ACK_WAIT),
                 "CONFORMANCE": json.dumps(told),
@@ -103,7 +111,7 @@ class Play:
     async def _publish(self, events: Sequence[Outgoing]) -> None:
         now = time.monotonic()
         self._published |= {one.id: now for one in events}
-        await self._transport.publish(events)
+        await send(self._transport, events, self._patience)
 
     async def _all_ended(self, ids: Iterable[str], rule: str, what: str) -> bool:
         """Wait until the handler of each has ended; what is missing is against the rule."""
@@ -126,19 +134,15 @@ class Play:
     def _begun(self, identifier: str) -> list[Begun]:
         return [one for one in self.program.begun if one.id == identifier]
 
-    async def _letters(self) -> list[Letter]:
-        dead = await self._transport.dead_letters(self._name)
-        try:
-            async with aclosing(dead.read()) as found:
-                return [letter_of(one) async for one in found]
-        finally:
-            await dead.close()
-
     async def _dead(self, fits: Callable[[list[Letter]], object]) -> list[Letter]:
         """The dead letters, as soon as they fit, or the patience is over."""
         end = time.monotonic() + self._patience
         while True:
-            found = await self._letters()
+            try:
+                found = await letters(self._transport, self._name)
+            except TransportConfigurationError as error:
+                self.verdicts.against("P3", error.message)
+                raise Stopped("its dead letters can't be read: nothing more can be played") from error
             if fits(found) or time.monotonic() > end:
                 return found
             await self.program.wait(lambda: False, _LOOK)
@@ -214,8 +218,8 @@ class Play:
         verdicts = self.verdicts
         self._tell("looking at its dead letters")
         wanted = {one.body: one for one in (reject, fail, *malformed)}
-        letters = await self._dead(lambda found: wanted.keys() <= {one.letter.message.body for one in found})
-        by_body = {one.letter.message.body: one for one in letters}
+        dead = await self._dead(lambda found: wanted.keys() <= {one.letter.message.body for one in found})
+        by_body = {one.letter.message.body: one for one in dead}
         for one in malformed:
             verdicts.check("D4", one.body in by_body, f"{one.body[:40]!r} is not among the dead letters, to the byte")
         verdicts.check("S4", reject.body in by_body, "what was rejected is not among the dead letters, to the byte")
@@ -226,10 +230,14 @@ class Play:
         for body, event in wanted.items():
             if body in by_body:
                 given = ATTEMPTS_IN_ALL if event is fail else max([1, *self._attempts(event)])
-                expected = Expected(event, self._name, self._address(event), self._prefix, given, failed=event is fail)
+                expected = Expected(
+                    *(event, self._name, self._address(event), self._prefix, given),
+                    failed=event is fail,
+                    secret=self.played.secret,
+                )
                 judge(verdicts, by_body[body], expected)
         # What others send there at the same time is not ours to judge.
-        strangers = {one.id for one in letters if one.letter.message.body not in wanted} & self.played.sent.keys()
+        strangers = {one.id for one in dead if one.letter.message.body not in wanted} & self.played.sent.keys()
         unheard_of = {one.id for one in unheard}
         verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
         others = [self._spelt(one) for one in strangers - unheard_of]
@@ -247,17 +255,8 @@ class Play:
 
     async def _given_again(self, reject: Outgoing) -> None:
         self._tell("giving it a dead letter again")
-        dead = await self._transport.dead_letters(self._name)
-        inbox = self._transport.inbox(self._name)
         before = len(self._begun(reject.id))
-        try:
-            await inbox.connect()
-            async with aclosing(dead.read()) as found:
-                letters = [one async for one in found if one.message.body == reject.body]
-            await redrive(dead, inbox, [letter_of(one) for one in letters[:1]])
-        finally:
-            await inbox.close()
-            await dead.close()
+        await give_again(self._transport, self._name, reject.body)
         await self.program.wait(lambda: len(self._begun(reject.id)) > before, self._patience)
         again = self._begun(reject.id)[before:]
         self.verdicts.check("S7", again, "a dead letter that was given again was not handled")
@@ -325,3 +324,16 @@ class Play:
         later = next(played.sent[one] for one, what in self._told.items() if what == "later")
         attempts = self._attempts(later)
         verdicts.check("S3", attempts[-1:] == [1], f"a retry in an hour came as attempts {attempts}")
+
+    async def _begun_rightly(self, early: Outgoing) -> None:
+        """Another name begins with the oldest event; what the first was not given is among the old ones."""
+        program, verdicts = self.program, self.verdicts
+        verdicts.check(
+            "P5", not self._begun(early.id), "START=new, and it was given what was sent before its first start"
+        )
+        self._tell("starting it under another name, to begin with the oldest event")
+        self._told.clear()
+        await self._start("P5", start="oldest", name=f"{self._name}-oldest")
+        came = await program.wait(lambda: self._begun(early.id), self._patience)
+        verdicts.check("P5", came, "START=oldest, and it was not given what was sent before its first start")
+        await self._end("L1")

@@ -47,18 +47,22 @@ class Program:
     """Runs of one command, one behind the other, and all that they have said.
 
     :param command: the program and its arguments.
+    :param secret: what it must not say but in the lines that it is asked for.
     :ivar begun: in order.
     :ivar ended: the id of each event whose handler has ended, with the place of the line and the run.
     :ivar ready: whether the present run has subscribed.
     :ivar said: the last lines that are no JSON of ours, of both outputs.
+    :ivar told: whether the secret was in one of them.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], secret: str) -> None:
         self._command = command
+        self._secret = secret
         self.begun: list[Begun] = []
         self.ended: list[tuple[str, int, int]] = []
         self.ready = False
         self.said: deque[str] = deque(maxlen=_KEPT)
+        self.told = False
         self.run = -1
         self._place = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -91,7 +95,7 @@ class Program:
         assert process.stderr is not None
         self._reading = [
             asyncio.create_task(self._read(process.stdout, self._take)),
-            asyncio.create_task(self._read(process.stderr, self.said.append)),
+            asyncio.create_task(self._read(process.stderr, self._say)),
         ]
 
     async def _read(self, pipe: asyncio.StreamReader, take: Callable[[str], None]) -> None:
@@ -113,7 +117,11 @@ class Program:
             elif did == "end":
                 self.ended.append((str(said["id"]), self._place, self.run))
         except (ValueError, KeyError, TypeError):
-            self.said.append(line)
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        self.told |= self._secret in line
+        self.said.append(line)
 
     @property
     def running(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 #: Number → what it asks for, as docs/any-language.md says it at length.
 RULES: Final[dict[str, str]] = {
+    "P3": "what it has made for its name has the settings that the page says",
+    "P5": "a name's first start begins with the next event, or with the oldest one, as it is told",
     "D1": "every type is decoded in structured mode, to the attribute and the property",
     "D2": "every type is decoded in binary mode",
     "D3": "types, attributes and properties that nobody has heard of are passed over",
@@ -18,21 +21,36 @@ RULES: Final[dict[str, str]] = {
     "S5": "what fails again and again is a dead letter when its attempts are over",
     "S6": "a dead letter says why, whose it is, how often it was given, and where it came from",
     "S7": "what is sent to its inbox is handled, as `orthanc-events dlq redrive` sends it",
+    "S8": "NATS: the key by which a copy is dropped as a duplicate has the consumer's name in it",
+    "S9": "Kafka: each dead letter has a key of its own, and can be read",
     "O1": "events of one key are handled one by one, in their order",
     "L1": "SIGTERM: what is begun ends and is settled, and the exit code is 0",
     "L2": "behind that nothing that was settled comes again, and what was not comes at the next start",
     "L3": "after kill -9 nothing is lost",
+    "L5": "nothing of an event's data is in what it says beside",
 }
+#: Those that are for one broker alone.
+_OF_BROKER: Final = {"S8": "nats", "S9": "kafka"}
+
+
+def rules_of(broker: str) -> dict[str, str]:
+    """Those that are played at a broker.
+
+    :param broker: ``nats``, ``rabbitmq`` or ``kafka``.
+    """
+    return {rule: text for rule, text in RULES.items() if _OF_BROKER.get(rule, broker) == broker}
 
 
 @dataclass
 class Verdicts:
     """What was seen of each rule.
 
+    :ivar rules: that are played.
     :ivar wrong: rule → what is against it, in sentences.
     :ivar shown: rules that were played to their end.
     """
 
+    rules: Mapping[str, str] = field(default_factory=lambda: RULES)
     wrong: dict[str, list[str]] = field(default_factory=dict)
     shown: set[str] = field(default_factory=set)
 
@@ -49,7 +67,7 @@ class Verdicts:
     @property
     def met(self) -> bool:
         """Whether all are."""
-        return not self.wrong and self.shown == RULES.keys()
+        return not self.wrong and self.shown >= self.rules.keys()
 
     def rows(self) -> list[dict[str, Any]]:
         """For programs: one for each rule."""
@@ -60,5 +78,5 @@ class Verdicts:
                 "text": text,
                 "details": self.wrong.get(number, []),
             }
-            for number, text in RULES.items()
+            for number, text in self.rules.items()
         ]

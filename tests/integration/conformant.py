@@ -21,6 +21,7 @@ BROKEN = bool(os.environ.get("BROKEN"))
 app = Consumer(
     os.environ["CONSUMER"],
     broker=os.environ["BROKER_URL"],
+    start="oldest" if os.environ["START"] == "oldest" else "new",
     retry=RetryPolicy(max_attempts=int(os.environ["MAX_ATTEMPTS"])),
     ack_wait=float(os.environ["ACK_WAIT"]),
 )
