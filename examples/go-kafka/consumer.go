@@ -127,22 +127,22 @@ func settle(client *kgo.Client, record *kgo.Record) error {
 	said := map[string]string{"orthanc-consumer": name, "orthanc-attempts": strconv.Itoa(attempt),
 		"orthanc-address": or(given["orthanc-address"], record.Topic), "orthanc-last-failure": iso(now),
 		"orthanc-first-failure": or(given["orthanc-first-failure"], iso(now))}
-	reason, wait := "", min(900*time.Second, time.Second<<min(attempt-1, 30))
-	switch what := failure.(type) {
-	case Reject:
-		reason = what.Reason
-	case Retry:
-		wait = what.After
+	over, wait := attempt >= maxAttempts, min(900*time.Second, time.Second<<min(attempt-1, 30))
+	said["orthanc-reason"] = fmt.Sprintf("failed %d times of %d", attempt, maxAttempts)
+	var retry Retry
+	var reject Reject
+	switch {
+	case errors.As(failure, &reject):
+		over, said["orthanc-reason"] = true, reject.Reason
+	case errors.As(failure, &retry):
+		wait = retry.After
 	default:
 		said["orthanc-exception"] = fmt.Sprintf("%T", failure) // its type alone
 	}
-	if reason == "" && attempt >= maxAttempts {
-		reason = fmt.Sprintf("failed %d times of %d", attempt, maxAttempts)
-	}
-	if reason != "" {
-		said["orthanc-reason"] = reason
+	if over {
 		return copyTo(client, dead, []byte(rand.Text()), record, said) // a letter of its own: the topic is compacted
 	}
+	delete(said, "orthanc-reason")
 	said["orthanc-operation"], said["orthanc-due"] = "retry", iso(now.Add(wait+time.Millisecond))
 	return copyTo(client, delay(wait), record.Key, record, said)
 }
@@ -208,6 +208,25 @@ func work(stop context.Context, client *kgo.Client, records []*kgo.Record) {
 	}
 }
 
+// What is to be as for the events themselves: a copy is stored as safely, and is larger by its headers.
+func ofEvents(ctx context.Context, admin *kadm.Client) (map[string]*string, error) {
+	settings := map[string]*string{}
+	found, err := admin.DescribeTopicConfigs(ctx, events)
+	for _, topic := range found {
+		err = errors.Join(err, topic.Err)
+		for _, one := range topic.Configs {
+			switch one.Key {
+			case "min.insync.replicas":
+				settings[one.Key] = one.Value
+			case "max.message.bytes":
+				largest, _ := strconv.Atoi(one.MaybeValue())
+				settings[one.Key] = kadm.StringPtr(strconv.Itoa(largest + 64<<10))
+			}
+		}
+	}
+	return settings, err
+}
+
 // What it needs at Kafka is made, and where it begins is fixed before it begins.
 func prepare(ctx context.Context, admin *kadm.Client) []string {
 	topics, err := admin.ListTopics(ctx, events)
@@ -219,9 +238,13 @@ func prepare(ctx context.Context, admin *kadm.Client) []string {
 	for _, step := range steps {
 		own = append(own, delay(time.Duration(step)*time.Second))
 	}
-	compact := "compact"
-	made, err := admin.CreateTopics(ctx, count, replicas, nil, own...)
-	letters, failed := admin.CreateTopics(ctx, 1, replicas, map[string]*string{"cleanup.policy": &compact}, dead)
+	settings, err := ofEvents(ctx, admin)
+	if err != nil {
+		log.Fatal(err)
+	}
+	made, err := admin.CreateTopics(ctx, count, replicas, settings, own...)
+	settings["cleanup.policy"] = kadm.StringPtr("compact")
+	letters, failed := admin.CreateTopics(ctx, 1, replicas, settings, dead)
 	made[dead] = letters[dead]
 	for topic, one := range made {
 		if one.Err != nil && !errors.Is(one.Err, kerr.TopicAlreadyExists) {
@@ -256,7 +279,7 @@ func main() {
 		decodeAll(os.Args[2])
 		return
 	}
-	seeds := kgo.SeedBrokers(strings.Split(strings.ReplaceAll(env("BROKER_URL", "kafka://127.0.0.1:9092"), "kafka://", ""), ",")...)
+	seeds := kgo.SeedBrokers(strings.Split(strings.ReplaceAll(env("BROKER_URL", "kafka://127.0.0.1:9094"), "kafka://", ""), ",")...)
 	stop, end := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer end()
 	plain, err := kgo.NewClient(seeds)
@@ -288,7 +311,13 @@ func main() {
 	}
 	say(map[string]any{"did": "ready"})
 	for stop.Err() == nil {
-		client.PollFetches(stop).EachPartition(func(some kgo.FetchTopicPartition) {
+		fetches := client.PollFetches(stop)
+		fetches.EachError(func(topic string, partition int32, err error) {
+			if stop.Err() == nil {
+				log.Printf("nothing is received from %s/%d: %v", topic, partition, err)
+			}
+		})
+		fetches.EachPartition(func(some kgo.FetchTopicPartition) {
 			if len(some.Records) == 0 {
 				return
 			}

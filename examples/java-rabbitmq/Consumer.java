@@ -7,34 +7,42 @@ import com.rabbitmq.client.AMQP.BasicProperties;
 import com.rabbitmq.client.Channel;
 import com.rabbitmq.client.Connection;
 import com.rabbitmq.client.ConnectionFactory;
+import com.rabbitmq.client.DefaultConsumer;
 import com.rabbitmq.client.Delivery;
+import com.rabbitmq.client.Envelope;
 import io.cloudevents.CloudEvent;
+import io.cloudevents.SpecVersion;
 import io.cloudevents.core.data.BytesCloudEventData;
 import io.cloudevents.core.message.impl.BaseGenericBinaryMessageReaderImpl;
 import io.cloudevents.core.message.impl.GenericStructuredMessageReader;
 import io.cloudevents.core.message.impl.MessageUtils;
 import io.cloudevents.jackson.JsonFormat;
-import io.cloudevents.SpecVersion;
 import java.io.File;
 import java.io.IOException;
+import java.nio.charset.StandardCharsets;
 import java.time.Instant;
 import java.time.temporal.ChronoUnit;
 import java.util.HashMap;
+import java.util.Locale;
 import java.util.Map;
 import java.util.TreeMap;
 import java.util.UUID;
+import java.util.concurrent.BlockingQueue;
 import java.util.concurrent.CompletableFuture;
-import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
+import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
+import java.util.concurrent.TimeoutException;
+import java.util.concurrent.atomic.AtomicLong;
 import java.util.function.BiConsumer;
 
 public class Consumer {
     static final String NAME = env("CONSUMER", "java");
     static final int MAX_ATTEMPTS = Integer.parseInt(env("MAX_ATTEMPTS", "20"));
-    static final String EVENTS = "orthanc.events", LIVE = "orthanc.consumer." + NAME, INBOX = "orthanc.inbox." + NAME;
-    static final String DEAD = "orthanc.dead." + NAME;
+    static final String EVENTS = "orthanc.events", HISTORY = "orthanc.events.history"; // the bridge makes them
+    static final String LIVE = "orthanc.consumer." + NAME, INBOX = "orthanc.inbox." + NAME, DEAD = "orthanc.dead." + NAME;
     static final int[] STEPS = {1, 5, 30, 120, 600, 3600}; // seconds that a retry waits in each queue of delays
     static final int AT_ONCE = 16, DRAIN = 25;
     static final ObjectMapper JSON = new ObjectMapper();
@@ -93,7 +101,7 @@ public class Consumer {
     final Connection receiving, sending; // two: while RabbitMQ is short of memory it reads nothing from the second
     final Channel channel, copies;
     final ExecutorService threads = Executors.newCachedThreadPool();
-    final Map<String, CompletableFuture<Void>> tails = new ConcurrentHashMap<>(); // of each key, one behind the other
+    final Map<String, CompletableFuture<Void>> tails = new HashMap<>(); // of each key, one behind the other
     volatile boolean stopping, returned;
 
     Consumer(String url) throws Exception {
@@ -115,9 +123,10 @@ public class Consumer {
         }
         Map<String, Object> full = Map.of("x-overflow", "reject-publish", "x-max-length", 50_000);
         channel.queueDeclare(DEAD, true, false, false, with(quorum, full));
-        channel.queueDeclare(LIVE, true, false, false, lasting);
-        channel.exchangeDeclarePassive(EVENTS); // the bridge makes it
+        if (env("START", "new").equals("oldest") && !exists(LIVE)) copyHistory();
+        channel.queueDeclare(LIVE, true, false, false, lasting); // as soon as it is there, the name is not new any more
         channel.queueBind(LIVE, EVENTS, "#");
+        channel.queueUnbind(INBOX, EVENTS, "#"); // it was bound as long as there was history to be copied
         channel.basicQos(AT_ONCE, false);
         for (String queue : new String[] {LIVE, INBOX}) {
             channel.basicConsume(queue, false, (tag, delivery) -> take(delivery), tag -> Runtime.getRuntime().halt(1));
@@ -126,10 +135,59 @@ public class Consumer {
         sending.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); });
     }
 
-    void take(Delivery delivery) {
+    boolean exists(String queue) {
+        try (Channel asking = receiving.createChannel()) {
+            asking.queueDeclarePassive(queue);
+            return true;
+        } catch (IOException | TimeoutException error) {
+            return false;
+        }
+    }
+
+    // What was sent before the first start goes into the inbox, and what is sent meanwhile too. Whoever dies before LIVE is
+    // there begins again: then some come twice.
+    void copyHistory() throws Exception {
+        channel.queueBind(INBOX, EVENTS, "#");
+        AtomicLong last = new AtomicLong(-1);
+        CountDownLatch some = new CountDownLatch(1), all = new CountDownLatch(1);
+        try (Channel end = receiving.createChannel()) {
+            end.basicQos(10_000); // more than is stored together: all of the end is given before the next question's answer
+            String tag = end.basicConsume(HISTORY, false, Map.of("x-stream-offset", "last"), new DefaultConsumer(end) {
+                @Override public void handleDelivery(String tag, Envelope envelope, BasicProperties properties, byte[] body) {
+                    last.set(offset(properties));
+                    some.countDown();
+                }
+                @Override public void handleCancelOk(String tag) { all.countDown(); }
+            });
+            some.await(10, TimeUnit.SECONDS); // nothing: it is empty
+            end.queueDeclarePassive(HISTORY);
+            end.basicCancel(tag);
+            all.await();
+        }
+        BlockingQueue<Delivery> came = new LinkedBlockingQueue<>();
+        try (Channel past = receiving.createChannel()) {
+            past.basicQos(AT_ONCE);
+            past.basicConsume(HISTORY, false, Map.of("x-stream-offset", "first"), (tag, one) -> came.add(one), tag -> {});
+            for (long at = -1; at < last.get();) {
+                Delivery one = came.take();
+                at = offset(one.getProperties());
+                copy(INBOX, one, given(one), Map.of("orthanc-address", one.getEnvelope().getRoutingKey()));
+                past.basicAck(one.getEnvelope().getDeliveryTag(), false);
+            }
+        }
+    }
+
+    static long offset(BasicProperties properties) { return ((Number) properties.getHeaders().get("x-stream-offset")).longValue(); }
+
+    static Map<String, String> given(Delivery delivery) {
         Map<String, String> given = new TreeMap<>();
         Map<String, Object> headers = delivery.getProperties().getHeaders();
-        if (headers != null) headers.forEach((name, value) -> given.put(name.toLowerCase(), String.valueOf(value)));
+        if (headers != null) headers.forEach((name, value) -> given.put(name.toLowerCase(Locale.ROOT), String.valueOf(value)));
+        return given;
+    }
+
+    void take(Delivery delivery) {
+        Map<String, String> given = given(delivery);
         String address = given.getOrDefault("orthanc-address", delivery.getEnvelope().getRoutingKey());
         String key = address.substring(address.lastIndexOf('.') + 1); // its partition, which a study's events share
         synchronized (tails) {
@@ -197,11 +255,16 @@ public class Consumer {
         headers.putAll(said);
         BasicProperties properties = new BasicProperties.Builder().contentType(delivery.getProperties().getContentType())
             .deliveryMode(2).messageId(UUID.randomUUID().toString()).headers(headers).build();
+        while (!confirmed(queue, properties, delivery.getBody())) Thread.sleep(1000); // it is full: the original is kept
+    }
+
+    boolean confirmed(String queue, BasicProperties properties, byte[] body) throws Exception {
         synchronized (copies) {
             returned = false;
-            copies.basicPublish("", queue, true, properties, delivery.getBody());
-            copies.waitForConfirmsOrDie(10_000);
+            copies.basicPublish("", queue, true, properties, body);
+            boolean taken = copies.waitForConfirms(10_000);
             if (returned) throw new IOException("there is no queue " + queue);
+            return taken;
         }
     }
 
@@ -209,7 +272,7 @@ public class Consumer {
         stopping = true; // nothing is begun any more
         try {
             CompletableFuture<?>[] all;
-            synchronized (tails) { all = tails.values().toArray(new CompletableFuture[0]); }
+            synchronized (tails) { all = tails.values().toArray(new CompletableFuture<?>[0]); }
             CompletableFuture.allOf(all).get(DRAIN, TimeUnit.SECONDS);
             receiving.close(); // what was settled is there before we go; what was not goes back
             Runtime.getRuntime().halt(0);
@@ -243,9 +306,9 @@ public class Consumer {
         if (arguments.length > 1 && arguments[0].equals("--decode")) { // golden vectors
             for (JsonNode one : JSON.readTree(new File(arguments[1]))) {
                 Map<String, String> headers = new HashMap<>();
-                one.get("headers").fields().forEachRemaining(pair -> headers.put(pair.getKey(), pair.getValue().asText()));
+                one.get("headers").properties().forEach(pair -> headers.put(pair.getKey(), pair.getValue().asText()));
                 String contentType = one.at("/properties/content_type").asText();
-                byte[] body = one.get("body").asText().getBytes("UTF-8");
+                byte[] body = one.get("body").asText().getBytes(StandardCharsets.UTF_8);
                 say(JSON.readTree(new JsonFormat().serialize(decode(headers, contentType, body))));
             }
             return;

@@ -1,5 +1,6 @@
 // A consumer of Orthanc's events on NATS JetStream, complete and without our package: docs/any-language.md says what it
 // has to do, rule by rule. Make `handle` your own.
+import {EventEmitter, once} from "node:events";
 import {readFileSync} from "node:fs";
 import {setTimeout as sleep} from "node:timers/promises";
 import {connect, headers as newHeaders, nanos} from "@nats-io/transport-node";
@@ -54,6 +55,7 @@ const connection = await connect({servers: BROKER_URL, maxReconnectAttempts: -1,
 const manager = await jetstreamManager(connection);
 const stream = jetstream(connection);
 const underWay = new Set();
+const ended = new EventEmitter(); // says "one" when one has
 const tails = new Map(); // the last of each key that is under way: those of one key are handled one by one
 let stopping = false;
 
@@ -68,10 +70,12 @@ async function copy(where, message, given, said) {
   const all = {...said, "orthanc-event-id": id, "orthanc-consumer": CONSUMER,
     "orthanc-address": given["orthanc-address"] ?? message.subject,
     "Nats-Msg-Id": `${id}:${where}:${CONSUMER}:${message.info.stream}.${message.seq}.${message.timestampNanos}`};
-  for (const [name, value] of Object.entries(all)) if (value !== "") headers.set(name, value);
+  for (const [name, value] of Object.entries(all)) if (value !== "") headers.set(name, value.replace(/[^ -~]/g, "?"));
   const subject = where === "retry" ? `orthanc.inbox.${CONSUMER}` : `orthanc.dead.${CONSUMER}`;
   await stream.publish(subject, message.data, {headers});
 }
+
+const late = (held) => Date.now() - held.since > 0.8 * ACK_WAIT;
 
 async function settle(message, held) {
   const given = lowered(message.headers ?? []);
@@ -92,7 +96,7 @@ async function settle(message, held) {
   } catch (error) {
     failure = error;
   }
-  if (Date.now() - held.since > 0.8 * ACK_WAIT) return; // too late: another may have it by now
+  if (late(held)) return;
   if (failure) {
     const now = new Date().toISOString();
     const said = {"orthanc-attempts": String(attempt), "orthanc-last-failure": now,
@@ -113,7 +117,11 @@ async function settle(message, held) {
 
 function take(message) {
   const held = {since: Date.now()};
-  const beat = setInterval(() => { message.working(); held.since = Date.now(); }, ACK_WAIT / 3);
+  const beat = setInterval(() => {
+    if (late(held)) return; // we were frozen: another may have it by now
+    message.working();
+    held.since = Date.now();
+  }, ACK_WAIT / 3);
   const subject = message.headers?.get("orthanc-address") || message.subject;
   const key = subject.split(".").at(-1); // its partition, which all events of a study share
   const work = (tails.get(key) ?? Promise.resolve())
@@ -122,6 +130,7 @@ function take(message) {
     .finally(() => {
       clearInterval(beat);
       underWay.delete(work);
+      ended.emit("one");
       if (tails.get(key) === work) tails.delete(key);
     });
   tails.set(key, work);
@@ -133,8 +142,8 @@ async function receive(name) {
   while (!stopping) {
     try {
       consumer ??= await stream.consumers.get(name, CONSUMER);
-      if (underWay.size >= AT_ONCE) await Promise.race(underWay); // never asked for more than can be begun
-      const batch = await consumer.fetch({max_messages: Math.max(1, AT_ONCE - underWay.size), expires: 1000});
+      while (underWay.size >= AT_ONCE) await once(ended, "one"); // never asked for more than can be begun
+      const batch = await consumer.fetch({max_messages: AT_ONCE - underWay.size, expires: 1000});
       for await (const message of batch) take(message);
     } catch (error) {
       console.error(`nothing is received from ${name}: ${error.name}`);
@@ -148,7 +157,10 @@ async function ensure(found, make) {
   return await make();
 }
 
-const {config} = await manager.streams.info(EVENTS); // the bridge makes it
+const {config} = await manager.streams.info(EVENTS).catch((error) => {
+  console.error(`NATS has no stream ${EVENTS}: start the bridge first (${error.name})`);
+  process.exit(1);
+});
 const beside = (name, subject, more) => ensure(() => manager.streams.info(name), () => manager.streams.add({
   name, subjects: [`${subject}.*`], discard: DiscardPolicy.New, storage: config.storage, max_bytes: 2 ** 30,
   num_replicas: config.num_replicas, duplicate_window: config.duplicate_window, ...more}));

@@ -6,6 +6,7 @@ docs/any-language.md says what it has to do, rule by rule. Make `handle` your ow
 import asyncio
 import json
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -74,6 +75,7 @@ broker = NatsBroker(
 )
 app = FastStream(broker, logger=None)
 one_by_one = asyncio.Lock()  # start more processes for more at a time: they share the events
+stopping = asyncio.Event()
 
 
 async def raw(message: NatsMessage) -> bytes:
@@ -101,7 +103,25 @@ async def copy(where: str, message: NatsMessage, given: dict[str, str], said: di
     await client.jetstream().publish(subject, message.raw_message.data, headers=headers)
 
 
-async def settle(message: NatsMessage, given: dict[str, str]) -> None:
+class Held:
+    """As long as it is handled, nobody else is given it; unless we are frozen, and are late then."""
+
+    def __init__(self, message: NatsMessage) -> None:
+        self._message = message
+        self._since = time.monotonic()
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self._since > 0.8 * ACK_WAIT
+
+    async def keep(self) -> None:
+        while not self.late:
+            await self._message.in_progress()
+            self._since = time.monotonic()
+            await asyncio.sleep(ACK_WAIT / 3)
+
+
+async def settle(message: NatsMessage, given: dict[str, str], held: Held) -> None:
     """Have it handled, and say so to the broker; exactly one way."""
     before = int(given.get("orthanc-attempts", 0)) if given.get("orthanc-consumer") == NAME else 0
     # Workers that died with it in hand; a copy that had to wait was given once more.
@@ -117,6 +137,8 @@ async def settle(message: NatsMessage, given: dict[str, str]) -> None:
             await handle(event, attempt)
         except Exception as error:
             failure = error
+    if held.late:
+        return  # another may have it by now
     if failure is not None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         said = {"orthanc-attempts": str(attempt), "orthanc-last-failure": now}
@@ -125,7 +147,8 @@ async def settle(message: NatsMessage, given: dict[str, str]) -> None:
             said["orthanc-exception"] = type(failure).__name__
         if isinstance(failure, Reject) or attempt >= MAX_ATTEMPTS:
             over = f"failed {attempt} times of {MAX_ATTEMPTS}"
-            said["orthanc-reason"] = str(failure) if isinstance(failure, Reject) else over
+            reason = str(failure) if isinstance(failure, Reject) else over
+            said["orthanc-reason"] = re.sub("[^ -~]", "?", reason)
             await copy("dead", message, given, said)
         else:
             wait = failure.seconds if isinstance(failure, Retry) else min(900, 2 ** (attempt - 1))
@@ -133,13 +156,6 @@ async def settle(message: NatsMessage, given: dict[str, str]) -> None:
             said |= {"orthanc-operation": "retry", "orthanc-due": due.isoformat(timespec="milliseconds")}
             await copy("retry", message, given, said)
     await message.ack()
-
-
-async def keep(message: NatsMessage) -> None:
-    """As long as it is handled, nobody else is given it."""
-    while True:
-        await asyncio.sleep(ACK_WAIT / 3)
-        await message.in_progress()
 
 
 def subscriber(stream: str, subject: str) -> Any:
@@ -163,10 +179,14 @@ async def consume(body: bytes, message: NatsMessage) -> None:
     if left > 0:
         await message.nack(delay=left + 0.25)
         return
-    alive = asyncio.create_task(keep(message))
+    held = Held(message)
+    alive = asyncio.create_task(held.keep())
     try:
         async with one_by_one:
-            await settle(message, given)
+            if stopping.is_set():
+                await message.nack()  # not begun: it is for others
+            else:
+                await settle(message, given, held)
     except Exception as error:  # the broker is away, or a place is full: it comes again
         print(f"not settled: {type(error).__name__}", file=sys.stderr)
     finally:
@@ -177,7 +197,10 @@ async def consume(body: bytes, message: NatsMessage) -> None:
 async def prepare() -> None:
     """What it needs at NATS is made, where it is missing."""
     manager = (await broker.connect()).jetstream()._jsm
-    found = (await manager.stream_info(EVENTS)).config  # the bridge makes it
+    try:
+        found = (await manager.stream_info(EVENTS)).config
+    except NotFoundError:
+        sys.exit(f"NATS has no stream {EVENTS}: start the bridge first")
     beside = StreamConfig(
         discard=DiscardPolicy.NEW,
         storage=found.storage,
@@ -208,6 +231,12 @@ async def prepare() -> None:
                 deliver_policy=begin,
             )
             await manager.add_consumer(stream, config)
+
+
+@app.on_shutdown
+async def stop() -> None:
+    """Before FastStream waits for what is begun."""
+    stopping.set()
 
 
 @app.after_startup

@@ -83,7 +83,7 @@ LANGUAGES: Final = {
     "go": Language(
         "go-kafka", "kafka",
         {"go": ("version", (1, 26))},
-        [["go", "build", "-o", "consumer", "."]],
+        [["go", "vet", "."], ["go", "build", "-o", "consumer", "."]],
         ["{}/consumer"],
     ),
     "java": Language(
