@@ -47,11 +47,24 @@ mount_groups() {
     done
 }
 
+# In a container, with groups of the new kind, everything runs in the group that the engine's own will be below, and one
+# that has processes can't limit what is below it. So they move aside, as in Docker's own image for this.
+move_aside() {
+    local place=/sys/fs/cgroup process
+    if [ ! -e "$place/cgroup.type" ]; then return; fi # groups of the old kind, or the machine's own, which may have both
+    mkdir -p "$place/init"
+    for process in $(cat "$place/cgroup.procs"); do # read as a whole: it changes
+        echo "$process" 2>/dev/null >"$place/init/cgroup.procs" || true # it may have ended
+    done
+    sed 's/[^ ]*/+&/g' "$place/cgroup.controllers" >"$place/cgroup.subtree_control"
+}
+
 start() {
     local options=() i
     trap end EXIT
     trap 'exit 130' HUP INT TERM
     mount_groups || say "control groups can't be mounted"
+    move_aside || say "control groups can't be divided: limits of containers may fail"
     # The firewall is left alone: published ports of this machine are served by a proxy, tests need no way out of their
     # containers, and builds use this machine's network.
     options=(--iptables=false --ip6tables=false --ip-masq=false --ip-forward=false)

@@ -14,6 +14,7 @@ from orthanc_events_bridge.transports.kafka_options import KafkaLimits, KafkaOpt
 from orthanc_events_bridge.transports.nats_options import NatsOptions
 from orthanc_events_bridge.transports.options import TransportOptions
 from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
+from tools.event_examples import example
 from tools.event_schemas import ALL, data_schema, default, derived_envelope, envelope
 
 _SCHEMAS = "#/components/schemas"
@@ -211,18 +212,36 @@ def message_key(event_type: EventType) -> str:
     return first + "".join(part.capitalize() for part in rest)
 
 
-def data_key(event_type: EventType) -> str:
-    """``StudyInstanceAddedData``: of a type's data, among the schemas."""
+def payload_key(event_type: EventType) -> str:
+    """``StudyInstanceAdded``: what generated code calls a whole event."""
     key = message_key(event_type)
-    return f"{key[0].upper()}{key[1:]}Data"
+    return f"{key[0].upper()}{key[1:]}"
+
+
+def data_key(event_type: EventType) -> str:
+    """``StudyInstanceAddedData``: its data, among the schemas."""
+    return f"{payload_key(event_type)}Data"
+
+
+def _only(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What has to be in an envelope and not in another."""
+    return [name for name in one["required"] if name not in other["required"]]
+
+
+def _any_envelope() -> dict[str, Any]:
+    """What all events have in common, by whomever they are told; as one object, of which generated code is made."""
+    one, other = envelope(), derived_envelope()
+    common = [name for name in one["required"] if name in other["required"]]
+    return {"type": "object", "properties": other["properties"] | one["properties"], "required": common}
 
 
 def message(event_type: EventType) -> dict[str, Any]:
     """One type of event as AsyncAPI describes it."""
-    envelopes: list[dict[str, Any]] = [{"$ref": f"{_SCHEMAS}/CloudEvent"}]
-    if event_type in DERIVED:  # one of the types is told by both
-        by_consumers = {"$ref": f"{_SCHEMAS}/DerivedCloudEvent"}
-        envelopes = [{"anyOf": [*envelopes, by_consumers]}] if event_type in TYPES else [by_consumers]
+    by_bridge, by_consumers = event_type in TYPES, event_type in DERIVED
+    envelopes: list[dict[str, Any]] = [{"$ref": f"{_SCHEMAS}/{'DerivedCloudEvent' if by_consumers else 'CloudEvent'}"}]
+    if by_bridge and by_consumers:
+        either = [{"required": _only(envelope(), derived_envelope())}, {"required": _only(derived_envelope(), envelope())}]
+        envelopes = [{"$ref": f"{_SCHEMAS}/AnyCloudEvent"}, {"anyOf": either}]
     name = f"{event_type.name}.{catalog.VERSION}"
     constants = {
         "type": {"const": f"{default('type_prefix')}.{name}"},
@@ -236,8 +255,12 @@ def message(event_type: EventType) -> dict[str, Any]:
         "summary": event_type.meaning,
         "contentType": mapping.STRUCTURED,
         "headers": {"$ref": f"{_SCHEMAS}/Headers"},
-        "payload": {"allOf": [*envelopes, {"type": "object", "properties": constants}]},
+        "payload": {
+            "title": payload_key(event_type),
+            "allOf": [*envelopes, {"type": "object", "properties": constants}],
+        },
         "bindings": {"kafka": {"key": key, "bindingVersion": _KAFKA}},
+        "examples": [{"name": message_key(event_type), "payload": example(event_type)}],
     }
 
 
@@ -332,9 +355,36 @@ def _operations(broker: Broker) -> dict[str, Any]:
     }
 
 
-def _inside(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema as a part of the document: in AsyncAPI's own dialect, under no address of its own."""
-    return {name: value for name, value in schema.items() if name not in ("$schema", "$id")}
+def _schemas() -> dict[str, Any]:
+    """All schemas. Objects in them that have a title are among them, each once: what generated code calls them."""
+    shared: dict[str, Any] = {}
+
+    def referring(schema: dict[str, Any]) -> dict[str, Any]:
+        found = dict(schema)
+        for name, one in schema.get("properties", {}).items():
+            if "title" in one:
+                if shared.setdefault(one["title"], one) != one:
+                    raise SystemExit(f"two schemas have the title {one['title']}: give one of them another")
+                found["properties"] = found["properties"] | {name: {"$ref": f"{_SCHEMAS}/{one['title']}"}}
+        return found
+
+    whole = {
+        name: {"title": name, **made}
+        for name, made in (
+            ("Headers", _headers()),
+            ("CloudEvent", envelope()),
+            ("DerivedCloudEvent", derived_envelope()),
+            ("AnyCloudEvent", _any_envelope()),
+        )
+    }
+    # In AsyncAPI's own dialect, under no address of its own; the message has the example.
+    left = ("$schema", "$id", "examples")
+    data = {
+        data_key(one): referring({name: value for name, value in data_schema(one).items() if name not in left})
+        | {"title": data_key(one)}
+        for one in ALL
+    }
+    return {**whole, **dict(sorted(shared.items())), **data}
 
 
 def document(brokers: Sequence[Broker] = BROKERS) -> dict[str, Any]:
@@ -359,12 +409,7 @@ def document(brokers: Sequence[Broker] = BROKERS) -> dict[str, Any]:
         "operations": {name: one for broker in brokers for name, one in _operations(broker).items()},
         "components": {
             "messages": {message_key(event_type): message(event_type) for event_type in ALL},
-            "schemas": {
-                "Headers": _headers(),
-                "CloudEvent": envelope(),
-                "DerivedCloudEvent": derived_envelope(),
-                **{data_key(one): _inside(data_schema(one)) for one in ALL},
-            },
+            "schemas": _schemas(),
         },
     }
 

@@ -11,6 +11,7 @@ from orthanc_events_bridge.changes.model import KNOWN_NAMES
 from orthanc_events_bridge.events import catalog, derived
 from orthanc_events_bridge.events.catalog import TYPES, EventType
 from orthanc_events_bridge.events.derived import DERIVED
+from tools.event_examples import example
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "orthanc_events_bridge" / "events" / "schemas"
@@ -41,7 +42,7 @@ def change_of(event_type: EventType) -> str:
 def data_schema(event_type: EventType) -> dict[str, Any]:
     """Of one type's ``data``."""
     made = derived.schema if event_type in DERIVED else catalog.schema
-    return made(event_type, default("schema_base"))
+    return made(event_type, default("schema_base")) | {"examples": [example(event_type)["data"]]}
 
 
 def envelope() -> dict[str, Any]:
@@ -119,6 +120,9 @@ def schemas() -> dict[str, dict[str, Any]]:
         name: {"$schema": DIALECT, "$id": f"{base}{name}.{catalog.VERSION}", "title": name, "description": text, **one}
         for name, (one, text) in wholes.items()
     }
+    examples = {one.name: example(one) for one in ALL}
+    found["cloudevent"]["examples"] = [examples["study.stable"]]
+    found["derived-cloudevent"]["examples"] = [examples["study.ready"]]
     return found | {one.name: data_schema(one) for one in ALL}
 
 

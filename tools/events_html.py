@@ -9,43 +9,13 @@ from string import Template
 from typing import Any
 
 from orthanc_events_bridge.changes.model import LOGGED, NAMES
-from orthanc_events_bridge.consumers.samples import published
 from orthanc_events_bridge.events.catalog import TYPES, VERSION, EventType
 from orthanc_events_bridge.events.derived import DERIVED
-from orthanc_events_bridge.testing import event, orthanc_id
 from tools.asyncapi_document import BROKERS
+from tools.event_examples import example
 from tools.event_schemas import ALL, ROOT, change_of, data_schema, default, derived_envelope, envelope
 
 TEMPLATE = ROOT / "tools" / "events.html"
-
-_JOB = {
-    "type": "DicomModalityStore",
-    "state": "Success",
-    "progress": 100,
-    "errorCode": 0,
-    "created": "20261123T213601.000000",
-    "completed": "20261123T213602.000000",
-    "runtime": 0.487,
-    "localAet": "ORTHANC",
-    "remoteAet": "PACS",
-    "instances": 40,
-    "failedInstances": 0,
-    "parentResources": [orthanc_id("study")],
-}
-_LOG = {"reason": "emptied", "recorded": 41, "counter": 41, "continues": 41}
-
-
-def example(event_type: EventType) -> dict[str, Any]:
-    """An event of a type, as it is sent."""
-    if event_type in TYPES:
-        level = event_type.level
-        told = event(event_type.name, job=_JOB if level == "job" else None)
-        found = {**told.attributes, "data": dict(told.data)}
-        if event_type.verb == "log-discontinuity":
-            found["data"]["log"] = _LOG
-        return found
-    return dict(json.loads(published(event_type.name).body))
-
 
 def properties(schema: dict[str, Any], above: str = "", required: bool = True) -> Iterator[tuple[str, str, str, str]]:
     """What is in an object, and in the objects in it: name, what it is, how often it is there, meaning.
@@ -93,12 +63,12 @@ def _table(schema: dict[str, Any]) -> str:
 
 
 def _facts(event_type: EventType) -> Iterator[tuple[str, str]]:
-    by = DERIVED.get(event_type)
+    by = " or ".join(f"<code>{name}</code>" for name in DERIVED.get(event_type, ()))
     change = change_of(event_type)
     if event_type in TYPES:
-        yield "published by", "the bridge" + (f", and the consumer <code>{by}</code>" if by else "")
+        yield "published by", "the bridge" + (f", and the consumer {by}" if by else "")
     else:
-        yield "published by", f"the consumer <code>{by}</code>"
+        yield "published by", f"the consumer {by}"
     if change:
         logged = change in {NAMES[one] for one in LOGGED} or change not in NAMES.values()
         yield "Orthanc's change", f"<code>{change}</code>, {'also' if logged else 'not'} in its log"

@@ -498,9 +498,9 @@ def types_table() -> str:
 def derived_tables() -> str:
     """The types that consumers publish in docs/events.md, and what is in their data."""
     lines = ["| type | what happened | published by |", "|---|---|---|"]
-    for one, by in DERIVED.items():
-        meaning = one.meaning.replace(" (logs of old Orthancs)", "")
-        lines.append(f"| `{one.name}` | {meaning} | {by if ' ' in by else f'`{by}`'} |")
+    for kind, by in DERIVED.items():
+        meaning = kind.meaning.replace(" (logs of old Orthancs)", "")
+        lines.append(f"| `{kind.name}` | {meaning} | {', '.join(f'`{one}`' for one in by)} |")
     lines += ["", "| property | in the data of | value |", "|---|---|---|"]
     owners: dict[tuple[str, str], list[str]] = {}
     for one in DERIVED:
@@ -508,7 +508,7 @@ def derived_tables() -> str:
         for name, rule in document["properties"].items():
             if one in TYPES and name in catalog.schema(one, "")["properties"]:
                 continue
-            text = rule.get("description") or "`study`, `series` or `instance`: what it is about, which `id` is of."
+            text = rule["description"]
             if name == "missing":
                 text += "".join(f" `{part}`: {said['description']}" for part, said in rule["properties"].items())
             sometimes = "" if name in document["required"] else " (not always)"

@@ -1,22 +1,30 @@
-"""Compare the events' schemas with those of the last release: what consumers count on must still be so.
+"""Compare the events' schemas with those of all releases: what consumers count on must still be so.
 
 Both directions count. Whoever reads was written for the released schema, and gets what is sent now. And what was sent
 before lies in streams and outboxes for weeks, and is judged by today's schema, since both are called ``v1``. So within
 a version nothing changes but that types, properties that need not be there, and values of open lists are added, and
 that texts are worded better (docs/events.md#what-can-change-within-v1).
 
-Without arguments it compares, and exits with 1 if something breaks. ``--store VERSION`` writes what the present schemas
-are down as those of a release (docs/releasing.md).
+Beside the schemas, where events are is compared, what their types are called, and which headers they have, as the AsyncAPI
+document tells it.
+
+Without arguments it compares, and exits with 1 if something breaks, or if what was released is written down otherwise than
+the release's tag has it. ``--store VERSION`` writes what the present schemas are down as those of a release, before it is
+tagged (docs/releasing.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -106,37 +114,88 @@ def _said(value: Any) -> str:
     return "not there" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
 
 
-def last_release(folder: Path = RELEASED) -> Path:
-    """The file of the newest release.
+def contract() -> dict[str, Schema]:
+    """What is compared: all schemas, and as if they were some the channels' addresses, the types' names and the headers."""
+
+    def fixed(values: Mapping[str, str]) -> Schema:
+        return {"type": "object", "properties": {name: {"const": value} for name, value in values.items()}}
+
+    document = yaml.safe_load(described.asyncapi_text())
+    components = document["components"]
+    return {
+        **{name: _without_examples(described.schema(name)) for name in described.names()},
+        "addresses": fixed({name: one["address"] for name, one in document["channels"].items()}),
+        "headers": components["schemas"]["Headers"],
+        "types": fixed({name: one["name"] for name, one in components["messages"].items()}),
+    }
+
+
+def _without_examples(schema: Schema) -> Schema:
+    return {word: value for word, value in schema.items() if word != "examples"}
+
+
+def releases(folder: Path = RELEASED) -> list[Path]:
+    """The files of all releases, the newest first.
 
     :raises SystemExit: there is none.
     """
     files = [path for path in folder.glob("*.json") if path.stem.replace(".", "").isdigit()]
     if not files:
         raise SystemExit(f"{folder} has no released schemas: get them from git, or write them with --store VERSION")
-    return max(files, key=lambda path: tuple(map(int, path.stem.split("."))))
+    return sorted(files, key=lambda path: tuple(map(int, path.stem.split("."))), reverse=True)
+
+
+def as_tagged(path: Path, root: Path = ROOT) -> str | None:
+    """What the release's tag has in that file; none where there is no such tag, or no git."""
+    if shutil.which("git") is None:
+        return None
+    place = f"v{path.stem}:{path.relative_to(root).as_posix()}"
+    found = subprocess.run(["git", "show", place], cwd=root, capture_output=True, check=False)
+    return found.stdout.decode("utf-8") if found.returncode == 0 else None
+
+
+def faults(present: Mapping[str, Schema], folder: Path = RELEASED, root: Path = ROOT) -> list[str]:
+    """What is wrong, a line each with its remedy. A break is told of the newest release that has it."""
+    found: dict[str, str] = {}
+    for path in releases(folder):
+        text, version = path.read_text("utf-8"), path.stem
+        tagged = as_tagged(path, root)
+        if tagged not in (None, text):
+            name = path.relative_to(root)
+            found[version] = f"{name} is not what was released: `git checkout v{version} -- {name}`"
+        for line in breaks(json.loads(tagged or text), present):
+            found.setdefault(line, f"since {version}: {line}")
+    return list(found.values())
+
+
+def store(version: str, present: Mapping[str, Schema], folder: Path = RELEASED, root: Path = ROOT) -> Path:
+    """Write what the present schemas are down as those of a release that will be.
+
+    :raises SystemExit: it can't be one.
+    """
+    if not all(part.isdigit() for part in version.split(".")) or version.count(".") != 2:
+        raise SystemExit(f"{version} is no version of a release: 0.1.0, say")
+    path = folder / f"{version}.json"
+    if as_tagged(path, root) is not None:
+        raise SystemExit(f"{version} is released, and what it was stays: take the next number")
+    path.write_text(json.dumps(present, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return path
 
 
 def main() -> int:
     """Compare, or store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", metavar="VERSION", help="write the present schemas down as this release's")
-    store = parser.parse_args().store
-    present = {name: described.schema(name) for name in described.names()}
-    if store is not None:
-        if not store.replace(".", "").isdigit():
-            parser.error(f"{store} is no version of a release: 0.1.0, say")
-        path = RELEASED / f"{store}.json"
-        path.write_text(json.dumps(present, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        print(f"{path.relative_to(ROOT)} written")
-        return 0
-    path = last_release()
-    found = breaks(json.loads(path.read_text("utf-8")), present)
+    version = parser.parse_args().store
+    present = contract()
+    if version is not None:
+        print(f"{store(version, present).relative_to(ROOT)} written")
+    found = faults(present)
     for line in found:
         print(line, file=sys.stderr)
-    if found:
+    if any(line.startswith("since ") for line in found):
         print(
-            f"this breaks consumers of {path.stem}: add a property or a type in its place, or make it v2"
+            "this breaks consumers: add a property or a type in its place, or make it v2"
             " (docs/events.md#what-can-change-within-v1)",
             file=sys.stderr,
         )

@@ -101,27 +101,29 @@ _ID: Final = {
     "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous.",
 }
 _JOB: Final = {
+    "title": "Job",
     "type": "object",
     "description": "The job as it was when the change was captured.",
     "properties": {
-        "type": {"type": "string"},
-        "state": {"type": "string"},
+        "type": {"type": "string", "description": "As Orthanc spells it: DicomModalityStore, say."},
+        "state": {"type": "string", "description": "As Orthanc spells it: Success, Failure, Pending …"},
         "progress": {"type": "number", "description": "Percent."},
         "errorCode": {"type": "integer", "description": "0: no error."},
         "created": {"type": "string", "description": "As Orthanc spells it, UTC."},
         "completed": {"type": "string", "description": "As Orthanc spells it, UTC."},
         "runtime": {"type": "number", "description": "Seconds."},
-        "localAet": {"type": "string"},
-        "remoteAet": {"type": "string"},
-        "targetAet": {"type": "string"},
+        "localAet": {"type": "string", "description": "The application entity title of Orthanc itself."},
+        "remoteAet": {"type": "string", "description": "Of the modality that it talks to."},
+        "targetAet": {"type": "string", "description": "Of the modality that a C-MOVE sends to."},
         "peer": {"type": "string", "description": "The URL of an Orthanc peer, without user and password."},
-        "instances": {"type": "integer"},
-        "failedInstances": {"type": "integer"},
-        "parentResources": {"type": "array", "items": _ID},
+        "instances": {"type": "integer", "description": "How many it is about."},
+        "failedInstances": {"type": "integer", "description": "How many of them failed."},
+        "parentResources": {"type": "array", "items": _ID, "description": "What it is about."},
     },
 }
 
 _LOG: Final = {
+    "title": "Log",
     "type": "object",
     "description": "What is known of the log.",
     "properties": {
@@ -145,24 +147,24 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         identifier = {"type": ["string", "null"], "description": "What was given with it, if anything."}
     properties: dict[str, Any] = {
         "change": {"type": "string", "description": "The kind of change, as Orthanc's /changes spells it."},
-        "level": {"const": event_type.level},
+        "level": {"const": event_type.level, "description": "What it is about, which `id` is of."},
         "id": identifier,
         "seq": {"type": "integer", "description": "Its number in Orthanc's change log, where it has one."},
-        "parents": {
-            "type": "object",
-            "description": "Level → Orthanc id of the parents; empty where they are not known.",
-            "properties": dict.fromkeys(_levels_above(event_type.level), _ID),
-            "additionalProperties": False,
-        },
+        "parents": parents(event_type.level),
         "inferred": {"const": True, "description": "Orthanc did not say so; it follows from what exists."},
     }
     if event_type.level in LEVELS:
         strings = {"type": "object", "additionalProperties": {"type": "string"}}
         properties["tags"] = {
+            "title": "Tags",
             **strings,
             "description": "Allow-listed DICOM tags, by keyword. Patient data, maybe.",
         }
-        properties["metadata"] = {**strings, "description": "Allow-listed metadata of Orthanc, by name."}
+        properties["metadata"] = {
+            "title": "Metadata",
+            **strings,
+            "description": "Allow-listed metadata of Orthanc, by name.",
+        }
     if event_type.level == "job":
         properties["job"] = _JOB
     if event_type.verb == "log-discontinuity":
@@ -175,6 +177,18 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         "type": "object",
         "properties": properties,
         "required": ["change", "level", "id", "parents"],
+    }
+
+
+def parents(level: str) -> dict[str, Any]:
+    """The JSON Schema of what is above something of a level. Its title is what generated code calls it."""
+    above = _levels_above(level)
+    return {
+        "title": f"{level.capitalize()}Parents" if above else "NoParents",
+        "type": "object",
+        "description": "Level → Orthanc id of what is above it; empty where that is not known, or where nothing is.",
+        "properties": dict.fromkeys(above, _ID),
+        "additionalProperties": False,
     }
 
 

@@ -12,21 +12,21 @@ from typing import Any, Final
 from orthanc_events_bridge.events import catalog
 from orthanc_events_bridge.events.catalog import VERSION, EventType
 
-#: Who publishes each of them: a command's name, or in words.
-DERIVED: Final[dict[EventType, str]] = {
-    EventType("study", "ready", "The study is complete by a rule, or the rule's deadline is over."): "derive",
-    EventType("study", "updated", "More has come to a study that was told ready."): "derive",
-    EventType("study", "routed", "The study was sent to a destination."): "route",
-    EventType("series", "routed", "The series was sent to a destination."): "route",
-    EventType("instance", "routed", "The instance was sent to a destination."): "route",
+#: Which commands publish each of them.
+DERIVED: Final[dict[EventType, tuple[str, ...]]] = {
+    EventType("study", "ready", "The study is complete by a rule, or the rule's deadline is over."): ("derive",),
+    EventType("study", "updated", "More has come to a study that was told ready."): ("derive",),
+    EventType("study", "routed", "The study was sent to a destination."): ("route",),
+    EventType("series", "routed", "The series was sent to a destination."): ("route",),
+    EventType("instance", "routed", "The instance was sent to a destination."): ("route",),
     EventType(
         "transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."
-    ): "`route`, `dispatch`",
+    ): ("route", "dispatch"),
     # Old Orthancs write the same into their logs, with the same meaning: it is one type (`catalog.TYPES` has it too).
-    next(one for one in catalog.TYPES if one.name == "study.anonymized"): "anonymize",
+    next(one for one in catalog.TYPES if one.name == "study.anonymized"): ("anonymize",),
     EventType(
         "result", "received", "A result for an anonymized study has come, and is in the original."
-    ): "`anonymize`, `dispatch`",
+    ): ("anonymize", "dispatch"),
 }
 
 #: A router's own order to send something: in inboxes only, and no contract for others.
@@ -45,6 +45,7 @@ _READINESS: Final = {
     "rule": _RULE,
     "complete": {"type": "boolean", "description": "Whether nothing is missing of what the rule expects."},
     "missing": {
+        "title": "Missing",
         "type": "object",
         "description": "What is missing; not there where nothing is.",
         "properties": {
@@ -122,7 +123,7 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         told = catalog.schema(event_type, base)
         return {**told, "properties": {**told["properties"], **properties}}
     about = levels(event_type)
-    above = catalog.LEVELS[: max(map(catalog.LEVELS.index, about))]
+    lowest = max(about, key=catalog.LEVELS.index)
     identifier = {"type": "string", "description": "Orthanc's id: an unsalted SHA-1, a pseudonym and not anonymous."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -131,14 +132,12 @@ def schema(event_type: EventType, base: str) -> dict[str, Any]:
         "description": event_type.meaning,
         "type": "object",
         "properties": {
-            "level": {"const": about[0]} if len(about) == 1 else {"enum": list(about)},
-            "id": identifier,
-            "parents": {
-                "type": "object",
-                "description": "Level → Orthanc id of what is above it, as far as that is known.",
-                "properties": dict.fromkeys(above, identifier),
-                "additionalProperties": False,
+            "level": {
+                **({"const": about[0]} if len(about) == 1 else {"title": "Level", "enum": list(about)}),
+                "description": "`study`, `series` or `instance`: what it is about, which `id` is of.",
             },
+            "id": identifier,
+            "parents": catalog.parents(lowest),
             **properties,
         },
         "required": ["level", "id", "parents", *required],

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from jsonschema_rs import Draft7Validator
 
-from orthanc_events_bridge.events.catalog import TYPES
+from orthanc_events_bridge.events.catalog import TYPES, EventType
 from orthanc_events_bridge.events.derived import DERIVED
 from orthanc_events_bridge.events.described import asyncapi_text, schema
 from tools import asyncapi_document
@@ -43,6 +43,15 @@ def references(node: Any) -> Iterator[str]:
     if isinstance(node, list):
         for one in node:
             yield from references(one)
+
+
+def whole(node: Any, document: dict[str, Any]) -> Any:
+    """With what it refers to in it."""
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            node = reduce(lambda inner, key: inner[key], node["$ref"][2:].split("/"), document)
+        return {name: whole(one, document) for name, one in node.items()}
+    return [whole(one, document) for one in node] if isinstance(node, list) else node
 
 
 def test_it_is_valid(document: dict[str, Any]) -> None:
@@ -109,10 +118,13 @@ def test_each_place_has_every_type_once(document: dict[str, Any]) -> None:
     for message in messages.values():
         own = message["payload"]["allOf"][-1]["properties"]
         assert own["type"]["const"] == message["name"]
-        data = document["components"]["schemas"][own["data"]["$ref"].rpartition("/")[2]]
+        title = own["data"]["$ref"].rpartition("/")[2]
+        data = document["components"]["schemas"][title]
         stored = schema(message["name"])
         assert stored["$id"] == own["dataschema"]["const"]
-        assert data == {name: value for name, value in stored.items() if name[0] != "$"}
+        assert whole(data, document) == {
+            name: value for name, value in (stored | {"title": title}).items() if name[0] != "$" and name != "examples"
+        }
 
 
 def test_a_message_s_payload_is_what_events_are(document: dict[str, Any]) -> None:
@@ -125,3 +137,33 @@ def test_a_message_s_payload_is_what_events_are(document: dict[str, Any]) -> Non
         validator.validate(event)
         assert not validator.is_valid({**event, "data": {**event["data"], "level": "elsewhere"}})
         assert not validator.is_valid({**event, "sequence": "42"})
+
+
+def test_generated_code_gets_a_name_for_every_object(document: dict[str, Any]) -> None:
+    components = document["components"]
+    for key, one in components["schemas"].items():
+        assert one["title"] == key
+        for name, inner in one.get("properties", {}).items():
+            # `data` of an envelope is another object in each message. What is plainly a map gets no class.
+            if "properties" in inner or "enum" in inner:
+                assert (key, name) == ("Headers", "orthanc-operation")
+    titles = [one["payload"]["title"] for one in components["messages"].values()]
+    assert len(titles) == len(set(titles))
+    assert not set(titles) & components["schemas"].keys()
+
+
+def test_two_objects_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(event_type: EventType) -> dict[str, Any]:
+        return {"properties": {"log": {"title": "Log", "description": event_type.name}}}
+
+    monkeypatch.setattr(asyncapi_document, "data_schema", made)
+    with pytest.raises(SystemExit, match="two schemas have the title Log"):
+        asyncapi_document.document()
+
+
+def test_each_message_has_an_example_that_it_fits(document: dict[str, Any]) -> None:
+    for one in document["components"]["messages"].values():
+        (example,) = one["examples"]
+        rules = {"components": document["components"], **one["payload"]}
+        Draft7Validator(rules, validate_formats=True).validate(example["payload"])
+        assert example["payload"]["type"] == one["name"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from orthanc_events_bridge.events.described import names, schema
 from tools import schema_compatibility
-from tools.schema_compatibility import OPEN, RELEASED, breaks, last_release
+from tools.schema_compatibility import OPEN, RELEASED, breaks, contract, faults, releases, store
 
 RELEASED_ONE: dict[str, Any] = {
     "$id": "urn:x:study.made.v1",
@@ -153,12 +153,60 @@ def test_types_may_come_and_must_not_go() -> None:
     assert breaks(both, {"a": RELEASED_ONE}) == ["b: the type is gone"]
 
 
-def test_the_last_release_is_the_highest_version(tmp_path: Path) -> None:
-    for name in ("0.9.0.json", "0.10.0.json", "0.2.11.json", "README.md", "draft.json"):
-        (tmp_path / name).touch()
-    assert last_release(tmp_path).name == "0.10.0.json"
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository's, with nothing in it."""
+    (tmp_path / "released").mkdir()
+    return tmp_path / "released"
+
+
+def written(folder: Path, version: str, **schemas: Any) -> Path:
+    path = folder / f"{version}.json"
+    path.write_text(json.dumps(schemas), "utf-8")
+    return path
+
+
+def git(root: Path, *arguments: str) -> None:
+    mine = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *mine, *arguments], cwd=root, check=True, capture_output=True)
+
+
+def test_all_releases_are_compared_with_and_the_newest_is_named(folder: Path) -> None:
+    for name in ("README.md", "draft.json"):
+        (folder / name).touch()
     with pytest.raises(SystemExit, match="has no released schemas"):
-        last_release(tmp_path / "none")
+        releases(folder)
+    # What 0.9.0 broke unnoticed is still found, and what both have is told once.
+    written(folder, "0.2.11", old={"type": "object"}, both={"type": "object"})
+    written(folder, "0.10.0", both={"type": "object"})
+    assert [path.stem for path in releases(folder)] == ["0.10.0", "0.2.11"]
+    assert faults({}, folder, folder.parent) == [
+        "since 0.10.0: both: the type is gone",
+        "since 0.2.11: old: the type is gone",
+    ]
+
+
+def test_what_was_released_stays_as_its_tag_has_it(folder: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed: apt-get install git")
+    root = folder.parent
+    git(root, "init", "-q")
+    path = written(folder, "0.1.0", made={"type": "object"})
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "Release")
+    assert store("0.1.0", {"made": {"type": "array"}}, folder, root) == path  # not tagged yet
+    git(root, "checkout", "-q", str(path))
+    git(root, "tag", "v0.1.0")
+    with pytest.raises(SystemExit, match=r"0\.1\.0 is released, and what it was stays"):
+        store("0.1.0", {}, folder, root)
+    assert faults({"made": {"type": "object"}}, folder, root) == []
+    written(folder, "0.1.0", made={"type": "array"})
+    assert faults({"made": {"type": "array"}}, folder, root) == [
+        "released/0.1.0.json is not what was released: `git checkout v0.1.0 -- released/0.1.0.json`",
+        'since 0.1.0: made: type was "object", and is "array"',
+    ]
+    with pytest.raises(SystemExit, match="v0.2 is no version of a release"):
+        store("v0.2", {}, folder, root)
 
 
 def test_the_present_schemas_keep_what_was_released() -> None:
@@ -166,13 +214,21 @@ def test_the_present_schemas_keep_what_was_released() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_change_of_a_present_schema_is_found() -> None:
-    released = json.loads(last_release(RELEASED).read_text("utf-8"))
-    assert released.keys() <= set(names())
-    present = {name: schema(name) for name in names()}
+def test_a_change_of_what_there_is_is_found() -> None:
+    present = copy.deepcopy(contract())
     present["study.stable"]["properties"]["parents"]["properties"]["patient"]["type"] = "integer"
     present["cloudevent"]["required"].remove("sequence")
-    assert breaks(released, present) == [
-        "cloudevent: the property sequence was always there, and need not be any more",
-        'study.stable: parents: patient: type was "string", and is "integer"',
+    present["addresses"]["properties"]["kafkaInbox"]["const"] = "orthanc.mail.{consumer}"
+    present["types"]["properties"]["studyStable"]["const"] = "io.elsewhere.study.stable.v1"
+    del present["headers"]["properties"]["orthanc-due"]
+    newest = releases(RELEASED)[0].stem
+    assert faults(present) == [
+        f"since {newest}: {line}"
+        for line in (
+            "cloudevent: the property sequence was always there, and need not be any more",
+            'study.stable: parents: patient: type was "string", and is "integer"',
+            'addresses: kafkaInbox: const was "orthanc.inbox.{consumer}", and is "orthanc.mail.{consumer}"',
+            "headers: the property orthanc-due is gone",
+            'types: studyStable: const was "io.orthanc-events.study.stable.v1", and is "io.elsewhere.study.stable.v1"',
+        )
     ]
