@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -28,7 +29,10 @@ from docker.errors import (  # type: ignore[import-not-found]
     DockerException,
     NotFound,
 )
-from docker.types import EndpointConfig  # type: ignore[import-not-found]
+from docker.types import (  # type: ignore[import-not-found]
+    EndpointConfig,
+    Mount,
+)
 from testcontainers.core.container import DockerContainer
 
 from orthanc_events_bridge.testing.engine import STARTER, find_image, run_network, shares_network, this_starter
@@ -69,7 +73,7 @@ class _Contained:
                 if not state["Running"]:
                     code = int(state["ExitCode"])
                     # An end by a signal, as the shell tells it; a process's is told as the signal's negative.
-                    self.returncode = 128 - code if code > 128 else code
+                    self.returncode = 128 - code if 128 < code < 128 + signal.NSIG else code
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -98,6 +102,7 @@ class ContainerServer(Server):
     :raises MissingComponentError: no container engine answers, or the image is not to be had.
 
     :ivar image: in which it runs.
+    :ivar mounts: files and folders that it sees too, under their own paths, and can't change. Read at each start.
     :ivar published: whether its ports are published, in place of its having this machine's network. Read at each start.
     """
 
@@ -106,6 +111,7 @@ class ContainerServer(Server):
     #: The name of its configuration file, which says where it listens.
     config_file: ClassVar[str]
     image: str
+    mounts: tuple[Path, ...] = ()
     _scratch: contextlib.ExitStack | None = None
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -115,8 +121,9 @@ class ContainerServer(Server):
         super().__init__(folder, environment)
         self._contained: _Contained | None = None
 
-    def _prepare(self, folder: Path | None, image: str | None = None) -> Path:
+    def _prepare(self, folder: Path | None, image: str | None = None, mounts: Iterable[str | Path] = ()) -> Path:
         """Find the image, and the folder, before everything else is made."""
+        self.mounts = tuple(Path(path).absolute() for path in mounts)
         self.image = find_image(self.kind, image)
         self._scratch = contextlib.ExitStack()
         return (folder or self._scratch.enter_context(scratch_folder())).absolute()
@@ -141,11 +148,13 @@ class ContainerServer(Server):
                 network=network,
                 networking_config=named,
                 labels={LABEL: RUN, STARTER: this_starter()},
+                # Unlike a volume, of which an engine makes what isn't there.
+                mounts=[
+                    Mount(str(path), str(path), "bind", read_only=mode == "ro") for path, mode in self._mounts().items()
+                ],
             )
         )
         container.image = self.image  # as it is: it may have its registry's prefix already
-        for path, mode in self._mounts().items():
-            container.with_volume_mapping(path, str(path), mode)
         for port in ports:
             container.ports[f"{port}/tcp"] = ("127.0.0.1", port)  # type: ignore[assignment]  # handed on as it is
         self.log.touch()  # a process has made it by the time that it is there
@@ -155,13 +164,14 @@ class ContainerServer(Server):
         except BaseException as error:
             contained.remove()
             if isinstance(error, DockerException | OSError):
-                raise ServerError(self._message(f"can't be started in a container of {self.image}: {error}")) from error
+                what = f"can't be started in a container of {self.image}: {error}{_remedy(error)}"
+                raise ServerError(self._message(what)) from error
             raise
         return contained
 
     def _mounts(self) -> dict[Path, str]:
         """The files and folders that it sees under their own paths, and how (``rw``, ``ro``)."""
-        return {self.folder: "rw"}
+        return {self.folder: "rw", **dict.fromkeys(self.mounts, "ro")}
 
     def _listen(self) -> list[int]:
         """Let the server listen inside the container too, and return the ports."""
@@ -246,6 +256,16 @@ class ContainerServer(Server):
         super()._kill_all()
         if self._scratch is not None:
             self._scratch.close()
+
+
+def _remedy(error: Exception) -> str:
+    """What to do where an engine does not find what it is to mount."""
+    if "bind source path does not exist" not in str(error):
+        return ""
+    return (
+        " (the engine sees no such file or folder; an engine on another machine does not see this one's, nor what is "
+        "in the container in which this process is)"
+    )
 
 
 class BrokerContainer(ContainerServer):

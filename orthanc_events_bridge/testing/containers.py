@@ -14,7 +14,7 @@ Whatever happens to the test run, its containers are removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from orthanc_events_bridge.testing.contained import BrokerContainer, ContainerServer
@@ -41,15 +41,22 @@ class NatsContainer(NatsServer, BrokerContainer):
     :param port: for clients; a free one by default.
     :param config: text for the end of its configuration file.
     :param image: another one than ``ORTHANC_EVENTS_IMAGE_NATS`` or the default.
+    :param mounts: files and folders that it sees too, under their own paths, and can't change: certificates, say.
     """
 
     kind = "nats"
     config_file = "nats.conf"
 
     def __init__(
-        self, folder: Path | None = None, *, port: int | None = None, config: str = "", image: str | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        port: int | None = None,
+        config: str = "",
+        image: str | None = None,
+        mounts: Iterable[str | Path] = (),
     ) -> None:
-        super().__init__(self._prepare(folder, image), port=port, config=config, binary=Path("nats-server"))
+        super().__init__(self._prepare(folder, image, mounts), port=port, config=config, binary=Path("nats-server"))
 
 
 class RabbitMQContainer(RabbitServer, BrokerContainer):
@@ -60,6 +67,7 @@ class RabbitMQContainer(RabbitServer, BrokerContainer):
     :param config: text for the end of ``rabbitmq.conf``.
     :param plugins: to be enabled.
     :param image: another one than ``ORTHANC_EVENTS_IMAGE_RABBITMQ`` or the default.
+    :param mounts: files and folders that it sees too, under their own paths, and can't change: certificates, say.
     """
 
     kind = "rabbitmq"
@@ -73,9 +81,14 @@ class RabbitMQContainer(RabbitServer, BrokerContainer):
         config: str = "",
         plugins: Sequence[str] = (),
         image: str | None = None,
+        mounts: Iterable[str | Path] = (),
     ) -> None:
         super().__init__(
-            self._prepare(folder, image), config=config, plugins=plugins, port=port, binary=Path("rabbitmq-server")
+            self._prepare(folder, image, mounts),
+            config=config,
+            plugins=plugins,
+            port=port,
+            binary=Path("rabbitmq-server"),
         )
 
     def _command(self) -> list[str]:
@@ -103,14 +116,26 @@ class KafkaContainer(KafkaServer, BrokerContainer):
     :param folder: where it keeps everything; a temporary one by default.
     :param config: text for the end of ``server.properties``.
     :param image: another one than ``ORTHANC_EVENTS_IMAGE_KAFKA`` or the default.
+    :param mounts: files and folders that it sees too, under their own paths, and can't change: certificates, say.
     """
 
     kind = "kafka"
     config_file = "server.properties"
 
-    def __init__(self, folder: Path | None = None, *, config: str = "", image: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        config: str = "",
+        image: str | None = None,
+        mounts: Iterable[str | Path] = (),
+    ) -> None:
         super().__init__(
-            self._prepare(folder, image), config=config, archive=False, java=Path("java"), jars=Path("/opt/kafka/libs")
+            self._prepare(folder, image, mounts),
+            config=config,
+            archive=False,
+            java=Path("java"),
+            jars=Path("/opt/kafka/libs"),
         )
 
     @property

@@ -29,7 +29,7 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient, get_docker_host
 
 from orthanc_events_bridge.testing.guard import LABEL, RUN, guard
-from orthanc_events_bridge.testing.images import OFFICIAL, OURS, VERSIONS, own_image
+from orthanc_events_bridge.testing.images import OFFICIAL, OURS, OWN, VERSIONS, own_image
 from orthanc_events_bridge.testing.programs import MissingComponentError
 
 testcontainers_config.ryuk_disabled = True
@@ -37,13 +37,15 @@ testcontainers_config.ryuk_disabled = True
 _BUILD: Final = "in a clone on Debian, as root: scripts/images.sh"
 #: What the bridge needs beside its own requirements, whatever the broker.
 _EXTRAS: Final = ("nats", "rabbitmq", "kafka", "webhook")
-#: A Python for the bridge on an image of Orthanc.
+#: Where images of Orthanc have a Python for the bridge: ours for tests (``docker/orthanc``), and ``docker/Dockerfile``.
+INTERPRETERS: Final = ("/opt/bridge/bin/python", "/opt/orthanc-events/bin/python")
+#: How an image gets one that has none.
 _RECIPE: Final = """\
 FROM {base}
 USER root
 ARG PIP_INDEX_URL
-RUN python3 -m venv --without-pip /opt/bridge \\
-    && python3 -m pip --python /opt/bridge/bin/python install --no-cache-dir {packages}
+RUN {has_one} || (python3 -m venv --without-pip /opt/bridge \\
+    && python3 -m pip --python /opt/bridge/bin/python install --no-cache-dir {packages})
 """
 #: What of this environment a build is told.
 _GIVEN: Final = ("PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -167,20 +169,21 @@ def find_image(kind: str, wanted: str | None = None) -> str:
     :param kind: one of `images.OFFICIAL`.
     :param wanted: another image, or the name of one of ours in `images`; where it isn't given, the variable
         ``ORTHANC_EVENTS_IMAGE_`` with the kind behind it in capitals may name one.
+    :return: of Orthanc: with a Python for the bridge, if need be in an image that is built on the one that is meant.
     :raises MissingComponentError: no container engine answers, or there is no such image.
     """
     find_engine()
     variable = f"ORTHANC_EVENTS_IMAGE_{kind.upper()}"
     wanted = wanted or os.environ.get(variable) or kind
     built_only = wanted in VERSIONS or wanted in OURS
-    own = own_image(wanted) if wanted in OFFICIAL or built_only else wanted
+    own = own_image(wanted) if wanted in OFFICIAL or built_only else None
     prefix = testcontainers_config.hub_image_name_prefix
     with engine_client() as client:
         if own is not None and _is_there(client, own):
             return own
         if built_only:
             raise MissingComponentError(f"there is no image {wanted}: build it ({_BUILD} {wanted})")
-        name = prefix + OFFICIAL.get(wanted, wanted)
+        name = wanted if _is_there(client, wanted) else prefix + OFFICIAL.get(wanted, wanted)
         if not _is_there(client, name):
             try:
                 client.images.pull(name)
@@ -189,7 +192,7 @@ def find_image(kind: str, wanted: str | None = None) -> str:
                 raise MissingComponentError(
                     f"the image {name} can't be pulled: name another by {variable}{remedy}"
                 ) from error
-        return _with_bridge(client, name) if wanted == "orthanc" else name
+        return _with_bridge(client, name) if kind == "orthanc" and not name.startswith(OWN) else name
 
 
 def _is_there(client: Any, name: str) -> bool:
@@ -201,7 +204,7 @@ def _is_there(client: Any, name: str) -> bool:
 
 
 def _with_bridge(client: Any, base: str) -> str:
-    """Build an image on one of Orthanc, once: with a Python that has what the bridge needs.
+    """Build an image on one of Orthanc, once: with a Python that has what the bridge needs, where it has none.
 
     :raises MissingComponentError: it can't be built.
     """
@@ -212,8 +215,10 @@ def _with_bridge(client: Any, base: str) -> str:
         if one.name != "orthanc-events-bridge"
         and (one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in _EXTRAS))
     ]
-    recipe = _RECIPE.format(base=base, packages=" ".join(sorted(set(wanted)))).encode()
-    name = f"orthanc-events-bridge/for-tests:{hashlib.sha256(recipe).hexdigest()[:12]}"
+    has_one = " || ".join(f"test -x {path}" for path in INTERPRETERS)
+    recipe = _RECIPE.format(base=base, has_one=has_one, packages=" ".join(sorted(set(wanted)))).encode()
+    stands_for = recipe + client.images.get(base).id.encode()  # the same name may be given to another image
+    name = f"orthanc-events-bridge/for-tests:{hashlib.sha256(stands_for).hexdigest()[:12]}"
     if not _is_there(client, name):
         given = {one: os.environ[one] for one in _GIVEN if one in os.environ}
         network = "host" if shares_network() else None

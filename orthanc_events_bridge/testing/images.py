@@ -37,6 +37,9 @@ VERSIONS: Final[dict[str, str]] = {
 #: The images with this package in them → the server's image that they stand on.
 OURS: Final[dict[str, str]] = {"consumers": "webhook", "orthanc-events": "orthanc"}
 
+#: How the names of our own begin.
+OWN: Final = "orthanc-events-bridge/test-"
+
 #: What our own are built by; it is there in a checkout only.
 RECIPES: Final = Path(__file__).parents[2] / "docker"
 
@@ -68,7 +71,7 @@ def own_image(kind: str) -> str | None:
             return None
     if kind.startswith("orthanc") or kind in OURS:
         content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
-    return f"orthanc-events-bridge/test-{kind}:{content.hexdigest()[:12]}"
+    return f"{OWN}{kind}:{content.hexdigest()[:12]}"
 
 
 def recipe(kind: str) -> str:

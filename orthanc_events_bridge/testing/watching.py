@@ -16,29 +16,48 @@ from orthanc_events_bridge.transports import create
 _SHOWN: Final = 30
 
 
-def events_until(broker: Mapping[str, Any] | str, last: Callable[[Event], bool], timeout: float) -> list[Event]:
+def events_until(
+    broker: Mapping[str, Any],
+    name: str,
+    counts: Callable[[Event], bool],
+    where: Callable[[Event], bool],
+    timeout: float,
+) -> list[Event]:
     """Read what a broker has kept and what comes, from the oldest on, until one event is there.
 
     Nothing is acknowledged, and consumers don't notice. It is read anew where the connection is lost.
 
-    :param broker: its URL as consumers have it, or a transport's options.
-    :param last: whether an event is the one.
+    :param broker: a transport's options.
+    :param name: of the one, without prefix and version.
+    :param counts: whether an event is of what is asked for, the one too.
+    :param where: a condition that the one has to meet as well.
     :param timeout: seconds.
-    :return: all of them in the order in which they came, the one at the end.
+    :return: those that count in the order in which they came, the one at the end.
     :raises TimeoutError: it did not come; the message says what did.
     :raises BridgeError: the broker is none, or does not permit it.
     """
     found: list[Event] = []
+
+    def last(event: Event) -> bool:
+        return event.name == name and counts(event) and where(event)
+
     try:
         asyncio.run(asyncio.wait_for(_follow(broker, last, found), timeout))
     except TimeoutError:
-        lines = [f"    {event.name}  {event.attributes.get('subject', '')}\n" for event in found[-_SHOWN:]]
-        came = "".join(lines) or "    nothing\n"
-        raise TimeoutError(f"the event did not come within {timeout:g} s; the last that did:\n{came}") from None
-    return found
+        counting = [event for event in found if counts(event)]
+        shown = counting[-_SHOWN:]
+        came = (
+            "".join(f"    {event.name}  {event.attributes.get('subject', '')}\n" for event in shown) or "    nothing\n"
+        )
+        end = "" if len(shown) == len(counting) else f" (the last {_SHOWN})"
+        raise TimeoutError(
+            f"{name} as it is asked for did not come within {timeout:g} s. {len(found)} events came; of what is "
+            f"asked for these{end}:\n{came}"
+        ) from None
+    return [event for event in found if counts(event)]
 
 
-async def _follow(broker: Mapping[str, Any] | str, last: Callable[[Event], bool], found: list[Event]) -> None:
+async def _follow(broker: Mapping[str, Any], last: Callable[[Event], bool], found: list[Event]) -> None:
     while True:
         transport = create(broker_options(broker))
         found.clear()

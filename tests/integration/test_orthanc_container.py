@@ -5,14 +5,15 @@ Only with ``TEST_SERVERS=containers`` (``make test-containers``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.testing.brokers import way
-from orthanc_events_bridge.testing.dicom import make_study
 from orthanc_events_bridge.testing.images import own_image
 from orthanc_events_bridge.testing.processes import ServerError, free_port
 from orthanc_events_bridge.testing.programs import MissingComponentError, skip_or_fail
@@ -36,6 +37,8 @@ KINDS: dict[str, Callable[..., BrokerContainer]] = {
     "rabbitmq": RabbitMQContainer,
     "kafka": KafkaContainer,
 }
+#: A callback of a user's own.
+LOGGING = "lambda kind, level, resource: orthanc.LogWarning(f'in Python: {resource}')"
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +85,50 @@ def test_a_study_is_told_from_its_upload_to_its_deletion(kind: str, monkeypatch:
     assert not [folder for folder in folders if folder.exists()]
 
 
-def test_a_wait_that_is_in_vain_says_what_came() -> None:
-    with NatsContainer() as broker, OrthancContainer(broker.get_url()) as orthanc:
-        study = orthanc.upload_study(make_study())
-        orthanc.wait_for_event("study.created", study=study.id)
-        with pytest.raises(TimeoutError, match=rf"did not come within 1 s(.|\n)*study\.created +studies/{study.id}"):
+def test_an_unusual_one_and_what_a_wait_in_vain_says(tmp_path: Path) -> None:
+    """A password at the broker, its stream's name, scripts in Lua and Python, and a second Orthanc to send to."""
+    lua, script, password = tmp_path / "own.lua", tmp_path / "scripts" / "own.py", tmp_path / "password"
+    lua.write_text('function OnStableStudy(id) print("in Lua: " .. id) end', "utf-8")
+    script.parent.mkdir()
+    script.write_text(f"import orthanc\northanc.RegisterOnChangeCallback({LOGGING})\n", "utf-8")
+    password.write_text("secret", "utf-8")
+    with (
+        NatsContainer(config='authorization { user: bridge, password: "secret" }') as broker,
+        OrthancContainer(orthanc={"DicomAlwaysAllowStore": True, "DicomAet": "ARCHIVE"}) as archive,
+        OrthancContainer(
+            broker,
+            transport={"stream": "WARD", "user": "bridge", "password_file": str(password)},
+            orthanc={"LuaScripts": [str(lua)], "DicomModalities": {"archive": archive.get_modality()}},
+            user_script=script,
+            mounts=[lua, password],
+        ) as orthanc,
+    ):
+        study, other = orthanc.upload_study(), orthanc.upload_study()
+        orthanc.post("/modalities/archive/store", [study.id])
+        orthanc.wait_for_event("job.succeeded")
+        assert archive.get("/studies") == [study.id]
+        assert "orthanc-events" not in archive.log_text().replace(str(archive.folder), "")
+        orthanc.wait_for_event("study.stable", study=study.id)
+        for language in ("Lua", "Python"):
+            orthanc.wait_log(f"in {language}: {study.id}")
+        with pytest.raises(TimeoutError) as raised:
             orthanc.wait_for_event("study.deleted", study=study.id, timeout=1)
+        said = str(raised.value)
+        assert re.search(rf"^study\.deleted .*did not come within 1 s(.|\n)*study\.created +studies/{study.id}", said)
+        assert other.id not in said
+        assert said.endswith("The bridge: connected, 0 rows behind, last error: none")
+        with pytest.raises(BridgeError, match=r"did you mean study\.stable"):
+            orthanc.wait_for_event("study.stabel")
+
+
+def test_what_the_engine_can_not_see_and_an_exit_code_are_told_as_they_are(tmp_path: Path) -> None:
+    missing = NatsContainer(mounts=[tmp_path / "missing.pem"])
+    with pytest.raises(ServerError, match=r"missing\.pem(.|\n)*the engine sees no such file"):
+        missing.start()
+    missing.close()
+    assert not (tmp_path / "missing.pem").exists() and not missing.folder.exists()
+    with pytest.raises(ServerError, match=r"exit code 255(.|\n)*HttpPort"):
+        OrthancContainer(orthanc={"HttpPort": "none"}).start()
 
 
 def test_one_that_can_not_reach_its_broker_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
