@@ -8,17 +8,21 @@ from types import MappingProxyType
 from typing import Any
 
 from orthanc_events_bridge.consumers.event import Event
+from orthanc_events_bridge.consumers.meter import Meter
 from orthanc_events_bridge.consumers.once import KEEP, LEASE, Once, Turns
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
+from orthanc_events_bridge.errors import BridgeError
 
 
 class Effects:
     """That part of `orthanc_events_bridge.consumers.Consumer`.
 
     :ivar name: of the consumer.
+    :ivar meter: counts what it publishes, among other things.
     """
 
     name: str
+    meter: Meter
     _turns: Turns
     _publisher: Publisher
 
@@ -82,8 +86,13 @@ class Effects:
         :raises BridgeError: there can be no such event.
         :raises TransportError: it is not confirmed. When the handler lets that through, it is called again.
         """
-        event = derive(name, data, cause, producer=self.name, now=time.time(), of=of, linked=linked)
-        await self._publisher.send(event)
+        try:
+            event = derive(name, data, cause, producer=self.name, now=time.time(), of=of, linked=linked)
+            await self._publisher.send(event)
+        except BridgeError:
+            self.meter.count("publish_failed", name)
+            raise
+        self.meter.count("published", name)
         return event.id
 
     def publish_and_wait(self, name: str, data: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> str:

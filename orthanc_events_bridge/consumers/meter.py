@@ -14,12 +14,14 @@ BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0, 1800.0)
 #: What events of others, and messages that are none, are counted under.
 OTHER: Final = "other"
 _NAMES: Final = frozenset(NAMES)
-#: How an event can end, and what that means.
+#: How an event can end, and an attempt to publish one; and what that means.
 OUTCOMES: Final = {
     "handled": "Events whose handlers have returned.",
     "ignored": "Events that no handler is for.",
     "retried": "Deliveries that are given again, because a handler failed.",
     "dead": "Events that went among the dead letters.",
+    "published": "Events that handlers have published, as often as the broker has confirmed them.",
+    "publish_failed": "Attempts of handlers to publish an event that have failed.",
 }
 
 

@@ -120,6 +120,19 @@ class Asking:
         except ClosedError as error:
             raise refused(self._connection, queue, error) from error
 
+    async def differs(self, name: str, question: Callable[[Channel], Awaitable[object]]) -> str:
+        """How something is that is to be made, and is there with other settings; empty where it isn't.
+
+        :raises TransportError: see `refused`.
+        """
+        try:
+            await self._answer(question)
+        except ClosedError as error:
+            if error.code != 406:
+                raise refused(self._connection, name, error, "exchange") from error
+            return error.text
+        return ""
+
     async def end(self) -> None:
         """Close the channel. Never raises."""
         if self._channel is not None:

@@ -1,20 +1,22 @@
 """The dead letters of a consumer at RabbitMQ, in a quorum queue that nobody receives from: put there, and looked at.
 
-Looking at them is receiving all of them without an acknowledgement, so all are held here, each with its body and 2 KB
-more. What is not removed goes back to its place, in its order, when the channel is closed, whoever closes it. Meanwhile
-nobody else would see anything: only one can look at a time, and another waits for its turn.
+Looking at them is receiving all of them without an acknowledgement: a lot at a time, each by a subscription of its
+own, so that no more bodies are here than those of one lot. What is not removed goes back to its place, in its order,
+when the channel is closed, whoever closes it. Meanwhile nobody else would see anything: only one can look at a time,
+and another waits for its turn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 
 from aiormq.abc import DeliveredMessage
 
-from orthanc_events_bridge.errors import RefusedError, TransportConfigurationError, TransportError
+from orthanc_events_bridge.errors import NotConnectedError, RefusedError, TransportConfigurationError, TransportError
 from orthanc_events_bridge.transports.base import DeadLetter, DeadLetters
 from orthanc_events_bridge.transports.rabbitmq_acks import Acks
 from orthanc_events_bridge.transports.rabbitmq_asking import Asking, alone, refused
@@ -26,8 +28,14 @@ from orthanc_events_bridge.transports.rabbitmq_options import RabbitOptions
 from orthanc_events_bridge.transports.rabbitmq_queues import Queues, open_dead
 from orthanc_events_bridge.transports.rabbitmq_sending import Sending
 
-#: So many messages RabbitMQ hands over at a time.
-MOST: Final = 65_535
+#: So many are received at a time.
+_LOT: Final = 100
+#: Where that would be more lots than so many, each is larger: what several subscriptions of a channel held RabbitMQ
+#: takes back in their order as long as they are 32 at the most (up to that an Erlang map has one).
+_LOTS: Final = 30
+#: For so many seconds at most the next one is waited for, and so many between two looks.
+_PATIENCE: Final = 30.0
+_PAUSE: Final = 0.01
 #: Seconds that closing may take.
 _CLOSING: Final = 0.9
 
@@ -103,7 +111,7 @@ class DeadPlace:
 
 
 class RabbitDeadLetters(DeadLetters):
-    """Holds what it has read until it is closed, so that there is only one order and one mark for each."""
+    """Holds what it has read, without its content, until it is closed or reads again."""
 
     def __init__(self, connection: Connection, queues: Queues) -> None:
         self._connection = connection
@@ -111,51 +119,71 @@ class RabbitDeadLetters(DeadLetters):
         self._stack = contextlib.AsyncExitStack()
         self._channel: Channel | None = None
         self._acks: Acks | None = None
-        self._consumer = ""
+        self._readings = 0
         self._consumers = 0
-        self._held: dict[int, DeliveredMessage] = {}
+        self._come: deque[DeliveredMessage] = deque()  # and is not read yet
+        self._held: set[int] = set()  # the delivery tags of what is not removed
         self._deleted = False
 
     async def read(self) -> AsyncGenerator[DeadLetter]:
+        await self._give_back()
         channel = await self._begin()
         if channel is None:
             return
-        await self._receive(channel)
-        for tag, raw in sorted(self._held.items()):
-            yield DeadLetter(incoming(raw), tag)
+        try:
+            count = await self._count(channel)  # what comes from now on is for the next reading
+            lot = max(_LOT, -(-count // _LOTS))
+            while count and not self._deleted:
+                if not self._come:
+                    async with self._consuming(channel, min(lot, count)):
+                        await self._wait_for(channel, min(lot, count))
+                if self._come:
+                    raw, count = self._come.popleft(), count - 1
+                    yield DeadLetter(incoming(raw), (self._readings, raw.delivery_tag))
+        except ClosedError as error:
+            self._gone(error)
 
     async def remove(self, letters: Sequence[DeadLetter]) -> None:
-        tags = [letter.mark for letter in letters if letter.mark in self._held]
+        tags = [self._tag(letter) for letter in letters]
+        tags = [tag for tag in tags if tag in self._held]
         channel, acks = self._channel, self._acks
         if not tags or channel is None or acks is None:
             return
         try:
             # What RabbitMQ keeps back of many acknowledgements it would forget when the channel is closed. It sends it
             # behind the answer to the first of these questions, and before that to the second.
-            await self._consume(channel)
-            for tag in tags:
-                assert isinstance(tag, int)
-                acks.settle(tag)
-                del self._held[tag]
-            acks.flush()
-            await self._connection.ask(channel.basic_cancel(self._consumer))
-            self._consumer = ""
+            async with self._consuming(channel, 1):
+                for tag in tags:
+                    acks.settle(tag)
+                    self._held.discard(tag)
+                acks.flush()
             await self._connection.ask(channel.queue_declare(self._queues.dead, passive=True))
         except ClosedError as error:
-            if not error.missing:
-                raise self._closed(error) from error
+            self._gone(error)
+
+    def _tag(self, letter: DeadLetter) -> int:
+        mark = letter.mark
+        assert isinstance(mark, tuple)
+        reading, tag = mark
+        if reading != self._readings:
+            raise NotConnectedError(
+                f"the dead letters in {self._queues.dead} at RabbitMQ were read anew", "remove what was read last"
+            )
+        return int(tag)
 
     async def close(self) -> None:
-        if self._acks is not None:
-            self._acks.close()
-        channel, self._channel = self._channel, None
-        ends = [asyncio.ensure_future(self._end(channel))]
+        ends = [asyncio.ensure_future(self._give_back())]
         await asyncio.wait(ends, timeout=_CLOSING)
         for one in ends:
             one.cancel()
-        self._held.clear()
 
-    async def _end(self, channel: Channel | None) -> None:
+    async def _give_back(self) -> None:
+        """Let RabbitMQ have all that is held, and another his turn. Never raises."""
+        if self._acks is not None:
+            self._acks.close()
+        channel, self._channel = self._channel, None
+        self._come.clear()
+        self._held.clear()
         if channel is not None:
             await self._connection.end(channel)
         with contextlib.suppress(TransportError, ClosedError):
@@ -166,8 +194,6 @@ class RabbitDeadLetters(DeadLetters):
 
         :return: on which they are received; none where there is no such queue.
         """
-        if self._channel is not None:
-            return self._channel
         connection, queue = self._connection, self._queues.dead
         asking = Asking(connection)
         try:
@@ -178,49 +204,70 @@ class RabbitDeadLetters(DeadLetters):
         await self._stack.enter_async_context(alone(connection, f"{queue}.reading"))
         channel = self._channel = await connection.channel()
         self._acks = Acks(connection, channel)
-        try:
-            await connection.ask(channel.basic_qos(prefetch_count=MOST))
-        except ClosedError as error:
-            raise self._closed(error) from error
+        self._readings += 1
+        self._deleted = False
         return channel
 
-    async def _consume(self, channel: Channel) -> None:
-        if not self._consumer:
-            # In an order in which RabbitMQ takes back what several of one channel held.
-            self._consumers += 1
-            tag = f"dead.{self._consumers:06d}"
-            self._consumer = await self._connection.ask(
-                channel.consume(self._queues.dead, self._on_message, self._on_deleted, tag=tag)
-            )
+    @contextlib.asynccontextmanager
+    async def _consuming(self, channel: Channel, most: int) -> AsyncGenerator[None]:
+        """Be given at most so many, and keep them."""
+        # In an order in which RabbitMQ takes back what several of one channel held.
+        self._consumers += 1
+        tag = f"dead.{self._consumers:06d}"
+        await self._connection.ask(channel.basic_qos(prefetch_count=most))
+        await self._connection.ask(channel.consume(self._queues.dead, self._on_message, self._on_deleted, tag=tag))
+        yield
+        if not self._deleted:
+            await self._connection.ask(channel.basic_cancel(tag))
 
-    async def _receive(self, channel: Channel) -> None:
-        """Receive all that are there now."""
-        connection, queue = self._connection, self._queues.dead
-        self._deleted = False
-        try:
-            # First this, which needs the queue's leader: without one it would have no messages, it says.
-            await self._consume(channel)
-            while not self._deleted:
-                seen, left = len(self._held), 0
-                for _ in range(2):  # what it gave before it was asked comes before the second answer
-                    declared = await connection.ask(channel.queue_declare(queue, passive=True))
-                    left = declared.message_count or 0
-                if len(self._held) == seen and (left == 0 or seen == MOST):
-                    return
-        except ClosedError as error:
-            if not error.missing:
-                raise self._closed(error) from error
-            self._held.clear()
+    async def _count(self, channel: Channel) -> int:
+        """How many there are; the first of them is received by that."""
+        before = await self._ready(channel)
+        # Without the queue's leader it has no messages, it says; and who receives needs that.
+        async with self._consuming(channel, 1):
+            for _ in range(2):  # what it gave before it was asked comes before the second answer
+                left = await self._ready(channel)
+            count = max(before, left + 1 if left else len(self._come))
+            await self._wait_for(channel, min(count, 1))
+        return count
 
-    def _closed(self, error: ClosedError) -> TransportError:
-        return refused(self._connection, self._queues.dead, error)
+    async def _ready(self, channel: Channel) -> int:
+        """How many nobody holds."""
+        declared = await self._connection.ask(channel.queue_declare(self._queues.dead, passive=True))
+        return declared.message_count or 0
+
+    async def _wait_for(self, channel: Channel, number: int) -> None:
+        """Wait until so many have come. Thousands come late: that no more are left says nothing."""
+        loop = asyncio.get_running_loop()
+        seen, end = 0, loop.time() + _PATIENCE
+        while len(self._come) < number and not self._deleted:
+            if len(self._come) > seen:
+                seen, end = len(self._come), loop.time() + _PATIENCE
+            elif loop.time() > end:
+                raise NotConnectedError(
+                    f"RabbitMQ has not handed over all messages of the queue {self._queues.dead} that it had",
+                    "try again; see the RabbitMQ server's log, and whether somebody else takes from this queue",
+                )
+            await self._ready(channel)
+            await asyncio.sleep(_PAUSE)
+
+    def _gone(self, error: ClosedError) -> None:
+        """There is nothing any more, where the queue was deleted.
+
+        :raises TransportError: it is something else.
+        """
+        if not error.missing:
+            raise refused(self._connection, self._queues.dead, error) from error
+        self._on_deleted()
 
     def _on_message(self, raw: DeliveredMessage) -> None:
         tag = raw.delivery_tag or 0
         if self._acks is not None:
             self._acks.given(tag)
-        self._held[tag] = raw
+        self._held.add(tag)
+        self._come.append(raw)
 
     def _on_deleted(self) -> None:
-        self._deleted, self._consumer = True, ""
+        self._deleted = True
+        self._come.clear()
         self._held.clear()

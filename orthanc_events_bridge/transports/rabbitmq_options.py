@@ -101,7 +101,7 @@ class RabbitLimits(Options):
         ge=1,
         le=65_535,
         description="How many dead letters a consumer can have. Further ones are refused, and the consumer holds what "
-        "it could not handle until some are removed. RabbitMQ hands over no more than 65,535 at a time.",
+        "it could not handle until some are removed.",
     )
 
     @property

@@ -14,6 +14,7 @@ RabbitMQ deletes that by itself with the last thing that it leads to: as long as
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -92,6 +93,11 @@ class Queues:
         anew where the exchange of what is published was deleted.
         """
         return f"orthanc.told.{self.name}"
+
+    @property
+    def place(self) -> str:
+        """An exchange that carries nothing: its setting says from which exchange the name gets what is published."""
+        return f"orthanc.place.{self.name}"
 
     @property
     def published(self) -> dict[str, str]:
@@ -175,6 +181,9 @@ async def open_queues(
                 if not (known and await asking.leads(queues.live)):
                     if not known:
                         await _check_kind(asking, queues)
+                        for exchange in (queues.place, queues.live):  # of a name whose queue was deleted on purpose
+                            await asking.ask(exchange, functools.partial(_drop, exchange))
+                    await _check_place(asking, options, queues)
                     await _make(asking, queues, begin if known or oldest else None)
         if queues.inbox_only:
             return False
@@ -187,6 +196,7 @@ async def open_queues(
                     if await asking.leads(queues.told):  # still: no other has begun
                         await asking.delete(queues.beginning)
         if options.declare:
+            await _check_place(asking, options, queues)
             for queue, arguments in queues.lasting.items():
                 await asking.declare(queue, arguments)
             # It is not made here: one that is missing by now says that the exchange was deleted.
@@ -252,6 +262,26 @@ async def _check_kind(asking: Asking, queues: Queues) -> None:
         )
 
 
+async def _check_place(asking: Asking, options: RabbitOptions, queues: Queues) -> None:
+    """A name gets the events of one exchange. Bindings can't be asked about; the settings of an exchange are compared.
+
+    :raises TransportConfigurationError: it gets those of another one.
+    """
+    differs = await asking.differs(
+        queues.place,
+        lambda channel: channel.exchange_declare(
+            queues.place, exchange_type="fanout", durable=True, arguments={"alternate-exchange": options.exchange}
+        ),
+    )
+    if differs:
+        raise TransportConfigurationError(
+            f"the consumer {queues.name} has the events of another exchange of RabbitMQ than {options.exchange}:"
+            f" {differs}",
+            "give one of the two consumers another name; if it has moved for good, let it receive all it has and "
+            f"delete the queue {queues.live}{'.00 to .63' if queues.ordered else ''}",
+        )
+
+
 async def open_inbox(connection: Connection, options: RabbitOptions, queues: Queues) -> bool:
     """Find a name's inbox and check it, or make it, whether or not anybody has subscribed under this name.
 
@@ -311,6 +341,10 @@ async def _make(asking: Asking, queues: Queues, begin: Callable[[], Awaitable[No
     # Behind that, and before the name's queue: whoever dies in between has not begun, and does not begin anew.
     await asking.ask(queues.live, lambda channel: _sign(channel, queues.live))
     await _make_all(asking, queues, queues.lasting)
+
+
+def _drop(exchange: str, channel: Channel) -> Awaitable[object]:
+    return channel.exchange_delete(exchange)
 
 
 def _sign(channel: Channel, name: str) -> Awaitable[object]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import pytest
+from aiormq.abc import DeliveredMessage
 
 from orthanc_events_bridge.cli import main
 from orthanc_events_bridge.testing.brokers.kafka import KafkaServer
@@ -49,8 +51,30 @@ class Held(Incoming):
         Held.alive -= 1
 
 
+class Raw:
+    """The same of what RabbitMQ's client has received, and of what is read of it."""
+
+    alive = peak = 0
+
+    @classmethod
+    def came(cls, raw: DeliveredMessage) -> None:
+        cls.alive += 1
+        cls.peak = max(cls.peak, cls.alive)
+        weakref.finalize(raw, cls.gone)
+
+    @classmethod
+    def gone(cls) -> None:
+        cls.alive -= 1
+
+
 def count_them(monkeypatch: pytest.MonkeyPatch, kind: type[DeadLetters]) -> None:
-    read = kind.read
+    read, on_message = kind.read, RabbitDeadLetters._on_message
+
+    def received(self: RabbitDeadLetters, raw: DeliveredMessage) -> None:
+        Raw.came(raw)
+        on_message(self, raw)
+
+    monkeypatch.setattr(RabbitDeadLetters, "_on_message", received)
 
     async def counted(self: DeadLetters) -> AsyncGenerator[DeadLetter]:
         async for one in read(self):
@@ -81,11 +105,10 @@ async def reject_many(transport: Transport, count: int) -> None:
 def test_as_many_as_there_are_are_listed_given_again_and_deleted_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """RabbitMQ hands over all of them at once, so that their bodies are held; what is made of them is not."""
     count = COUNTS[kind]
 
     def dlq(broker: str, *arguments: str) -> str:
-        Held.peak = Held.read = 0
+        Held.peak = Held.read = Raw.peak = 0
         assert main(["dlq", arguments[0], "--consumer", "one", "--broker", broker, *arguments[1:]]) == 0
         return capsys.readouterr().out
 
@@ -96,16 +119,17 @@ def test_as_many_as_there_are_are_listed_given_again_and_deleted_few_at_a_time(
         run(reject_many(transport, count), seconds=300)
         count_them(monkeypatch, letters)
         lines = dlq(broker, "list").splitlines()
-        assert len(lines) == count + 1 and Held.read == count and Held.peak <= FEW
+        assert len(lines) == count + 1 and Held.read == count and max(Held.peak, Raw.peak) <= FEW
+        assert bool(Raw.peak) == (letters is RabbitDeadLetters)
         assert len({line.index("no") for line in lines[1:200]}) == 1  # under each other
         rows = json.loads(dlq(broker, "list", "--json", "--type", "study.*"))
-        assert len(rows) == count // 2 and Held.peak <= FEW
+        assert len(rows) == count // 2 and max(Held.peak, Raw.peak) <= FEW
         assert dlq(broker, "redrive", "--type", "study.*") == f"{count // 2} given to consumer one again\n"
-        assert Held.peak <= FEW
+        assert max(Held.peak, Raw.peak) <= FEW
         assert run(given_again(transport, count // 2), seconds=300) == count // 2
         assert listed(broker) == count // 2
         assert dlq(broker, "discard", "--all", "--yes") == f"{count // 2} of consumer one deleted\n"
-        assert Held.peak <= FEW
+        assert max(Held.peak, Raw.peak) <= FEW
         assert listed(broker) == 0
 
     SERVERS[kind](tmp_path, check)

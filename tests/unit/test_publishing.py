@@ -15,6 +15,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, RetryPolicy
 from orthanc_events_bridge.consumers.event import read
+from orthanc_events_bridge.consumers.metrics import metrics_text
 from orthanc_events_bridge.consumers.publishing import Publisher, derive
 from orthanc_events_bridge.errors import BridgeError, NotConnectedError, RefusedError, TransportError
 from orthanc_events_bridge.events.derived import DERIVED, NAMES, schema
@@ -338,9 +339,35 @@ def test_what_the_broker_refuses_fails_the_handler_which_tries_again() -> None:
         kit.send(STABLE)
         assert not kit.published
         assert isinstance(kit.retried[0].error, TransportError) and "it is full" in str(kit.retried[0].error)
+        assert consumer.meter.counts == {("publish_failed", "study.ready"): 1}
         kit.finish()
         assert len(kit.published) == 1
         kit.assert_handled(STABLE)
+    assert consumer.meter.counts == {("publish_failed", "study.ready"): 1, ("published", "study.ready"): 1}
+
+
+def test_what_is_published_is_counted_by_types_of_ours_only() -> None:
+    pytest.importorskip("prometheus_client")
+    consumer = app()
+
+    @consumer.on("study.stable")
+    def tell(given: Event) -> None:
+        for name, data in ((OWN, {}), ("org.example.doe.jane.v1", {}), ("study.ready", READY)):
+            consumer.publish_and_wait(name, data, cause=given)
+        with pytest.raises(BridgeError, match="is missing"):
+            consumer.publish_and_wait("study.updated", {}, cause=given)
+
+    with consumer.test() as kit:
+        kit.send(STABLE)
+        kit.assert_handled(STABLE)
+    lines = metrics_text([consumer]).decode().splitlines()
+    for line in (
+        'orthanc_consumer_published_total{consumer="one",type="other"} 2.0',
+        'orthanc_consumer_published_total{consumer="one",type="study.ready"} 1.0',
+        'orthanc_consumer_publish_failed_total{consumer="one",type="study.updated"} 1.0',
+    ):
+        assert line in lines, lines
+    assert not any("doe" in line for line in lines)
 
 
 def test_a_connection_that_is_dead_is_made_again_at_once() -> None:
