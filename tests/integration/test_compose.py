@@ -70,6 +70,7 @@ def test_the_demo_shows_studies_where_rules_say_and_their_events(stack: Composed
     workflows = ("orthanc-events", "workflow", "list", "--config", "/etc/orthanc-events/dispatch.yaml", "--json")
     (workflow,) = json.loads(stack.compose("exec", "-T", "dispatch", *workflows))
     assert (workflow["state"], workflow["rule"]) == ("done", "CT with geometry")
+    assert not [name for name in CONSUMERS if "goes among the dead letters" in "".join(stack.logs(name))]
 
     stack.note_all()
     for broker in stack.brokers():
