@@ -100,9 +100,10 @@ class Composed:
         """By which the guard knows what is ours, should this process be killed."""
         compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
         labels = {"labels": {LABEL: RUN, engine.STARTER: engine.this_starter()}}
-        document = {kind: dict.fromkeys(compose[kind], labels) for kind in ("services", "volumes")}
+        compose["networks"]["default"] = None
+        document = {kind: dict.fromkeys(compose[kind], labels) for kind in ("services", "volumes", "networks")}
         path = folder / "labels.yml"
-        path.write_text(yaml.safe_dump({**document, "networks": {"default": labels}}), "utf-8")
+        path.write_text(yaml.safe_dump(document), "utf-8")
         return path
 
     def compose(self, *arguments: str) -> str:

@@ -105,6 +105,11 @@ def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
 
 
 def test_the_ai_service_may_store_results_and_read_nothing(stack: Composed) -> None:
+    with stack.containers("ai") as (ai,):
+        (network,) = ai.attrs["NetworkSettings"]["Networks"]
+    with stack.containers() as everything:
+        on_it = [one for one in everything if network in one.attrs["NetworkSettings"]["Networks"]]
+    assert {one.labels["com.docker.compose.service"] for one in on_it} == {"ai", "orthanc"}
     found = stack.compose("exec", "-T", "ai", "find", "/run/orthanc-events-ai", "-type", "f")
     assert found.split() == ["/run/orthanc-events-ai/authorization"]
     header = {"Authorization": stack.compose("exec", "-T", "ai", "cat", *found.split()).strip()}
