@@ -33,7 +33,7 @@ setup: ## install what demo and tests need (Debian's packages as root, Python's 
 
 images: ## build every image of tests and Compose file, where none can be pulled (root; SID=1: Orthanc of Debian sid too)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh kafka docker
-	scripts/docker.sh scripts/images.sh $(if $(SID),nats rabbitmq kafka webhook orthanc consumers orthanc-events orthanc-sid)
+	scripts/docker.sh scripts/images.sh $(if $(SID),nats rabbitmq kafka webhook orthanc consumers orthanc-events ai-service orthanc-sid)
 
 demo: ## CloudEvents out of a real Orthanc (BROKER=nats|rabbitmq|kafka|webhook; KEEP=1: until Ctrl-C; DEMO_FAULT=drop)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(filter rabbitmq kafka,$(BROKER))

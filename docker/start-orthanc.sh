@@ -1,8 +1,8 @@
 #!/bin/sh
-# What Orthanc's image does, behind what is said in files: NAME_FILE names a file with the value of NAME, which keeps it
-# out of the container's description.
+# What Orthanc's image does, behind what is said in files: of every variable that begins with ORTHANC_, NAME_FILE names a
+# file with the value of NAME, which keeps it out of the container's description.
 set -eu
-for name in ORTHANC_PASSWORD ORTHANC_EVENTS_SOURCE; do
+for name in $(env | sed -n 's/^\(ORTHANC_[A-Z0-9_]*\)_FILE=.*/\1/p'); do
     eval "value=\${$name:-} file=\${${name}_FILE:-}"
     if [ -z "$value" ] && [ -n "$file" ]; then
         value=$(cat "$file")

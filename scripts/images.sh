@@ -8,7 +8,8 @@
 #
 # The kinds are those of orthanc_events_bridge/testing/images.py; by default all but other versions (nats-2.10, …).
 #
-# consumers and orthanc-events are this project's own images: docker/consumers, docker/Dockerfile.
+# consumers, orthanc-events and ai-service are this project's own images: docker/consumers, docker/Dockerfile,
+# examples/ai-service.
 #
 # KEEP_IMAGES=1     leave what other states of the files have been built to: several checkouts share the engine
 # PYTHON            the interpreter that has this project (default: .venv/bin/python)
@@ -33,14 +34,18 @@ there() { docker image inspect "$1" >/dev/null 2>&1; }
 
 # The locked packages for an image's Python, which is another one than this machine's. All are wheels but for nkeys, which
 # is pure Python.
-chosen() { # version, and the folder to put them into
-    local folder=$work/chosen/$1 pip=("$python" -m pip --quiet --disable-pip-version-check)
+chosen() { # version, the folder to put them into, and the lock (the bridge's)
+    local lock=${3:-requirements/bridge.txt} pip=("$python" -m pip --quiet --disable-pip-version-check)
+    local folder=$work/chosen/$lock/$1
     if [ ! -d "$folder" ]; then
         mkdir -p "$folder.wheels"
-        awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' requirements/bridge.txt >"$folder.txt"
-        awk '/^[^ #]/ { wanted = /^nkeys==/ } wanted' requirements/bridge.txt >"$folder.pure.txt"
-        "${pip[@]}" wheel --no-deps --require-hashes --no-build-isolation --wheel-dir "$folder.wheels" -r "$folder.pure.txt"
-        "${pip[@]}" install --target "$folder.new" --no-deps --no-compile "$folder.wheels"/*.whl
+        awk '/^[^ #]/ { left_out = /^nkeys==/ } !left_out' "$lock" >"$folder.txt"
+        awk '/^[^ #]/ { wanted = /^nkeys==/ } wanted' "$lock" >"$folder.pure.txt"
+        if [ -s "$folder.pure.txt" ]; then
+            "${pip[@]}" wheel --no-deps --require-hashes --no-build-isolation --wheel-dir "$folder.wheels" \
+                -r "$folder.pure.txt"
+            "${pip[@]}" install --target "$folder.new" --no-deps --no-compile "$folder.wheels"/*.whl
+        fi
         "${pip[@]}" install --target "$folder.new" --no-deps --no-compile --require-hashes --only-binary :all: \
             --implementation cp --python-version "$1" -r "$folder.txt"
         mv "$folder.new" "$folder"
@@ -82,6 +87,9 @@ collect() {
                 "$2"/own/*.whl
             rm -r "$2/own"
             ;;
+        ai-service)
+            chosen 3.13 "$2/site" examples/ai-service/requirements.txt
+            ;;
     esac
 }
 
@@ -101,11 +109,12 @@ build() {
     else
         case $kind in
             orthanc-events) cp docker/Dockerfile "$folder/" ;;
+            ai-service) cp -r examples/ai-service/{Dockerfile,requirements.txt,ai_service} "$folder/" ;;
             *) cp -r "docker/${recipes[$kind]}/." "$folder/" ;;
         esac
         collect "$kind" "$folder"
         case $kind in
-            consumers) arguments+=(--build-arg "STAGE=$work" --build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
+            consumers | ai-service) arguments+=(--build-arg "STAGE=$work" --build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
             orthanc-events)
                 arguments+=(--build-arg "STAGE=$work" --build-arg "ORTHANC=${tags[${under[$kind]}]}")
                 arguments+=(--build-arg USER=orthanc)
@@ -137,7 +146,7 @@ while read -r kind tag recipe other; do
     tags[$kind]=$tag recipes[$kind]=$recipe under[$kind]=$other
 done < <("$python" -m orthanc_events_bridge.testing.images)
 missing=()
-if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc consumers orthanc-events; fi
+if [ $# = 0 ]; then set -- nats rabbitmq kafka webhook orthanc consumers orthanc-events ai-service; fi
 wanted=()
 for kind in "$@"; do
     case ${under[$kind]:-} in

@@ -3,7 +3,7 @@
 Each server has two: the official one, pinned, which is pulled; and where none can be pulled one of our own, which
 ``scripts/images.sh`` builds from Debian's packages by the files in ``docker/``. Both have the same program where it is
 looked for, so that one class starts either (`orthanc_events_bridge.testing.containers`). Other versions, `VERSIONS`,
-and the images with this package in them, `OURS`, are built only; these stand on others of our own.
+and the images with this repository's programs in them, `OURS`, are built only; these stand on others of our own.
 
 ``python -m orthanc_events_bridge.testing.images`` prints of each image of our own its name, its tag, the folder of its
 recipe and what it stands on. Standard library only.
@@ -34,8 +34,8 @@ VERSIONS: Final[dict[str, str]] = {
     "rabbitmq-3.10": "base-bookworm",
 }
 
-#: The images with this package in them → the server's image that they stand on.
-OURS: Final[dict[str, str]] = {"consumers": "webhook", "orthanc-events": "orthanc"}
+#: The images with this repository's programs in them → the server's image that they stand on.
+OURS: Final[dict[str, str]] = {"consumers": "webhook", "orthanc-events": "orthanc", "ai-service": "webhook"}
 
 #: How the names of our own begin.
 OWN: Final = "orthanc-events-bridge/test-"
@@ -56,7 +56,7 @@ def own_image(kind: str) -> str | None:
         if under is None:
             return None
         content.update(under.encode())
-        files = _of_the_package(kind)
+        files = _of_the_example() if kind == "ai-service" else _of_the_package(kind)
     else:
         content.update(VERSIONS.get(kind, "base").removeprefix("base").encode())
         files = [path for folder in {"base", recipe(kind)} for path in (RECIPES / folder).glob("*")]
@@ -69,7 +69,7 @@ def own_image(kind: str) -> str | None:
             content.update(find_nats().read_bytes())
         except MissingComponentError:
             return None
-    if kind.startswith("orthanc") or kind in OURS:
+    if kind.startswith("orthanc") or kind == "consumers":
         content.update((RECIPES.parent / "requirements" / "bridge.txt").read_bytes())
     return f"{OWN}{kind}:{content.hexdigest()[:12]}"
 
@@ -87,6 +87,12 @@ def _of_the_package(kind: str) -> list[Path]:
     package = [path for path in (root / "orthanc_events_bridge").rglob("*") if path.is_file()]
     sources = [path for path in package if "__pycache__" not in path.parts]
     return [*recipes, *shared, *sources, root / "pyproject.toml", root / "config" / "orthanc_events.py"]
+
+
+def _of_the_example() -> list[Path]:
+    """What the AI service's image is built from: nothing of this package."""
+    example = RECIPES.parent / "examples" / "ai-service"
+    return [example / "Dockerfile", example / "requirements.txt", *(example / "ai_service").glob("*.py")]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from orthanc_events_bridge.workflows.pseudonymous import (
 from orthanc_events_bridge.workflows.pseudonyms import Pseudonyms
 from orthanc_events_bridge.workflows.rules import Decision, wanted_by
 from orthanc_events_bridge.workflows.telling import tell_anonymized
+from orthanc_events_bridge.workflows.workflow import Workflows
 
 if TYPE_CHECKING:
     import httpx
@@ -67,6 +68,8 @@ class Anonymizer(Program):
         self._wanted = wanted_by(settings.rules)
         assert settings.memory is not None  # `contradictions` says so
         self.memory = Memory(settings.memory)
+        #: What an AI dispatch has in the same store.
+        self._workflows = Workflows(settings.memory, settings.name)
         profiles = {BASIC: Profile(), **settings.profiles}
         self._makers = {
             name: Maker(name, profiles[one.profile], Pseudonyms(name, one.secret(name)))
@@ -144,6 +147,9 @@ class Anonymizer(Program):
             return
         maker = self._makers.get(study.project)
         if maker is None:
+            if await self._workflows.has_study(study.uid):
+                log.info("%r: a result of what an AI dispatch has sent, which gives it back", event)
+                return
             raise Reject(f"there is no project {study.project} any more: put it back, with its secret")
         given = {uid for uid, done in (await self.memory.made(study.uid, "result")).items() if done}
         try:
@@ -196,6 +202,7 @@ class Anonymizer(Program):
             await self.app.serve()
         finally:
             await self.memory.close()
+            await self._workflows.close()
 
     async def _ready(self) -> None:
         self._audit.check()

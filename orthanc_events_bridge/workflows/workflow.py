@@ -213,6 +213,14 @@ class Workflows(Tables):
         """
         return await self._select("study = {study}", {"study": study})
 
+    async def has_study(self, study: str) -> bool:
+        """Whether anybody's is of a pseudonymised study: this consumer's, or another's in the same store.
+
+        :param study: its UID.
+        """
+        text = "SELECT 1 FROM orthanc_events_workflows WHERE study = {study} LIMIT 1"
+        return bool(await self._run((text, {"study": study})))
+
     async def change(self, identifier: str, new: Callable[[Workflow], Workflow | None]) -> Workflow:
         """Change one, whatever others do at the same time.
 

@@ -32,6 +32,7 @@ _SERVICE: Final = "com.docker.compose.service"
 _IMAGES: Final = {
     "ORTHANC_EVENTS_IMAGE": "orthanc-events",
     "CONSUMERS_IMAGE": "consumers",
+    "AI_SERVICE_IMAGE": "ai-service",
     "NATS_IMAGE": "nats",
     "RABBITMQ_IMAGE": "rabbitmq",
     "KAFKA_IMAGE": "kafka",
@@ -99,9 +100,10 @@ class Composed:
         """By which the guard knows what is ours, should this process be killed."""
         compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
         labels = {"labels": {LABEL: RUN, engine.STARTER: engine.this_starter()}}
-        document = {kind: dict.fromkeys(compose[kind], labels) for kind in ("services", "volumes")}
+        compose["networks"]["default"] = None
+        document = {kind: dict.fromkeys(compose[kind], labels) for kind in ("services", "volumes", "networks")}
         path = folder / "labels.yml"
-        path.write_text(yaml.safe_dump({**document, "networks": {"default": labels}}), "utf-8")
+        path.write_text(yaml.safe_dump(document), "utf-8")
         return path
 
     def compose(self, *arguments: str) -> str:
@@ -203,7 +205,11 @@ class Composed:
     @functools.cached_property
     def password(self) -> str:
         """As documented: of Orthanc's user `orthanc`."""
-        return self.compose("exec", "-T", "orthanc", "cat", "/run/orthanc-events/orthanc-password").strip()
+        return self.secret("orthanc-password")
+
+    def secret(self, name: str) -> str:
+        """One that was made at the first start."""
+        return self.compose("exec", "-T", "orthanc", "cat", f"/run/orthanc-events/{name}").strip()
 
     def client(self, name: str) -> httpx.Client:
         """Of an Orthanc, by the port that is published."""
@@ -222,6 +228,10 @@ class Composed:
         """Whether all of a study is in an Orthanc."""
         there = set(self.get(name, "/instances"))
         return {instance.id for instance in study} <= there
+
+    def modalities(self, name: str, study: str) -> list[str]:
+        """Of the series of a study in an Orthanc."""
+        return sorted(one["MainDicomTags"]["Modality"] for one in self.get(name, f"/studies/{study}/series"))
 
     def store(self, study: Study) -> None:
         """Upload a study, again and again where nobody answers; the ledger knows."""

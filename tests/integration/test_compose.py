@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from orthanc_events_bridge.testing.brokers import way
@@ -23,7 +24,7 @@ from tests.integration.composed import DEADLINE, Composed
 
 pytestmark = pytest.mark.integration
 
-CONSUMERS = ("router", "anonymizer", "derive", "job-retry", "events")
+CONSUMERS = ("router", "anonymizer", "dispatch", "derive", "job-retry", "events")
 
 
 SLOW = [pytest.param(profile, marks=pytest.mark.slow) for profile in ("rabbitmq", "kafka", "all")]
@@ -55,11 +56,21 @@ def test_the_demo_shows_studies_where_rules_say_and_their_events(stack: Composed
     shown = stack.compose("run", "--rm", "-T", "demo")
     ct, mr = re.findall(r"stored: a study of \w+, (\S+)", shown)
 
-    # Research has the MR alone, as somebody else; the archive has the originals alone.
+    # Research has the MR alone, as somebody else; the archive has the originals alone, and what the AI service has found.
     (study,) = stack.get("research", "/studies?expand")
     assert study["PatientMainDicomTags"]["PatientID"].startswith("research-"), study
     assert {*stack.get("archive", "/studies")} == {ct, mr}
-    assert {*stack.get("orthanc", "/studies")} == {ct, mr, study["ID"]}
+    assert stack.modalities("archive", ct) == ["CT", "SEG", "SR"]
+    assert stack.modalities("archive", mr) == ["MR"]
+    here = {one["ID"]: one["PatientMainDicomTags"]["PatientID"] for one in stack.get("orthanc", "/studies?expand")}
+    ((sent, patient),) = [(one, here[one]) for one in here.keys() - {ct, mr, study["ID"]}]
+    assert patient.startswith("ai-") and stack.modalities("orthanc", sent) == ["CT", "SEG", "SR"]
+    said = re.search(r"the report says ([0-9.]+) ml; the sphere in the images has ([0-9.]+) ml", shown)
+    assert said and abs(float(said[1]) / float(said[2]) - 1) < 0.1, shown
+    workflows = ("orthanc-events", "workflow", "list", "--config", "/etc/orthanc-events/dispatch.yaml", "--json")
+    (workflow,) = json.loads(stack.compose("exec", "-T", "dispatch", *workflows))
+    assert (workflow["state"], workflow["rule"]) == ("done", "CT with geometry")
+    assert not [name for name in CONSUMERS if "goes among the dead letters" in "".join(stack.logs(name))]
 
     stack.note_all()
     for broker in stack.brokers():
@@ -77,6 +88,7 @@ def test_the_demo_shows_studies_where_rules_say_and_their_events(stack: Composed
 
 def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
     seen = set()
+    secrets = [stack.secret(name) for name in ("orthanc-password", "ai-password")]
     with stack.containers() as containers:
         for one in containers:
             service, host = one.labels["com.docker.compose.service"], one.attrs["HostConfig"]
@@ -85,11 +97,29 @@ def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
             assert "no-new-privileges:true" in host["SecurityOpt"], service
             for bindings in (host["PortBindings"] or {}).values():
                 assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}, service
-            if service in CONSUMERS:
+            if service in (*CONSUMERS, "ai"):
                 assert one.attrs["Config"]["User"].partition(":")[0] not in ("", "0", "root"), service
                 assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"], service
-            assert stack.password not in json.dumps(one.attrs), service
-    assert {*CONSUMERS, "setup", "ready", "orthanc", "archive", "research"} < seen
+            assert not [one for secret in secrets if secret in json.dumps(one.attrs)], service
+    assert {*CONSUMERS, "ai", "setup", "ready", "orthanc", "archive", "research"} < seen
+
+
+def test_the_ai_service_may_store_results_and_read_nothing(stack: Composed) -> None:
+    with stack.containers("ai") as (ai,):
+        (network,) = ai.attrs["NetworkSettings"]["Networks"]
+    with stack.containers() as everything:
+        on_it = [one for one in everything if network in one.attrs["NetworkSettings"]["Networks"]]
+    assert {one.labels["com.docker.compose.service"] for one in on_it} == {"ai", "orthanc"}
+    found = stack.compose("exec", "-T", "ai", "find", "/run/orthanc-events-ai", "-type", "f")
+    assert found.split() == ["/run/orthanc-events-ai/authorization"]
+    header = {"Authorization": stack.compose("exec", "-T", "ai", "cat", *found.split()).strip()}
+    url = f"http://127.0.0.1:{stack.ports['orthanc']}"
+    kind = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=x'}
+    with httpx.Client(base_url=url, headers=header, timeout=60, trust_env=False) as client:
+        assert client.post("/dicom-web/studies", content=b"--x--\r\n", headers=kind).status_code not in (401, 403)
+        for path in ("/studies", "/dicom-web/studies", "/system"):
+            assert client.get(path).status_code == 403, path
+        assert client.post("/tools/find", json={"Level": "Study", "Query": {}}).status_code == 403
 
 
 def test_four_routers_share_the_work(stack: Composed) -> None:

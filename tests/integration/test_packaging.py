@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -71,8 +72,8 @@ def test_outbox_and_index_of_containers_are_on_volumes() -> None:
 
 
 def test_images_are_pinned_and_can_be_replaced_and_ports_are_open_to_this_machine_only() -> None:
-    for folder in ("", "consumers/"):
-        text = (ROOT / "docker" / f"{folder}Dockerfile").read_text("utf-8")
+    for folder in ("docker", "docker/consumers", "examples/ai-service"):
+        text = (ROOT / folder / "Dockerfile").read_text("utf-8")
         assert re.search(r"^ARG (ORTHANC|PYTHON)=\S+:\d+(\.\d+)+(-[\w-]+)?$", text, re.MULTILINE)
     for name, service in SERVICES.items():
         variable = re.fullmatch(r"\$\{([A-Z_]+_IMAGE):-(\S+)\}", service["image"])
@@ -86,7 +87,7 @@ def test_images_are_pinned_and_can_be_replaced_and_ports_are_open_to_this_machin
 def test_bases_are_the_same_in_compose_file_and_dockerfiles() -> None:
     for service in SERVICES.values():
         if "build" in service:
-            text = (ROOT / service["build"]["dockerfile"]).read_text("utf-8")
+            text = (ROOT / service["build"]["context"] / service["build"]["dockerfile"]).read_text("utf-8")
             for name, value in service["build"]["args"].items():
                 assert f"ARG {name}={value.partition(':-')[2].rstrip('}')}\n" in text
 
@@ -126,14 +127,25 @@ def test_our_orthanc_reads_variables_as_orthancs_own_images_do(tmp_path: Path) -
 
 def test_what_an_installation_has_of_its_own_is_made_once(tmp_path: Path) -> None:
     def start(folder: Path, **variables: str) -> dict[str, str]:
-        folder.mkdir(exist_ok=True)
+        for one in (folder, folder / "ai"):
+            one.mkdir(exist_ok=True)
         environment = {"PATH": os.environ["PATH"], **variables}
-        subprocess.run([ROOT / "docker" / "first-start.sh", folder], env=environment, check=True)
-        assert not [path for path in folder.iterdir() if path.stat().st_mode & 0o007]
-        return {path.name: path.read_text("utf-8").strip() for path in folder.iterdir()}
+        subprocess.run([ROOT / "docker" / "first-start.sh", folder, folder / "ai"], env=environment, check=True)
+        made = [path for path in folder.rglob("*") if path.is_file()]
+        assert not [path for path in made if path.stat().st_mode & 0o007]
+        return {path.name: path.read_text("utf-8").strip() for path in made}
 
     first = start(tmp_path / "a")
-    assert set(first) == {"orthanc-password", "source", "research.secret"}
+    assert set(first) == {
+        "orthanc-password",
+        "ai-password",
+        "source",
+        "research.secret",
+        "ai.secret",
+        "authorization",
+    }
+    assert base64.b64decode(first["authorization"].removeprefix("Basic ")).decode() == f"ai:{first['ai-password']}"
+    assert first["ai-password"] not in (first["orthanc-password"], first["ai.secret"])
     assert start(tmp_path / "a") == first
     other = start(tmp_path / "b")
     assert not [name for name in first if other[name] == first[name]]

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pydicom
 import pytest
+from pydantic import SecretStr
 
 from orthanc_events_bridge.consumers.configuration import CommandLine, configure_as
 from orthanc_events_bridge.errors import BridgeError
@@ -20,6 +21,8 @@ from orthanc_events_bridge.testing import event
 from orthanc_events_bridge.testing.dicom import Study, make_study
 from orthanc_events_bridge.workflows.anonymizer import Anonymizer
 from orthanc_events_bridge.workflows.anonymizer_settings import AnonymizerSettings
+from orthanc_events_bridge.workflows.orders import Origin
+from orthanc_events_bridge.workflows.workflow import Workflow, Workflows
 
 STUDY = make_study(patient_id="P-4711", instances=2)
 
@@ -149,6 +152,35 @@ def test_a_result_whose_project_is_gone_waits_among_the_dead_letters(settings: d
         (told,) = kit.published
         assert (told.name, told.series_id, told.study_id) == ("result.received", "its-series", "its-study")
         assert (told.data["rule"], told.data["instances"]) == ("trial", 1)
+
+
+def test_a_result_of_a_dispatch_with_the_same_store_is_left_to_it(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = made(settings)
+    with first.app.test() as kit:
+        Recorded(kit.orthanc, STUDY)
+        kit.send(event("study.stable", study=STUDY.id))
+        kit.finish()
+    pseudonyms = first._makers["trial"].pseudonyms
+    study_uid = pseudonyms.uid(STUDY.study_uid)
+    result = make_study(patient_id=pseudonyms.patient("P-4711"), study_uid=study_uid, modality="SR")
+
+    async def dispatched() -> None:
+        rows = Workflows(SecretStr(settings["store"]), "dispatch")
+        origin = Origin.of(event("series.stable", study=STUDY.id), STUDY.id)
+        await rows.begin(Workflow("w", "dispatch", "series", origin, STUDY.id, "all", 2, study=study_uid))
+        await rows.close()
+
+    asyncio.run(dispatched())
+    more = {"projects": {"other": settings["projects"]["trial"]}, "rules": [{"name": "all", "to": ["other"]}]}
+    with caplog.at_level("INFO"), made({**settings, **more}).app.test() as kit:
+        orthanc = Recorded(kit.orthanc, result)
+        kit.send(event("study.stable", study=result.id))
+        kit.finish()
+        kit.assert_handled()
+        assert not orthanc.stored
+    assert "a result of what an AI dispatch has sent, which gives it back" in caplog.text
 
 
 def test_what_the_audit_file_does_not_have_is_not_done(tmp_path: Path, settings: dict[str, Any]) -> None:
