@@ -72,6 +72,7 @@ class Document:
         anything else.
     :ivar variables: the names of the variables that a value holds. Such a value is not shown, for it can be
         secret.
+    :ivar origins: the variable that says a value, in place of the file.
     :ivar mistakes: place, line, what is wrong, what would be right.
     """
 
@@ -79,6 +80,7 @@ class Document:
     lines: dict[Place, int] = field(default_factory=dict)
     texts: dict[Place, str] = field(default_factory=dict)
     variables: dict[Place, list[str]] = field(default_factory=dict)
+    origins: dict[Place, str] = field(default_factory=dict)
     mistakes: list[tuple[Place, int, str, str]] = field(default_factory=list)
 
     def line(self, place: Place) -> int:
@@ -86,6 +88,12 @@ class Document:
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 1)
+
+    def origin(self, place: Place) -> str | None:
+        """The variable that says what is in a place; None for the file."""
+        while place and place not in self.origins:
+            place = place[:-1]
+        return self.origins.get(place)
 
 
 def read(text: str, environment: Mapping[str, str]) -> Document:

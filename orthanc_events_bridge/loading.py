@@ -5,7 +5,7 @@ Each message has file, line, option, what is wrong, and what would be right; non
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from orthanc_events_bridge.document import UNKNOWN, Document, read
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.mistakes import explain, kind_of, spell, written
-from orthanc_events_bridge.values import Options
+from orthanc_events_bridge.values import Options, Place
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -103,7 +103,7 @@ def read_document(text: str, environment: Mapping[str, str]) -> tuple[Document, 
 
 def problems_of(document: Document, file_name: str, advice: Advice) -> list[Problem]:
     """What is wrong with a file before its options are looked at."""
-    problems = [Problem(file_name, line, spell(place), wrong, right) for place, line, wrong, right in document.mistakes]
+    problems = _problems(document, file_name, document.mistakes)
     if document.data is None:
         problems.append(Problem(file_name, 1, "", "the file is empty", advice.smallest))
     elif not isinstance(document.data, dict) and document.data is not UNKNOWN:
@@ -112,21 +112,36 @@ def problems_of(document: Document, file_name: str, advice: Advice) -> list[Prob
     return problems
 
 
-def parse(model: type[_O], text: str, file_name: str, environment: Mapping[str, str], advice: Advice) -> _O:
+def _problems(document: Document, file_name: str, found: Iterable[tuple[Place, int, str, str]]) -> list[Problem]:
+    problems = []
+    for place, line, wrong, right in found:
+        variable = document.origin(place)
+        where = (file_name, line) if variable is None else (variable, None)
+        problems.append(Problem(*where, spell(place), wrong, right))
+    return problems
+
+
+def parse(
+    model: type[_O],
+    text: str,
+    file_name: str,
+    environment: Mapping[str, str],
+    advice: Advice,
+    override: Callable[[Document, Mapping[str, str]], None] = lambda document, environment: None,
+) -> _O:
     """Read options from a YAML text, without any I/O.
 
     :param model: declares them.
     :param file_name: for messages, and its folder for relative file names in the text.
+    :param override: puts over them what is said elsewhere.
     :raises ConfigError: with every mistake in the text.
     """
-    document, data = read_document(text, environment)
+    document = read(text, environment)
+    override(document, environment)
     problems = problems_of(document, file_name, advice)
-    if data is not None:
+    if isinstance(document.data, dict):
         options, errors = validate(model, document, Path(file_name).parent)
-        problems += [
-            Problem(file_name, line, spell(place), wrong, right)
-            for place, line, wrong, right in explain(document, errors, model)
-        ]
+        problems += _problems(document, file_name, explain(document, errors, model))
         if options is not None and not problems:
             return options
     raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from orthanc_events_bridge import resources
 from orthanc_events_bridge.errors import OutboxError
@@ -32,7 +33,9 @@ class OutboxReader:
         with translated(path):
             self._file = identity(path)[0]
             # Never made: between two looks the file may have been set aside.
-            uri = f"{path.absolute().as_uri()}?mode=rw"
+            # Not by pathlib's as_uri, which imports much: in a thread of Orthanc's with 100 KiB of stack (Debian's
+            # civetweb) Python 3.14 refuses that.
+            uri = f"file://{quote(str(path.absolute()))}?mode=rw"
             self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             try:
                 self._db.execute("PRAGMA query_only = 1")

@@ -113,6 +113,20 @@ there is any; `--connect` also tries every broker.
 **Where it is.** The file that `ORTHANC_EVENTS_CONFIG` names, else `orthanc-events.yaml` beside the script
 that Orthanc loads.
 
+**By variables.** Any option can be said by a variable of the environment, in the way of Orthanc's own images, and then
+stands over the file's: `ORTHANC_EVENTS__` and where the option is, in capitals, with two underscores in between, and
+the number of an item in a list, from 0:
+
+```sh
+ORTHANC_EVENTS__OUTBOX__KEEP=14d
+ORTHANC_EVENTS__DATA__TAGS='["Modality", "StudyInstanceUID"]'
+ORTHANC_EVENTS__TRANSPORTS__0__PASSWORD_FILE=/run/secrets/nats-password
+ORTHANC_EVENTS__TRANSPORTS__1='{"type": "webhook", "url": "https://hooks.example.org/orthanc"}'
+```
+
+A value is JSON if it can be read as that, else text; nothing is replaced in it. A broker that the file has as a URL
+alone gets options in this way too. They are set where Orthanc is started.
+
 **For editors.** [A JSON Schema](../orthanc_events_bridge/bridge/orthanc-events.schema.json) completes and
 checks options while you type. The YAML language server finds it by the file's first line:
 

@@ -10,6 +10,7 @@ from typing import Final
 from uuid import uuid4
 
 from orthanc_events_bridge import loading
+from orthanc_events_bridge.bridge.overrides import override
 from orthanc_events_bridge.bridge.settings import NO_SOURCE, Settings
 from orthanc_events_bridge.loading import Advice, ConfigError, Problem
 
@@ -49,12 +50,12 @@ def load(path: Path | str, environment: Mapping[str, str] = os.environ) -> Setti
 
 
 def parse(text: str, file_name: str, environment: Mapping[str, str]) -> Settings:
-    """Read settings from a YAML text, without any I/O.
+    """Read settings from a YAML text, and from the variables that stand over it, without any I/O.
 
-    :param file_name: for messages, and its folder for relative file names in the text.
+    :param file_name: for messages, and its folder for relative file names.
     :raises ConfigError: with every mistake in the text.
     """
-    return loading.parse(Settings, text, file_name, environment, _ADVICE)
+    return loading.parse(Settings, text, file_name, environment, _ADVICE, override)
 
 
 def template() -> str:
