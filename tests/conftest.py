@@ -29,9 +29,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     By their addresses: with pytest 9.2 a mark doesn't do it, for xdist 3.8 puts groups where that no longer looks, and
     then deals out each test alone, so that each run starts the servers.
     """
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
 
-    class BySharedServers(LoadScopeScheduling):
+    class BySharedServers(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             return file if _shares_servers(config.rootpath / file) else nodeid

@@ -30,7 +30,18 @@ def test_one(server, number):
 def test_tests_that_share_servers_are_done_by_one_of_them(tmp_path: Path) -> None:
     (tmp_path / "test_sharing.py").write_text(TESTS, "utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\n", "utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-n", "2", "--dist=loadgroup", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.conftest",
+        "-n",
+        "2",
+        "--dist=loadgroup",
+        str(tmp_path),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
