@@ -133,14 +133,13 @@ def test_what_the_engine_can_not_see_and_an_exit_code_are_told_as_they_are(tmp_p
     assert not orthanc.running and not orthanc.folder.exists()
 
 
-def test_one_that_can_not_reach_its_broker_says_so() -> None:
+def test_one_that_can_not_reach_its_broker_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     orthanc = OrthancContainer({"type": "nats", "servers": [f"nats://127.0.0.1:{free_port()}"]})
     orthanc.start(wait=False)
     orthanc.wait_log("can't be reached", timeout=120)
-    orthanc.deadline = 1.0
+    monkeypatch.setattr(OrthancContainer, "deadline", 1.0)
     with pytest.raises(ServerError, match=r"was not ready within 1 s(.|\n)*transport nats: .*can't be reached"):
         orthanc.wait_ready()
-    orthanc.deadline = OrthancContainer.deadline
     orthanc.close(kill=True)
 
 
