@@ -130,7 +130,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
             document = json.dumps({"source": SOURCE, "transports": [inner], **(settings or {})}, indent=2)
             parse(document, "the container's configuration", {})
             self.config_path.write_text(document, "utf-8")  # JSON is YAML too
-        elif not self.config_path.stat().st_size:
+        elif not self.config_path.stat().st_size and "PythonScript" not in config:
             del self.config["PythonScript"]
             if user_script:
                 self.config["PythonScript"] = str(user_script.absolute())

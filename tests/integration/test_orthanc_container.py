@@ -111,12 +111,13 @@ def test_an_unusual_one_and_what_a_wait_in_vain_says(tmp_path: Path) -> None:
         orthanc.wait_for_event("study.stable", study=study.id)
         for language in ("Lua", "Python"):
             orthanc.wait_log(f"in {language}: {study.id}")
-        with pytest.raises(TimeoutError) as raised:
-            orthanc.wait_for_event("study.deleted", study=study.id, timeout=1)
-        said = str(raised.value)
-        assert re.search(rf"^study\.deleted .*did not come within 1 s(.|\n)*study\.created +studies/{study.id}", said)
+        for timeout in (1, 10, 60):  # a slow machine has read nothing by then
+            with pytest.raises(TimeoutError, match=f"^study.deleted .*did not come within {timeout} s") as raised:
+                orthanc.wait_for_event("study.deleted", study=study.id, timeout=timeout)
+            if "study.created" in (said := str(raised.value)):
+                break
+        assert re.search(rf"study\.created +studies/{study.id}(.|\n)*The bridge: connected, [0-9]+ rows behind", said)
         assert other.id not in said
-        assert said.endswith("The bridge: connected, 0 rows behind, last error: none")
         with pytest.raises(BridgeError, match=r"did you mean study\.stable"):
             orthanc.wait_for_event("study.stabel")
 
