@@ -13,11 +13,11 @@ BESIDE := scripts/beside.sh $(PYTEST)
 TYPED := $(wildcard orthanc_events_bridge tests tools benchmarks examples)
 CODE := $(TYPED) typings
 # What is asked again in containers: all that is asked of a broker of RabbitMQ, which is another version there, and of the
-# others what containers are.
+# others what containers are. What takes longest comes first, so that none of those side by side is left alone with it.
 CONTAINED := TEST_SERVERS=containers scripts/docker.sh $(BESIDE) \
 	-k "not webhook and not memory and not ((contract or faults) and (nats or kafka))" \
-	tests/contract tests/faults/test_broker.py tests/integration/test_containers.py tests/integration/test_compose.py \
-	tests/integration/test_orthanc_container.py tests/integration/test_integration_example.py
+	tests/integration/test_compose.py tests/integration/test_integration_example.py \
+	tests/integration/test_orthanc_container.py tests/faults/test_broker.py tests/integration/test_containers.py tests/contract
 # The versions of Orthanc and of the brokers that are asked for in pairs.
 OTHERS := orthanc-1.10 nats-2.10 rabbitmq-3.10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,27 @@ _left = pytest.StashKey[list[str]]()
 REAL = ("integration", "fault", "mutant", "bench")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests one of several runs side by side does in a row (pytest-xdist, ``--dist=loadgroup``).
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one of several runs side by side do in a row what shares servers: the tests of a file that has a fixture for
+    all of them. All others are dealt out one by one.
 
-    Those of a file share its servers. In the contract suite a broker's do; faults and the matrix share nothing.
+    By their addresses: with pytest 9.2 a mark doesn't do it, for xdist 3.8 puts groups where that no longer looks, and
+    then deals out each test alone, so that each run starts the servers.
     """
-    for item in items:
-        folder, name = item.path.parent.name, item.path.stem
-        if folder == "contract" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            name += f"-{item.callspec.params.get('harness', '')}"
-        elif folder in ("faults", "matrix"):
-            name += f"-{item.name}"
-        item.add_marker(pytest.mark.xdist_group(f"{folder}-{name}"))
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
+
+    class BySharedServers(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if _shares_servers(config.rootpath / file) else nodeid
+
+    return BySharedServers(config, log)
+
+
+@functools.cache
+def _shares_servers(path: Path) -> bool:
+    return 'scope="module"' in path.read_text("utf-8")
 
 
 @pytest.hookimpl(tryfirst=True)

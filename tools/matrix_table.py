@@ -48,11 +48,14 @@ def _by_number(version: str) -> list[int]:
 
 
 def table(cells: Iterable[dict[str, Any]]) -> str:
-    """A row for each Orthanc, a column for each broker's version; empty where the pair was not tried."""
-    found = {(one["orthanc"], one["python"], one["broker"], one["version"]): one["passed"] for one in cells}
+    """A row for each Orthanc, a column for each broker's version. Of a pair that was tried twice a failure stays."""
+    found: dict[tuple[str, ...], bool] = {}
+    for one in cells:
+        key = (one["orthanc"], one["python"], one["broker"], one["version"])
+        found[key] = one["passed"] and found.get(key, True)
     rows = sorted({key[:2] for key in found}, key=lambda row: _by_number(row[0]))
     columns = sorted({key[2:] for key in found}, key=lambda one: (_BROKERS.index(one[0]), _by_number(one[1])))
-    words = {True: "passed", False: "**failed**", None: ""}
+    words = {True: "passed", False: "**failed**", None: "not tried"}
     lines = [
         ["Orthanc (its Python)", *(" ".join(column) for column in columns)],
         ["---"] * (len(columns) + 1),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar, Final
 
 from docker.constants import (  # type: ignore[import-not-found]  # mypy looks for it in the folder docker/
@@ -113,6 +114,7 @@ class ContainerServer(Server):
     image: str
     mounts: tuple[Path, ...] = ()
     _scratch: contextlib.ExitStack | None = None
+    _temporary = False
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         if self._scratch is None:
@@ -126,7 +128,17 @@ class ContainerServer(Server):
         self.mounts = tuple(Path(path).absolute() for path in mounts)
         self.image = find_image(self.kind, image)
         self._scratch = contextlib.ExitStack()
+        self._temporary = folder is None
         return (folder or self._scratch.enter_context(scratch_folder())).absolute()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Of a temporary one nothing is kept for which it would have to be stopped, which takes seconds.
+        if kind is None and self._temporary:
+            self.close(kill=True)
+        else:
+            super().__exit__(kind, error, trace)
 
     @property
     def alias(self) -> str:

@@ -183,7 +183,9 @@ def find_image(kind: str, wanted: str | None = None) -> str:
             return own
         if built_only:
             raise MissingComponentError(f"there is no image {wanted}: build it ({_BUILD} {wanted})")
-        name = wanted if _is_there(client, wanted) else prefix + OFFICIAL.get(wanted, wanted)
+        name = OFFICIAL.get(wanted, wanted)
+        if name in OFFICIAL.values() or not _is_there(client, name):  # others' may be local, under the name as it is
+            name = prefix + name
         if not _is_there(client, name):
             try:
                 client.images.pull(name)

@@ -130,7 +130,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
             document = json.dumps({"source": SOURCE, "transports": [inner], **(settings or {})}, indent=2)
             parse(document, "the container's configuration", {})
             self.config_path.write_text(document, "utf-8")  # JSON is YAML too
-        elif not self.config_path.stat().st_size:
+        elif not self.config_path.stat().st_size and "PythonScript" not in config:
             del self.config["PythonScript"]
             if user_script:
                 self.config["PythonScript"] = str(user_script.absolute())
@@ -229,6 +229,8 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
             document = self.status()
         except (httpx.HTTPError, ValueError):
             return False
+        if "transports" not in document:  # there is no outbox yet
+            return False
         states = [transport["state"] for transport in document["transports"]]
         return document["capture"]["state"] == "following" and states == ["connected"]
 
@@ -236,7 +238,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         """What the bridge says about its broker, as the end of a message."""
         try:
             (transport,) = self.status()["transports"]
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, LookupError, ValueError) as error:
             return f"Orthanc does not say how the bridge is: {type(error).__name__}"
         last = transport["last_error"] or {"message": "none"}
         return f"The bridge: {transport['state']}, {transport['pending']} rows behind, last error: {last['message']}"

@@ -45,7 +45,10 @@ def contained(server: Server) -> list[Any]:
     """What the engine has of this run, by its own account."""
     with engine.engine_client() as client:
         found = client.containers.list(all=True, filters={"label": f"{LABEL}={RUN}"})
-        return [one.attrs for one in found if str(server.folder) in one.attrs["HostConfig"]["Binds"][0]]
+        folder = str(server.folder)
+        return [
+            one.attrs for one in found if folder in [mount["Source"] for mount in one.attrs["HostConfig"]["Mounts"]]
+        ]
 
 
 @pytest.fixture(params=["nats", *(f"{kind}-published" for kind in sorted(BROKERS))])

@@ -51,13 +51,12 @@ def test_the_example_passes_with_the_wheel_alone(tmp_path: Path) -> None:
 
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
     wheels = tmp_path / "wheels"
-    run(sys.executable, *pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT)
-    run(sys.executable, *pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, project)
+    run(sys.executable, *pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT, project)
     (counting,) = wheels.glob("counting-*.whl")
     venv.create(tmp_path / "fresh", with_pip=False)
     python = tmp_path / "fresh" / "bin" / "python"
     pip_there = ("-m", "pip", "--python", python, *pip[2:])
-    given = ("--find-links", wheels, "--constraint", tmp_path / "constraints.txt")
+    given = ("--no-compile", "--find-links", wheels, "--constraint", tmp_path / "constraints.txt")
     run(sys.executable, *pip_there, "install", *given, f"{counting}[test]")
     where = run(python, "-c", "import orthanc_events_bridge as package; print(package.__file__)")
     assert Path(where).is_relative_to(tmp_path / "fresh")

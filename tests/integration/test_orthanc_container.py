@@ -111,12 +111,13 @@ def test_an_unusual_one_and_what_a_wait_in_vain_says(tmp_path: Path) -> None:
         orthanc.wait_for_event("study.stable", study=study.id)
         for language in ("Lua", "Python"):
             orthanc.wait_log(f"in {language}: {study.id}")
-        with pytest.raises(TimeoutError) as raised:
-            orthanc.wait_for_event("study.deleted", study=study.id, timeout=1)
-        said = str(raised.value)
-        assert re.search(rf"^study\.deleted .*did not come within 1 s(.|\n)*study\.created +studies/{study.id}", said)
+        for timeout in (1, 10, 60):  # a slow machine has read nothing by then
+            with pytest.raises(TimeoutError, match=f"^study.deleted .*did not come within {timeout} s") as raised:
+                orthanc.wait_for_event("study.deleted", study=study.id, timeout=timeout)
+            if "study.created" in (said := str(raised.value)):
+                break
+        assert re.search(rf"study\.created +studies/{study.id}(.|\n)*The bridge: connected, [0-9]+ rows behind", said)
         assert other.id not in said
-        assert said.endswith("The bridge: connected, 0 rows behind, last error: none")
         with pytest.raises(BridgeError, match=r"did you mean study\.stable"):
             orthanc.wait_for_event("study.stabel")
 
@@ -127,18 +128,20 @@ def test_what_the_engine_can_not_see_and_an_exit_code_are_told_as_they_are(tmp_p
         missing.start()
     missing.close()
     assert not (tmp_path / "missing.pem").exists() and not missing.folder.exists()
+    orthanc = OrthancContainer(orthanc={"HttpPort": "none"})
     with pytest.raises(ServerError, match=r"exit code 255(.|\n)*HttpPort"):
-        OrthancContainer(orthanc={"HttpPort": "none"}).start()
+        orthanc.start()
+    assert not orthanc.running and not orthanc.folder.exists()
 
 
 def test_one_that_can_not_reach_its_broker_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OrthancContainer, "deadline", 8.0)
-    orthanc = OrthancContainer(
-        {"type": "nats", "servers": [f"nats://127.0.0.1:{free_port()}"], "connect_timeout": "1s"}
-    )
-    with pytest.raises(ServerError, match=r"was not ready within 8 s(.|\n)*transport nats: .*can't be reached"):
-        orthanc.start()
-    assert not orthanc.running and not orthanc.folder.exists()
+    orthanc = OrthancContainer({"type": "nats", "servers": [f"nats://127.0.0.1:{free_port()}"]})
+    orthanc.start(wait=False)
+    orthanc.wait_log("can't be reached", timeout=120)
+    monkeypatch.setattr(OrthancContainer, "deadline", 1.0)
+    with pytest.raises(ServerError, match=r"was not ready within 1 s(.|\n)*transport nats: .*can't be reached"):
+        orthanc.wait_ready()
+    orthanc.close(kill=True)
 
 
 @pytest.mark.parametrize(
