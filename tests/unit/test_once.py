@@ -14,7 +14,7 @@ from orthanc_events_bridge.consumers.once import Once, Turns
 from orthanc_events_bridge.consumers.stores import Begun, Store, StoreError
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.loading import ConfigError
-from orthanc_events_bridge.moments import iso
+from orthanc_events_bridge.moments import iso, seconds_of
 from orthanc_events_bridge.testing.events import event
 
 STUDY = event("study.stable", study="study-1")
@@ -317,3 +317,18 @@ def test_a_long_effect_of_another_outlasts_no_policy() -> None:
     while now < 3600:
         now, attempts = now + asyncio.run(wait()), attempts + 1
     assert attempts < 20
+
+
+def test_a_handler_is_told_since_when_its_event_has_been_tried() -> None:
+    consumer, told = app(), list[str]()
+
+    @consumer.on("study.stable")
+    async def handler(given: Event) -> None:
+        told.append(given.first_failure)
+        raise ValueError
+
+    with consumer.test() as kit:
+        kit.send(STUDY)
+        kit.advance(seconds=10)
+    assert told[0] == "" and len(told) > 2
+    assert len(set(told[1:])) == 1 and seconds_of(told[1]) is not None
