@@ -15,7 +15,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, Meter, UsageError, add_command
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, Meter, UsageError, add_actions, add_group
 from orthanc_events_bridge.cli_status import table
 from orthanc_events_bridge.errors import BridgeError
 
@@ -53,12 +53,8 @@ _ACTIONS: Final = {
 def define(commands: Commands) -> None:
     """Add the command."""
     summary = "look at a consumer's dead letters, give them to it again, or throw them away"
-    parser = add_command(commands, "dlq", _help, summary, epilog=_EPILOG)
-    parser.set_defaults(parser=parser)
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    for name, (says, more) in _ACTIONS.items():
-        action = add_command(actions, name, _run, says, more, epilog=_EPILOG)
-        action.set_defaults(action=name)
+    parser = add_group(commands, "dlq", summary, epilog=_EPILOG)
+    for name, action in add_actions(parser, _ACTIONS, _run, epilog=_EPILOG):
         action.add_argument("--consumer", metavar="NAME", help="whose; default: `name` in the file")
         action.add_argument(
             "--broker", metavar="URL", help="nats://, amqp://, kafka://; default: $ORTHANC_EVENTS_BROKER"
@@ -106,11 +102,6 @@ def _text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty: say which are meant, or leave it out")
     return text
-
-
-def _help(options: argparse.Namespace) -> int:
-    options.parser.print_help()
-    return 2
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -49,6 +49,33 @@ def add_command(
     )
     sub.set_defaults(run=run)
     return sub
+
+
+def add_actions(
+    parser: argparse.ArgumentParser, actions: Mapping[str, tuple[str, str]], run: object, *, epilog: str
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Add the actions of a command, whose parsed options have the chosen one's name as `action`.
+
+    :param actions: of each its summary, and what else its help says.
+    :param run: of all of them.
+    :return: each with its parser, for its options.
+    """
+    added = parser.add_subparsers(title="actions", metavar="ACTION")
+    for name, (summary, text) in actions.items():
+        action = add_command(added, name, run, summary, text, epilog=epilog)
+        action.set_defaults(action=name)
+        yield name, action
+
+
+def add_group(commands: Commands, name: str, summary: str, *, epilog: str) -> argparse.ArgumentParser:
+    """Add a command that does nothing without an action: it then shows its help."""
+
+    def show(options: argparse.Namespace) -> int:
+        parser.print_help()
+        return 2
+
+    parser = add_command(commands, name, show, summary, epilog=epilog)
+    return parser
 
 
 def _wrapped(text: str) -> str:

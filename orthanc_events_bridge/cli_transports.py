@@ -11,7 +11,14 @@ from typing import Any, Final
 
 from orthanc_events_bridge import status
 from orthanc_events_bridge.cli_asking import ask
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, add_command, outbox_folder, outbox_options
+from orthanc_events_bridge.cli_options import (
+    EXIT_CODES,
+    Commands,
+    add_actions,
+    add_command,
+    outbox_folder,
+    outbox_options,
+)
 from orthanc_events_bridge.cli_status import remarks, table
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.folder import Folder
@@ -50,10 +57,7 @@ def define(commands: Commands) -> None:
     parser = add_command(commands, "transports", _list, summary, text, epilog=_EPILOG)
     outbox_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    for name, (says, more) in _ACTIONS.items():
-        action = add_command(actions, name, _act, says, more, epilog=EXIT_CODES)
-        action.set_defaults(action=name)
+    for _, action in add_actions(parser, _ACTIONS, _act, epilog=EXIT_CODES):
         action.add_argument("name", metavar="NAME", help="of the transport")
         action.add_argument("--no-wait", action="store_true", help="don't wait until the bridge has done it")
         outbox_options(action, again=True)

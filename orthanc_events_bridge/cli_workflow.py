@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_command
+from orthanc_events_bridge.cli_options import EXIT_CODES, Commands, UsageError, add_actions, add_group
 from orthanc_events_bridge.cli_status import table
 from orthanc_events_bridge.cli_workers import needs_pydicom
 from orthanc_events_bridge.errors import GoneError
@@ -55,12 +55,8 @@ _ACTIONS: Final = {
 def define(commands: Commands) -> None:
     """Add the command."""
     summary = "see how far an AI dispatch is with each series; go on with one, or stop it"
-    parser = add_command(commands, "workflow", _help, summary, epilog=_EPILOG)
-    parser.set_defaults(parser=parser)
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    for name, (says, more) in _ACTIONS.items():
-        action = add_command(actions, name, _run, says, more, epilog=_EPILOG)
-        action.set_defaults(action=name)
+    parser = add_group(commands, "workflow", summary, epilog=_EPILOG)
+    for name, action in add_actions(parser, _ACTIONS, _run, epilog=_EPILOG):
         action.add_argument(
             "--config", type=Path, metavar="FILE", help="of the AI dispatch; default: $ORTHANC_EVENTS_CONSUMER"
         )
@@ -72,11 +68,6 @@ def define(commands: Commands) -> None:
             action.add_argument("id", metavar="ID", help="its id, or how that begins; or of its series or study")
         if name in ("list", "show"):
             action.add_argument("--json", action="store_true", help="one JSON document")
-
-
-def _help(options: argparse.Namespace) -> int:
-    options.parser.print_help()
-    return 2
 
 
 def _run(options: argparse.Namespace) -> int:

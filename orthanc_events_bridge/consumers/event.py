@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orthanc_events_bridge.events.catalog import VERSION
 from orthanc_events_bridge.events.derived import NAMES
 from orthanc_events_bridge.events.reading import event_of
-from orthanc_events_bridge.transports.headers import ADDRESS, OPERATION, SITE
+from orthanc_events_bridge.transports.headers import ADDRESS, FIRST_FAILURE, OPERATION, SITE
 
 if TYPE_CHECKING:
     from orthanc_events_bridge.transports.base import Incoming
@@ -48,6 +48,7 @@ class Event:
     :ivar attempt: how often this consumer was given it, this time included; at least 1.
     :ivar operation: why it came again: ``retry``, ``redrive`` or ``replay``; empty for a first delivery.
     :ivar site: the short name of the Orthanc, which is a part of the event's address; empty where that is not known.
+    :ivar first_failure: when this consumer failed at it first (RFC 3339); empty where it hasn't, or that is not known.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Event:
     attempt: int = 1
     operation: str = ""
     site: str = ""
+    first_failure: str = ""
 
     @property
     def ours(self) -> bool:
@@ -207,6 +209,7 @@ def read(message: Incoming, attempt: int = 1) -> Event:
         attempt=attempt,
         operation=message.headers.get(OPERATION, ""),
         site=message.headers.get(SITE) or address_parts(message.headers.get(ADDRESS, message.address))[0],
+        first_failure=message.headers.get(FIRST_FAILURE, ""),
     )
 
 

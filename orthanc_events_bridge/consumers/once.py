@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import logging
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
@@ -30,6 +31,7 @@ from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Retry
 from orthanc_events_bridge.consumers.stores import STORES, Store
 from orthanc_events_bridge.errors import BridgeError
+from orthanc_events_bridge.moments import seconds_of
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,7 @@ KEEP: Final = 30 * 86400.0
 _RENEW: Final = 1 / 3
 #: Seconds between two tries to note that an effect is done.
 _AGAIN: Final = 1.0
-#: From this attempt on the wait for another worker grows, so that an effect of an hour outlasts no `RetryPolicy`.
-_PATIENT: Final = 3
+#: Seconds that the wait for another worker grows to.
 _LONGEST: Final = 300.0
 
 
@@ -54,6 +55,7 @@ class Turns:
     :param consumer: its name, a part of every key.
     :param make: makes the store, when it is first used.
     :param sleep: waits so many seconds.
+    :param now: seconds since the epoch.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Turns:
         consumer: str,
         make: Callable[[], Store] | None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._consumer = consumer
         self._make = make
         self._store: Store | None = None
         self._opening = asyncio.Lock()
         self.sleep = sleep
+        self.now = now
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def check(self, effect: object, lease: float, keep: float) -> None:
@@ -150,15 +154,16 @@ class Turns:
             await store.close()
 
     @contextlib.contextmanager
-    def lent(self, make: Callable[[], Store]) -> Iterator[None]:
-        """Use another store for a while, where there is one at all. For tests."""
-        own = self._make
-        if own is not None:
+    def lent(self, make: Callable[[], Store], now: Callable[[], float]) -> Iterator[None]:
+        """Use another clock for a while, and another store where there is one at all. For tests."""
+        own = self._make, self.now
+        if self._make is not None:
             self._make = make
+        self.now = now
         try:
             yield
         finally:
-            self._make = own
+            self._make, self.now = own
 
 
 class Once:
@@ -186,9 +191,12 @@ class Once:
             log.info("%r: %s is done already", self._event, self._effect)
             return False
         if begun.state == "theirs":
-            # Each wait is an attempt: they grow, so that a long effect of another is waited for.
-            wait = begun.left * 2.0 ** max(0, self._event.attempt - _PATIENT)
-            raise Retry(after=max(begun.left, min(wait, _LONGEST)))
+            # Each wait is an attempt: it is as long again as the event has been tried, so that an effect of an hour
+            # outlasts no `RetryPolicy`. Not by the number of attempts: where the store was away for a while there are
+            # dozens, and whoever has begun it may be dead.
+            since = seconds_of(self._event.first_failure)
+            tried = 0.0 if since is None else self._turns.now() - since
+            raise Retry(after=max(begun.left, min(tried, _LONGEST)))
         self._store = store
         self._renewing = asyncio.create_task(self._renew(store))
         return True

@@ -6,12 +6,12 @@ Test-only: ``python -m orthanc_events_bridge.testing.anonymizer_mutants MUTANT a
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from orthanc_events_bridge.testing.mutated import run
 from orthanc_events_bridge.workflows import deidentify, dicom_files
 from orthanc_events_bridge.workflows.batch import Batch
 from orthanc_events_bridge.workflows.memory import Memory
@@ -90,11 +90,8 @@ MUTANTS: Final[Mapping[str, Callable[[], None]]] = {
     "by chance": _by_chance,
     "forgetting results": _forgetting_results,
     "remembering behind it": lambda: _dying(remembered=False),
-    "none, but dying": lambda: _dying(remembered=True),
+    "only dying": lambda: _dying(remembered=True),
 }
 
 if __name__ == "__main__":
-    from orthanc_events_bridge.cli import main
-
-    MUTANTS[sys.argv[1]]()
-    raise SystemExit(main(sys.argv[2:]))
+    run(MUTANTS)

@@ -1,18 +1,17 @@
 """Protections of the job retry, switched off on purpose, to show that the tests would notice.
 
-Test-only. ``python -m orthanc_events_bridge.testing.job_mutants NAME retry-jobs …`` is the command without one of them;
-``none`` is the whole.
+Test-only. ``python -m orthanc_events_bridge.testing.job_mutants NAME retry-jobs …`` is the command without one of them.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.consumers.effects import Effects
 from orthanc_events_bridge.consumers.event import Event
 from orthanc_events_bridge.consumers.retry import Retry
+from orthanc_events_bridge.testing.mutated import run
 from orthanc_events_bridge.workflows import job_again, job_retry
 from orthanc_events_bridge.workflows.job_progress import Progress
 
@@ -68,14 +67,5 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
 }
 
 
-def main() -> int:
-    """The command, without one protection."""
-    from orthanc_events_bridge.cli import main as run
-
-    if sys.argv[1] != "none":
-        MUTANTS[sys.argv[1]]()
-    return run(sys.argv[2:])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(MUTANTS)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -147,7 +148,8 @@ class _Kit(Outcomes):
             self.broker.store(sent._replace(dedupe=f"{sent.id}:{self._sent}"))
 
     async def _begin(self) -> None:
-        self._lent.enter_context(self._turns.lent(lambda: SqliteStore(":memory:", lambda: self._now)))
+        store = partial(SqliteStore, ":memory:", lambda: self._now)
+        self._lent.enter_context(self._turns.lent(store, lambda: self.now.timestamp()))
         self._lent.enter_context(self._publisher.lent(lambda: _Published(self.broker, self.published)))
         self._turns.loop = asyncio.get_running_loop()
         transport = MemoryTransport(MemoryOptions(), self.broker)

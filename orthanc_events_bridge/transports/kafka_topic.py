@@ -177,5 +177,6 @@ def _check(topic: Topic, options: KafkaOptions) -> None:
     if differing:
         raise TransportConfigurationError(
             f"the Kafka topic {options.topic} exists with other settings: {'; '.join(differing)}",
-            "change `limits`, partitions or the topic so that they agree, or set declare to false to keep its settings",
+            "change `limits`, partitions or the topic so that they agree, or set declare to false to keep its settings;"
+            " an empty one can be deleted: a consumer that came first made it with the defaults",
         )

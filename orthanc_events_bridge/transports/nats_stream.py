@@ -173,7 +173,8 @@ def _check(found: StreamConfig, wanted: StreamConfig, ours: str, *, declared: bo
     if differing:
         raise TransportConfigurationError(
             f"the NATS stream {found.name} exists with other settings: {'; '.join(differing)}",
-            "change `limits` or the stream so that they agree, or set declare to false to keep its limits",
+            "change `limits` or the stream so that they agree, or set declare to false to keep its limits; an"
+            " empty one can be deleted: a consumer that came first made it with the defaults",
         )
 
 

@@ -146,7 +146,7 @@ class RabbitTransport(Transport):
         """See `orthanc_events_bridge.transports.base.Transport.dead_letters`. Reading holds them until it is closed:
         only one can read at a time."""
         check_name(self.name, consumer)
-        return RabbitDeadLetters(self._connected(), Queues.of(consumer, self._options))
+        return RabbitDeadLetters(self._connected(), self._options, Queues.of(consumer, self._options))
 
     async def subscribe(
         self,

@@ -53,9 +53,17 @@ class Acks:
         tags, self._settled = sorted(self._settled), []
         before = [tag for tag in tags if tag < first]
         frames = [Basic.Ack(delivery_tag=before[-1], multiple=True)] if before else []
-        frames += [Basic.Ack(delivery_tag=tag) for tag in tags[len(before) :]]
+        self._write(*frames, *(Basic.Ack(delivery_tag=tag) for tag in tags[len(before) :]))
+
+    def give_back(self, tag: int) -> None:
+        """It is to be given to another, before those that nobody has been given yet."""
+        self._unsettled.pop(tag, None)
+        if self._channel.fault is None and self._connection.fault is None:
+            self._write(Basic.Nack(delivery_tag=tag, requeue=True))
+
+    def _write(self, *frames: Basic.Ack | Basic.Nack) -> None:
         try:
-            self._connection.write(b"".join(pamqp.frame.marshal(frame, channel.number) for frame in frames))
+            self._connection.write(b"".join(pamqp.frame.marshal(frame, self._channel.number) for frame in frames))
         except (OSError, RuntimeError) as error:  # it has ended, and nobody has told us yet
             self._connection.fail(self._connection.lost(error))
 

@@ -113,9 +113,11 @@ class DeadPlace:
 class RabbitDeadLetters(DeadLetters):
     """Holds what it has read, without its content, until it is closed or reads again."""
 
-    def __init__(self, connection: Connection, queues: Queues) -> None:
+    def __init__(self, connection: Connection, options: RabbitOptions, queues: Queues) -> None:
         self._connection = connection
         self._queues = queues
+        # Only then it is known that a message can be given and given back as often as wanted.
+        self._declare = options.declare
         self._stack = contextlib.AsyncExitStack()
         self._channel: Channel | None = None
         self._acks: Acks | None = None
@@ -152,11 +154,16 @@ class RabbitDeadLetters(DeadLetters):
         try:
             # What RabbitMQ keeps back of many acknowledgements it would forget when the channel is closed. It sends it
             # behind the answer to the first of these questions, and before that to the second.
+            read = len(self._come)
             async with self._consuming(channel, 1):
                 for tag in tags:
                     acks.settle(tag)
                     self._held.discard(tag)
                 acks.flush()
+            if self._declare and len(self._come) > read:  # else there would be as many lots as removals
+                tag = self._come.pop().delivery_tag or 0
+                self._held.discard(tag)
+                acks.give_back(tag)
             await self._connection.ask(channel.queue_declare(self._queues.dead, passive=True))
         except ClosedError as error:
             self._gone(error)

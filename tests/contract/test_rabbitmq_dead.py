@@ -112,6 +112,29 @@ def test_hundreds_are_removed_at_once_and_the_others_keep_their_order(rabbit: Ra
     run(main(), seconds=3 * PATIENCE)
 
 
+def test_they_keep_their_order_where_some_are_removed_while_they_are_read(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    """More often than RabbitMQ keeps subscriptions of one channel in their order, that hold something."""
+    count, part = 900, 5
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            await reject(transport, queues, count)
+            async with looking(transport, queues) as dead:
+                chosen: list[DeadLetter] = []
+                async for one in dead.read():
+                    if numbers([one])[0] % 2:
+                        chosen.append(one)
+                    if len(chosen) == part:
+                        await dead.remove(chosen)
+                        chosen = []
+            for _ in range(2):
+                assert numbers(await read(transport, queues)) == [*range(0, count, 2)]
+
+    run(main(), seconds=3 * PATIENCE)
+
+
 def test_what_a_reader_held_that_died_is_there_again_in_order(rabbit: RabbitHarness, queues: Queues) -> None:
     async def main() -> None:
         async with connected(rabbit.transport()) as transport:

@@ -589,8 +589,12 @@ def test_a_consumer_that_is_there_before_the_bridge_makes_what_a_bridge_makes(ha
         other = another(limits={"max_age": "1d"})
         with failing(harness, TransportConfigurationError) as caught:
             await other.connect()
-        await other.close()
         assert harness.place in str(caught[0]) and "limits" in str(caught[0])
+        assert "delete" in caught[0].remedy
+        harness.remove_place()
+        await other.connect()
+        await other.publish(events(1))
+        await other.close()
 
     run(main())
 

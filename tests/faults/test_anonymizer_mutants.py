@@ -79,7 +79,7 @@ def test_the_anonymizer_shows_what_a_protection_prevents(
 
 
 @pytest.mark.parametrize(
-    ("mutant", "harm"), [("none, but dying", False), ("remembering behind it", True)], ids=["remembered", "not-yet"]
+    ("mutant", "harm"), [("only dying", False), ("remembering behind it", True)], ids=["remembered", "not-yet"]
 )
 def test_what_a_dead_worker_has_left_is_taken_for_a_result_only_where_it_was_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str, harm: bool

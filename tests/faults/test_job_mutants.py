@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from orthanc_events_bridge.testing.line import Line
 from orthanc_events_bridge.testing.processes import wait_until
+from tests.faults.harm import harms
 from tests.integration.commands import PATIENCE, Started, wait_for
 from tests.integration.routers import Receiver, gateway, ids, running
 from tests.integration.test_job_retry import dead, ended, kill_behind_a_resubmission, submit, told, uploaded
@@ -23,10 +23,10 @@ _ATTEMPTS = 3
 
 
 @contextmanager
-def retrying(folder: Path, pacs: Receiver, resubmit: str, without: str) -> Iterator[tuple[Line, Started]]:
-    """A gateway to a PACS, and the job retry without a protection, not started yet."""
+def retrying(folder: Path, pacs: Receiver, resubmit: str, without: Sequence[str]) -> Iterator[tuple[Line, Started]]:
+    """A gateway to a PACS, and the job retry without a protection, or whole; not started yet."""
     text = f"name: job-retry\nresubmit: {resubmit}\n"
-    program = ("orthanc_events_bridge.testing.job_mutants", without)
+    program = ["orthanc_events_bridge.testing.job_mutants", ",".join(without)] if without else ["orthanc_events_bridge"]
     with (
         gateway(folder / "line", "nats", modalities=[pacs]) as line,
         Started(folder / "retry", line, "retry-jobs", text, program) as retry,
@@ -34,7 +34,7 @@ def retrying(folder: Path, pacs: Receiver, resubmit: str, without: str) -> Itera
         yield line, retry
 
 
-def somebody_else_sends_it(folder: Path, without: str) -> int:
+def somebody_else_sends_it(folder: Path, without: Sequence[str]) -> int:
     """How often too often it arrives."""
     pacs = Receiver(folder / "pacs")
     resubmit = "{attempts: 3, initial: 5s, maximum: 5s}"
@@ -52,7 +52,7 @@ def somebody_else_sends_it(folder: Path, without: str) -> int:
             return pacs.taken() - len(study)
 
 
-def workers_are_killed_between_failures(folder: Path, without: str) -> int:
+def workers_are_killed_between_failures(folder: Path, without: Sequence[str]) -> int:
     """How often too often it is submitted again."""
     most, lives = 2, 6
     pacs = Receiver(folder / "pacs")
@@ -72,7 +72,7 @@ def workers_are_killed_between_failures(folder: Path, without: str) -> int:
         return told(line, "job.failed") - 1 - most
 
 
-def orthanc_is_killed_behind_a_resubmission(folder: Path, without: str) -> int:
+def orthanc_is_killed_behind_a_resubmission(folder: Path, without: Sequence[str]) -> int:
     """How much never arrives."""
     pacs = Receiver(folder / "pacs")
     resubmit = "{attempts: 50, initial: 3s, maximum: 3s}"
@@ -95,15 +95,12 @@ CASES = [
 
 @pytest.mark.parametrize(("without", "scenario"), CASES)
 def test_they_show_what_a_protection_prevents(
-    tmp_path: Path, without: str, scenario: Callable[[Path, str], int]
+    tmp_path: Path, without: str, scenario: Callable[[Path, Sequence[str]], int]
 ) -> None:
     """With it nothing, and without it some harm; where that takes luck, in more than one attempt."""
     broker_or_skip("nats")
     for attempt in range(_ATTEMPTS):
-        with ThreadPoolExecutor(2) as pool:
-            tries = [pool.submit(scenario, tmp_path / f"{name}-{attempt}", name) for name in ("none", without)]
-            whole, mutant = (one.result() for one in tries)
-        print(f"{without}: harm {whole}; without it {mutant}")
+        whole, mutant = harms(scenario, tmp_path / str(attempt), without)
         assert whole == 0
         if mutant:
             return

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 
@@ -171,18 +171,18 @@ class TestShippedFiles:
 
     def test_the_json_schema_takes_what_is_valid(self) -> None:
         schema = json_schema()
-        jsonschema.Draft202012Validator.check_schema(schema)
+        jsonschema_rs.meta.validate(schema)
         for text in (
             SMALLEST,
             template(),
             (ROOT / "config" / "orthanc-events.yaml").read_text("utf-8"),
             SMALLEST + "    batch: ${N}\n    limits: {max_age: 0, replicas: 3}\noutbox: {keep: 7d, max_bytes: 1GiB}\n",
         ):
-            jsonschema.validate(yaml.safe_load(text), schema)
+            jsonschema_rs.validate(schema, yaml.safe_load(text))
 
     @pytest.mark.parametrize(
         "line", ["sorce: x", "outbox: {on_full: paus}", "outbox: {keep: soon}", "log_level: 5", "data: []"]
     )
     def test_the_json_schema_refuses_what_is_not(self, line: str) -> None:
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(yaml.safe_load(f"{SMALLEST}{line}\n"), json_schema())
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(json_schema(), yaml.safe_load(f"{SMALLEST}{line}\n"))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 
 from orthanc_events_bridge.events.derived import derived_type, schema
@@ -90,7 +90,7 @@ def derived(line: Line) -> list[Event]:
     for event in found:
         kind = derived_type(event.kind)
         assert kind is not None
-        jsonschema.Draft202012Validator(schema(kind, "")).validate(dict(event.data))
+        jsonschema_rs.Draft202012Validator(schema(kind, "")).validate(dict(event.data))
         # As any language finds it; Kafka has no such addresses.
         if line.broker.kind != "kafka":
             assert event.address.split(".")[-4:-1] == ["main", *event.kind.split(".")]

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 
@@ -201,10 +201,10 @@ def test_the_sample_event_is_as_the_contract_says(name: str) -> None:
     assert event.keys() == ATTRIBUTES
     schema = schema_of(event)
     assert schema["$id"] == event["dataschema"]
-    jsonschema.Draft202012Validator(schema).validate(event["data"])
+    jsonschema_rs.Draft202012Validator(schema).validate(event["data"])
     assert event["data"].keys() <= schema["properties"].keys()
     asyncapi = yaml.safe_load(text_of(SCHEMAS / "asyncapi.yaml"))
-    jsonschema.Draft202012Validator(asyncapi["components"]["schemas"]["CloudEvent"]).validate(event)
+    jsonschema_rs.Draft202012Validator(asyncapi["components"]["schemas"]["CloudEvent"]).validate(event)
 
     # It is a real one: what is derived fits.
     data = event["data"]
@@ -225,9 +225,9 @@ def test_the_sample_of_a_derived_event_follows_from_the_other() -> None:
     cause, event = (json.loads(block) for block in blocks(ROOT / "docs" / "events.md", "json"))
     asyncapi = yaml.safe_load(text_of(SCHEMAS / "asyncapi.yaml"))
     rules = asyncapi["components"]["schemas"]["DerivedCloudEvent"]
-    jsonschema.Draft202012Validator(rules).validate(event)
+    jsonschema_rs.Draft202012Validator(rules).validate(event)
     assert event.keys() == rules["properties"].keys()
-    jsonschema.Draft202012Validator(schema_of(event)).validate(event["data"])
+    jsonschema_rs.Draft202012Validator(schema_of(event)).validate(event["data"])
     assert (event["causationid"], event["correlationid"]) == (cause["id"], cause["id"])
     assert event["traceparent"].split("-")[1] == cause["traceparent"].split("-")[1]
     for name in ("source", "subject", "partitionkey"):

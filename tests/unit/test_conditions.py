@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 
@@ -219,10 +219,10 @@ def test_the_example_is_right() -> None:
 
 def test_the_schema_for_editors_takes_what_is_right() -> None:
     schema = json.loads((ROOT / "orthanc_events_bridge/workflows/orthanc-router.schema.json").read_text("utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema_rs.meta.validate(schema)
     example = (ROOT / "config" / "router.yaml").read_text("utf-8")
     for text in (RULES, example):
-        jsonschema.validate(yaml.safe_load(text), schema)
+        jsonschema_rs.validate(schema, yaml.safe_load(text))
     for right, wrong in (
         ("to: [pacs]", "to: pacs"),
         ("to: [research]", "to: []"),
@@ -233,5 +233,5 @@ def test_the_schema_for_editors_takes_what_is_right() -> None:
         ("  - name: rest", "  - nmae: rest"),
     ):
         assert right in RULES
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(yaml.safe_load(RULES.replace(right, wrong, 1)), schema)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, yaml.safe_load(RULES.replace(right, wrong, 1)))

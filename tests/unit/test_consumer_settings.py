@@ -194,13 +194,13 @@ def test_the_example_is_valid() -> None:
 def test_the_example_fits_the_schema_for_editors() -> None:
     import json
 
-    import jsonschema
+    import jsonschema_rs
     import yaml
 
     schema = json.loads((ROOT / "orthanc_events_bridge/consumers/orthanc-consumer.schema.json").read_text("utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(yaml.safe_load((ROOT / "config" / "consumer.yaml").read_text("utf-8")), schema)
-    jsonschema.validate({"broker": {"type": "nats", "servers": ["nats://h"]}, "orthanc": "http://h"}, schema)
+    jsonschema_rs.meta.validate(schema)
+    jsonschema_rs.validate(schema, yaml.safe_load((ROOT / "config" / "consumer.yaml").read_text("utf-8")))
+    jsonschema_rs.validate(schema, {"broker": {"type": "nats", "servers": ["nats://h"]}, "orthanc": "http://h"})
     for wrong in ({"broker": {"type": "nats", "x": 1}}, {"concurrency": "many"}, {"nmae": "x"}):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, schema)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, wrong)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 from pydantic import SecretStr
@@ -262,13 +262,13 @@ def test_the_example_is_right_and_the_schema_for_editors_takes_it() -> None:
     found = configure_as(DispatchSettings, {}, path, {}, CommandLine()).settings
     assert (found.service.dicomweb, found.service.deadline, list(found.results.expect)) == ("ai", 3600, ["report"])
     schema = json.loads((ROOT / "orthanc_events_bridge/workflows/orthanc-dispatch.schema.json").read_text("utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema_rs.meta.validate(schema)
     text = path.read_text("utf-8")
-    jsonschema.validate(yaml.safe_load(text), schema)
+    jsonschema_rs.validate(schema, yaml.safe_load(text))
     for right, wrong in (("dicomweb: ai", "dicmweb: ai"), ("rules:", "rule:"), ("is: SR", "iss: SR")):
         assert right in text
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(yaml.safe_load(text.replace(right, wrong, 1)), schema)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, yaml.safe_load(text.replace(right, wrong, 1)))
 
 
 @pytest.mark.parametrize("arguments", [["dispatch", "--check"], ["workflow", "list"]])

@@ -14,6 +14,7 @@ from orthanc_events_bridge.consumers.once import Once, Turns
 from orthanc_events_bridge.consumers.stores import Begun, Store, StoreError
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.loading import ConfigError
+from orthanc_events_bridge.moments import iso, seconds_of
 from orthanc_events_bridge.testing.events import event
 
 STUDY = event("study.stable", study="study-1")
@@ -284,11 +285,50 @@ def test_retry_is_what_another_worker_is_told() -> None:
         async def begin(self, key: str, owner: str, lease: float) -> Begun:
             return Begun("theirs", 10.0)
 
-    async def delay(attempt: int) -> float | None:
-        given = Event(STUDY.id, STUDY.source, STUDY.type, STUDY.name, attempt=attempt)
+    async def delay(tried: float | None) -> float | None:
+        first = "" if tried is None else iso(1000 * (1_800_000_000 - tried))
+        # However many attempts there were: the store may have been away.
+        given = Event(STUDY.id, STUDY.source, STUDY.type, STUDY.name, attempt=50, first_failure=first)
+        turns = Turns("one", lambda: Theirs(), now=lambda: 1_800_000_000)
         with pytest.raises(Retry) as caught:
-            async with Once(Turns("one", lambda: Theirs()), given, "effect", 60.0, 3600.0):
+            async with Once(turns, given, "effect", 60.0, 3600.0):
                 pass
         return caught.value.after
 
-    assert [asyncio.run(delay(attempt)) for attempt in (1, 3, 4, 5, 8, 19)] == [10, 10, 20, 40, 300, 300]
+    assert [asyncio.run(delay(tried)) for tried in (None, -5, 3, 20, 40, 900)] == [10, 10, 10, 20, 40, 300]
+
+
+def test_a_long_effect_of_another_outlasts_no_policy() -> None:
+    """Its lease of a minute is renewed all the time, for an hour; the default policy has 20 attempts."""
+    now, attempts = 0.0, 0
+
+    class Theirs(Broken):
+        async def begin(self, key: str, owner: str, lease: float) -> Begun:
+            return Begun("theirs", 40.0)
+
+    async def wait() -> float:
+        first = iso(1000 * 1_800_000_000) if attempts else ""
+        given = Event(STUDY.id, STUDY.source, STUDY.type, STUDY.name, attempt=attempts + 1, first_failure=first)
+        with pytest.raises(Retry) as caught:
+            async with Once(Turns("one", lambda: Theirs(), now=lambda: 1_800_000_000 + now), given, "effect", 60, 3600):
+                pass
+        return caught.value.after or 0.0
+
+    while now < 3600:
+        now, attempts = now + asyncio.run(wait()), attempts + 1
+    assert attempts < 20
+
+
+def test_a_handler_is_told_since_when_its_event_has_been_tried() -> None:
+    consumer, told = app(), list[str]()
+
+    @consumer.on("study.stable")
+    async def handler(given: Event) -> None:
+        told.append(given.first_failure)
+        raise ValueError
+
+    with consumer.test() as kit:
+        kit.send(STUDY)
+        kit.advance(seconds=10)
+    assert told[0] == "" and len(told) > 2
+    assert len(set(told[1:])) == 1 and seconds_of(told[1]) is not None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 
@@ -300,18 +300,18 @@ def example(program: Program) -> Path:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: one.name)
 def test_the_schema_takes_the_example_and_not_what_the_command_refuses(program: Program) -> None:
     schema = json.loads(program.schema.read_text("utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema_rs.meta.validate(schema)
     found: dict[str, Any] = yaml.safe_load(example(program).read_text("utf-8"))
     for right in (found, yaml.safe_load(RIGHT[program.command])):
-        jsonschema.validate(right, schema)
+        jsonschema_rs.validate(schema, right)
     mistakes: tuple[dict[str, Any], ...] = (
         {"concurency": 3},
         {"rules": [], "types": []},
         {"orthanc": {"max_requests": "many"}},
     )
     for wrong in mistakes:
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(found | wrong, schema)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, found | wrong)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: one.name)
