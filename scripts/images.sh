@@ -109,7 +109,10 @@ build() {
     else
         case $kind in
             orthanc-events) cp docker/Dockerfile "$folder/" ;;
-            ai-service) cp -r examples/ai-service/{Dockerfile,requirements.txt,ai_service} "$folder/" ;;
+            ai-service)
+                cp examples/ai-service/{Dockerfile,requirements.txt} "$folder/"
+                install -D -m 644 -t "$folder/ai_service" examples/ai-service/ai_service/*.py
+                ;;
             *) cp -r "docker/${recipes[$kind]}/." "$folder/" ;;
         esac
         collect "$kind" "$folder"

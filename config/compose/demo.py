@@ -14,7 +14,7 @@ from orthanc_events_bridge.testing.dicom import Instance, Study, instance_bytes,
 NAMES = ("orthanc", "archive", "research")
 PASSWORD = Path(os.environ["ORTHANC_EVENTS_ORTHANC_PASSWORD_FILE"]).read_text().strip()
 #: Seconds. Orthanc calls a study stable when nothing has come for StableAge, and what is pseudonymised once more.
-PATIENCE = 180
+PATIENCE = 300
 #: Of the CT that the AI service measures: pixels in width, height and depth, millimetres from one to the next, and the
 #: radius of the sphere in it.
 SIZE, SPACING, RADIUS = 32, 1.5, 12.0

@@ -56,7 +56,7 @@ def test_the_demo_shows_studies_where_rules_say_and_their_events(stack: Composed
     shown = stack.compose("run", "--rm", "-T", "demo")
     ct, mr = re.findall(r"stored: a study of \w+, (\S+)", shown)
 
-    # Research has the MR alone, as somebody else; the archive has the originals alone, and what the AI service has found.
+    # Research has the MR alone, as somebody else; the archive has the originals, and what the AI service has found.
     (study,) = stack.get("research", "/studies?expand")
     assert study["PatientMainDicomTags"]["PatientID"].startswith("research-"), study
     assert {*stack.get("archive", "/studies")} == {ct, mr}
