@@ -24,6 +24,7 @@ from tests.integration.composed import DEADLINE, Composed
 pytestmark = pytest.mark.integration
 
 CONSUMERS = ("router", "anonymizer", "derive", "job-retry", "events")
+ORTHANCS = ("orthanc", "archive", "research")
 
 
 SLOW = [pytest.param(profile, marks=pytest.mark.slow) for profile in ("rabbitmq", "kafka", "all")]
@@ -85,11 +86,11 @@ def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
             assert "no-new-privileges:true" in host["SecurityOpt"], service
             for bindings in (host["PortBindings"] or {}).values():
                 assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}, service
-            if service in CONSUMERS:
-                assert one.attrs["Config"]["User"].partition(":")[0] not in ("", "0", "root"), service
-                assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"], service
+            assert one.attrs["Config"]["User"].partition(":")[0] not in ("", "0", "root"), service
+            assert host["CapDrop"] == ["ALL"], service
+            assert host["ReadonlyRootfs"] == (service not in ORTHANCS), service
             assert stack.password not in json.dumps(one.attrs), service
-    assert {*CONSUMERS, "setup", "ready", "orthanc", "archive", "research"} < seen
+    assert {*CONSUMERS, "setup", "ready", *ORTHANCS, *(broker.kind for broker in stack.brokers())} <= seen
 
 
 def test_four_routers_share_the_work(stack: Composed) -> None:
