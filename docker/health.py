@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-TIMEOUT = 4
+TIMEOUT = 20
 
 
 def fetch(url):

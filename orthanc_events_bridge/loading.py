@@ -116,8 +116,8 @@ def _problems(document: Document, file_name: str, found: Iterable[tuple[Place, i
     problems = []
     for place, line, wrong, right in found:
         variable = document.origin(place)
-        where = (file_name, line) if variable is None else (variable, None)
-        problems.append(Problem(*where, spell(place), wrong, right))
+        file, number = (file_name, line) if variable is None else (variable, None)
+        problems.append(Problem(file, number, spell(place), wrong, right))
     return problems
 
 

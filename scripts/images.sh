@@ -32,6 +32,12 @@ trap 'exit 130' HUP INT TERM
 
 there() { docker image inspect "$1" >/dev/null 2>&1; }
 
+# What names places on this machine: programs that call its interpreter, where a package was installed from.
+tidy() {
+    rm -rf "$1/bin"
+    find "$1" -name direct_url.json -delete
+}
+
 # The locked packages for an image's Python, which is another one than this machine's. All are wheels but for nkeys, which
 # is pure Python.
 chosen() { # version, the folder to put them into, and the lock (the bridge's)
@@ -48,6 +54,7 @@ chosen() { # version, the folder to put them into, and the lock (the bridge's)
         fi
         "${pip[@]}" install --target "$folder.new" --no-deps --no-compile --require-hashes --only-binary :all: \
             --implementation cp --python-version "$1" -r "$folder.txt"
+        tidy "$folder.new"
         mv "$folder.new" "$folder"
     fi
     mkdir -p "$2"
@@ -85,6 +92,7 @@ collect() {
                 --wheel-dir "$2/own" .
             "$python" -m pip --quiet --disable-pip-version-check install --target "$2/site/3.13" --upgrade --no-deps \
                 "$2"/own/*.whl
+            tidy "$2/site/3.13"
             rm -r "$2/own"
             ;;
         ai-service)
@@ -101,7 +109,7 @@ remove_others() {
 }
 
 build() {
-    local kind=$1 tag=$2 folder=$work/$1 began=$SECONDS name suite arguments=()
+    local kind=$1 tag=$2 folder=$work/$1 began=$SECONDS name proxy suite arguments=()
     mkdir "$folder"
     if [[ $kind = base* ]]; then
         suite=${kind#base}
@@ -120,13 +128,15 @@ build() {
             consumers | ai-service) arguments+=(--build-arg "STAGE=$work" --build-arg "PYTHON=${tags[${under[$kind]}]}") ;;
             orthanc-events)
                 arguments+=(--build-arg "STAGE=$work" --build-arg "ORTHANC=${tags[${under[$kind]}]}")
-                arguments+=(--build-arg USER=orthanc)
                 ;;
             *) arguments+=(--build-arg "BASE=${tags[${under[$kind]}]}") ;;
         esac
+        # Docker keeps none of these in the image.
         for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
             if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
         done
+        proxy='' && eval "$(apt-config shell proxy Acquire::http::Proxy)"
+        if [ -n "$proxy" ] && [ -z "${http_proxy:-}" ]; then arguments+=(--build-arg "http_proxy=$proxy"); fi
         # The host's network reaches what the host reaches, also where no NAT is set up.
         command=(docker build --force-rm --network host "${arguments[@]}" --tag "$tag" "$folder")
     fi

@@ -17,17 +17,21 @@ mirror=${mirror:-http://deb.debian.org/debian}
 
 debootstrap --variant=minbase "$suite" "$root" "$mirror"
 
-# What this machine needs to reach the archive, a build needs too.
-apt-config dump | grep -E '^Acquire::(https?|Check|Retries|ForceIPv)' >"$root/etc/apt/apt.conf.d/90host" || true
+# What this machine needs to reach the archive, a build needs too; but its proxy, which can have a password, is told to
+# each build (scripts/images.sh) and stays in none.
+apt-config dump | grep -E '^Acquire::(https?|Check|Retries|ForceIPv)' | grep -vi proxy \
+    >"$root/etc/apt/apt.conf.d/90host" || true
 if [[ $mirror == https:* ]]; then
     install -D -m 644 -t "$root/etc/ssl/certs" /etc/ssl/certs/ca-certificates.crt
 fi
 
 # No service starts while it is installed; no fsync for what can be built again; nothing is kept that no server reads
-# (the folders for manual pages are: Java's installation fails without them).
+# (the folders for manual pages are: Java's installation fails without them), nor the packages themselves.
 printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
 chmod 755 "$root/usr/sbin/policy-rc.d"
 echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
+printf '%s\n' 'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb"; };' 'Dir::Cache::pkgcache "";' \
+    'Dir::Cache::srcpkgcache "";' >"$root/etc/apt/apt.conf.d/small"
 printf 'path-exclude=/usr/share/%s\n' 'doc/*' 'info/*' 'locale/*' 'man/*/*' >"$root/etc/dpkg/dpkg.cfg.d/small"
 find "$root"/usr/share/{doc,info,locale,man} "$root"/var/{lib/apt/lists,cache/apt,log} -type f -delete
 

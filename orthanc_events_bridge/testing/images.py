@@ -22,7 +22,7 @@ OFFICIAL: Final[dict[str, str]] = {
     "nats": "nats:2.14.5-alpine",
     "rabbitmq": "rabbitmq:4.0.9",
     "kafka": "apache/kafka:4.1.0",
-    "webhook": "python:3.13-slim",
+    "webhook": "python:3.13.9-slim-trixie",
     "orthanc": "orthancteam/orthanc:26.9.1",
 }
 

@@ -25,6 +25,7 @@ from tests.integration.composed import DEADLINE, Composed
 pytestmark = pytest.mark.integration
 
 CONSUMERS = ("router", "anonymizer", "dispatch", "derive", "job-retry", "events")
+ORTHANCS = ("orthanc", "archive", "research")
 
 
 SLOW = [pytest.param(profile, marks=pytest.mark.slow) for profile in ("rabbitmq", "kafka", "all")]
@@ -97,11 +98,11 @@ def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
             assert "no-new-privileges:true" in host["SecurityOpt"], service
             for bindings in (host["PortBindings"] or {}).values():
                 assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}, service
-            if service in (*CONSUMERS, "ai"):
-                assert one.attrs["Config"]["User"].partition(":")[0] not in ("", "0", "root"), service
-                assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"], service
+            assert one.attrs["Config"]["User"].partition(":")[0] not in ("", "0", "root"), service
+            assert host["CapDrop"] == ["ALL"], service
+            assert host["ReadonlyRootfs"] == (service not in ORTHANCS), service
             assert not [one for secret in secrets if secret in json.dumps(one.attrs)], service
-    assert {*CONSUMERS, "ai", "setup", "ready", "orthanc", "archive", "research"} < seen
+    assert {*CONSUMERS, "ai", "setup", "ready", *ORTHANCS, *(broker.kind for broker in stack.brokers())} <= seen
 
 
 def test_the_ai_service_may_store_results_and_read_nothing(stack: Composed) -> None:
