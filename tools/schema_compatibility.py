@@ -9,8 +9,8 @@ Beside the schemas, where events are is compared, what their types are called, a
 AsyncAPI document tells it.
 
 Without arguments it compares, and exits with 1 if something breaks, or if what was released is written down otherwise
-than the release's tag has it. ``--store VERSION`` writes what the present schemas are down as those of a release, before
-it is tagged (docs/releasing.md).
+than the release's tag has it. ``--store VERSION`` writes down what the present schemas are as those of a release,
+before its tag is made (docs/releasing.md).
 """
 
 from __future__ import annotations
