@@ -56,7 +56,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         pytest.skip("git is not installed: apt-get install git")
     folder = tmp_path_factory.mktemp("release")
     tree = copy(folder / "tree", tag=f"v{VERSION}")
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree]
+    build: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree]
     run(build, folder, REPOSITORY_URL=REPOSITORY, REPOSITORY_REF=f"v{VERSION}")
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return source, wheel
