@@ -240,7 +240,10 @@ def message(event_type: EventType) -> dict[str, Any]:
     by_bridge, by_consumers = event_type in TYPES, event_type in DERIVED
     envelopes: list[dict[str, Any]] = [{"$ref": f"{_SCHEMAS}/{'DerivedCloudEvent' if by_consumers else 'CloudEvent'}"}]
     if by_bridge and by_consumers:
-        either = [{"required": _only(envelope(), derived_envelope())}, {"required": _only(derived_envelope(), envelope())}]
+        either = [
+            {"required": _only(envelope(), derived_envelope())},
+            {"required": _only(derived_envelope(), envelope())},
+        ]
         envelopes = [{"$ref": f"{_SCHEMAS}/AnyCloudEvent"}, {"anyOf": either}]
     name = f"{event_type.name}.{catalog.VERSION}"
     constants = {

@@ -17,6 +17,7 @@ from tools.event_schemas import ALL, ROOT, change_of, data_schema, default, deri
 
 TEMPLATE = ROOT / "tools" / "events.html"
 
+
 def properties(schema: dict[str, Any], above: str = "", required: bool = True) -> Iterator[tuple[str, str, str, str]]:
     """What is in an object, and in the objects in it: name, what it is, how often it is there, meaning.
 
@@ -59,7 +60,7 @@ def _table(schema: dict[str, Any]) -> str:
         for name, what, often, meaning in properties(schema)
     )
     head = "<tr><th>property</th><th>what it is</th><th>there</th><th>meaning</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _facts(event_type: EventType) -> Iterator[tuple[str, str]]:
@@ -110,8 +111,8 @@ def _places() -> str:
         for broker in BROKERS
         for place in broker.places
     )
-    head = "<tr><th>broker</th><th>what</th><th>address</th><th></th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
+    head = "<tr><th>broker</th><th>what</th><th>address</th><th>meaning</th></tr>"
+    return f'<div class="wide" tabindex="0"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def page() -> str:

@@ -2,8 +2,9 @@
 
     python tools/release.py v1.2.3 [--notes FILE]
 
-The source distribution and the wheel in ``dist/`` have the tag's version, and nothing else is there; CHANGELOG.md tells of
-it, with a date; and the events' schemas are written down as this release's. It exits with 1 if something is otherwise.
+The source distribution and the wheel in ``dist/`` have the tag's version, and nothing else is there; CHANGELOG.md tells
+of it, with a date; and the events' schemas are written down as this release's. It exits with 1 if something is
+otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def faults(version: str, root: Path = ROOT, released: Path = RELEASED) -> list[s
     there = {path.name for path in (root / "dist").glob("*")}
     if there != wanted:
         remedy = "`rm -rf dist`, and `make build` on a clean checkout of the tag"
-        found.append(f"dist/ has {', '.join(sorted(there)) or 'nothing'} in place of {', '.join(sorted(wanted))}: {remedy}")
+        found.append(
+            f"dist/ has {', '.join(sorted(there)) or 'nothing'} in place of {', '.join(sorted(wanted))}: {remedy}"
+        )
     if not notes(version, (root / "CHANGELOG.md").read_text("utf-8")):
         found.append(f"CHANGELOG.md has nothing below `## [{version}] - ` and a date: name what is new")
     path = released / f"{version}.json"

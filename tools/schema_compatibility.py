@@ -5,12 +5,12 @@ before lies in streams and outboxes for weeks, and is judged by today's schema, 
 a version nothing changes but that types, properties that need not be there, and values of open lists are added, and
 that texts are worded better (docs/events.md#what-can-change-within-v1).
 
-Beside the schemas, where events are is compared, what their types are called, and which headers they have, as the AsyncAPI
-document tells it.
+Beside the schemas, where events are is compared, what their types are called, and which headers they have, as the
+AsyncAPI document tells it.
 
-Without arguments it compares, and exits with 1 if something breaks, or if what was released is written down otherwise than
-the release's tag has it. ``--store VERSION`` writes what the present schemas are down as those of a release, before it is
-tagged (docs/releasing.md).
+Without arguments it compares, and exits with 1 if something breaks, or if what was released is written down otherwise
+than the release's tag has it. ``--store VERSION`` writes down what the present schemas are as those of a release,
+before its tag is made (docs/releasing.md).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _said(value: Any) -> str:
 
 
 def contract() -> dict[str, Schema]:
-    """What is compared: all schemas, and as if they were some the channels' addresses, the types' names and the headers."""
+    """What is compared: all schemas; and, as if they were some, channels' addresses, types' names and headers."""
 
     def fixed(values: Mapping[str, str]) -> Schema:
         return {"type": "object", "properties": {name: {"const": value} for name, value in values.items()}}

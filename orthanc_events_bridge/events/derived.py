@@ -19,14 +19,16 @@ DERIVED: Final[dict[EventType, tuple[str, ...]]] = {
     EventType("study", "routed", "The study was sent to a destination."): ("route",),
     EventType("series", "routed", "The series was sent to a destination."): ("route",),
     EventType("instance", "routed", "The instance was sent to a destination."): ("route",),
-    EventType(
-        "transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."
-    ): ("route", "dispatch"),
+    EventType("transfer", "failed", "What was to be sent to a destination is given up: it is a dead letter."): (
+        "route",
+        "dispatch",
+    ),
     # Old Orthancs write the same into their logs, with the same meaning: it is one type (`catalog.TYPES` has it too).
     next(one for one in catalog.TYPES if one.name == "study.anonymized"): ("anonymize",),
-    EventType(
-        "result", "received", "A result for an anonymized study has come, and is in the original."
-    ): ("anonymize", "dispatch"),
+    EventType("result", "received", "A result for an anonymized study has come, and is in the original."): (
+        "anonymize",
+        "dispatch",
+    ),
 }
 
 #: A router's own order to send something: in inboxes only, and no contract for others.

@@ -86,7 +86,8 @@ def _of_the_package(kind: str) -> list[Path]:
     shared = [path for path in RECIPES.glob("*") if path.is_file() and path.name != "Dockerfile"]
     package = [path for path in (root / "orthanc_events_bridge").rglob("*") if path.is_file()]
     sources = [path for path in package if "__pycache__" not in path.parts]
-    return [*recipes, *shared, *sources, root / "pyproject.toml", root / "config" / "orthanc_events.py"]
+    build = [root / "pyproject.toml", root / "tools" / "index_page.py"]
+    return [*recipes, *shared, *sources, *build, root / "config" / "orthanc_events.py"]
 
 
 def _of_the_example() -> list[Path]:

@@ -20,17 +20,22 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = "7.8.9"
+REPOSITORY = "https://git.example.org/orthanc-events-bridge"
 #: Of pip's own, so that nothing is fetched but what is locked. nkeys comes as a source distribution only.
 EXTRAS = "nats,rabbitmq,kafka,webhook,consumers,metrics,tracing,anonymizer,postgresql"
 #: What doesn't belong to the tree.
 LEFT = (".git", ".venv*", ".cache", "__pycache__", ".*_cache", "dist", "build", "_version.py", "*.log")
 GIT = ("git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
 #: Neither the tree nor what is set for it.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SETUPTOOLS_SCM"))}
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("PYTHON", "REPOSITORY_", "SETUPTOOLS_SCM"))
+}
 
 
-def run(command: Sequence[str | Path], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+def run(command: Sequence[str | Path], folder: Path, **more: str) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT | more)
     assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -51,7 +56,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         pytest.skip("git is not installed: apt-get install git")
     folder = tmp_path_factory.mktemp("release")
     tree = copy(folder / "tree", tag=f"v{VERSION}")
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree], folder)
+    build: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree]
+    run(build, folder, REPOSITORY_URL=REPOSITORY, REPOSITORY_REF=f"v{VERSION}")
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return source, wheel
 
@@ -94,6 +100,30 @@ def test_both_have_the_tag_s_version_and_what_belongs_into_them(released: tuple[
     # What it is made from again, tested with, and read.
     needed = {"pyproject.toml", "Makefile", "requirements/dev.txt", "tests/conftest.py", "tools/generate_docs.py"}
     assert names >= package | needed | {"docs/events.md", "config/all.yaml", "LICENSE", "CHANGELOG.md"}
+    # Everything that git has, what only Docker Compose looks for too.
+    tracked = run(["git", "ls-files"], ROOT).split("\n") if (ROOT / ".git").exists() else [".env", ".ci/run"]
+    assert names >= {name for name in tracked if (ROOT / name).is_file()}
+
+
+def test_the_page_in_an_index_leads_to_the_repository(released: tuple[Path, Path], tmp_path: Path) -> None:
+    source, wheel = released
+
+    def metadata(file: Path) -> str:
+        with ZipFile(file) as opened:
+            return next(opened.read(name).decode() for name in opened.namelist() if name.endswith("/METADATA"))
+
+    page = metadata(wheel)
+    assert f"Project-URL: Source, {REPOSITORY}\n" in page
+    assert f"]({REPOSITORY}/blob/v{VERSION}/docs/configuration.md)" in page
+    assert [link for link in re.findall(r"\]\((.*?)\)", page) if not link.startswith("https://")] == []
+    # A wheel that somebody makes of the source distribution says the same; one of files alone has no links to files.
+    build = [sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    run([*build, tmp_path / "again", source], tmp_path)
+    assert metadata(next((tmp_path / "again").iterdir())) == page
+    run([*build, tmp_path / "alone", copy(tmp_path / "tree", git=False)], tmp_path)
+    alone = metadata(next((tmp_path / "alone").iterdir()))
+    assert "Project-URL" not in alone
+    assert [link for link in re.findall(r"\]\((.*?)\)", alone) if not link.startswith("https://")] == []
 
 
 @pytest.mark.parametrize(("git", "version"), [(True, r"0\.0\.1\.dev\d+\+g[0-9a-f]+"), (False, r"0\.0\.0")])
@@ -136,6 +166,14 @@ def test_a_configuration_can_be_begun(installed: Path, tmp_path: Path) -> None:
     command(installed, "init", "own", folder=tmp_path)
     command(installed, "check", "own/orthanc-events.yaml", folder=tmp_path)
     assert str(installed) in (tmp_path / "own" / "orthanc_events.py").read_text("utf-8")
+
+
+def test_what_the_workflows_use_is_one_state_of_it() -> None:
+    files = list((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert len(files) == 2
+    for path in files:
+        for used in re.findall(r"uses: (.*)", path.read_text("utf-8")):
+            assert used.startswith("./") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", used), used
 
 
 def test_the_schemas_are_there(installed: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_what_was_released_stays_as_its_tag_has_it(folder: Path) -> None:
         "released/0.1.0.json is not what was released: `git checkout v0.1.0 -- released/0.1.0.json`",
         'since 0.1.0: made: type was "object", and is "array"',
     ]
-    with pytest.raises(SystemExit, match="v0.2 is no version of a release"):
+    with pytest.raises(SystemExit, match=r"v0\.2 is no version of a release"):
         store("v0.2", {}, folder, root)
 
 
