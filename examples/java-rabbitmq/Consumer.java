@@ -113,6 +113,7 @@ public class Consumer {
         copies = sending.createChannel();
         copies.confirmSelect();
         copies.addReturnListener(one -> returned = true);
+        if (exists(LIVE + ".63")) throw new IOException("the consumer " + NAME + " is an ordered one of another program: take another name");
         Map<String, Object> quorum = Map.of("x-queue-type", "quorum", "x-delivery-limit", 1_000_000_000);
         Map<String, Object> lasting = with(quorum, Map.of("x-consumer-timeout", 86_400_000));
         channel.queueDeclare(INBOX, true, false, false, lasting);
