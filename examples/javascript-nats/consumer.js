@@ -25,7 +25,7 @@ async function handle(event, attempt) {
     if (told === "retry" && attempt === 1) throw new Retry(1);
     if (told === "later") throw new Retry(3600);
     if (told === "reject") throw new Reject("told to");
-    if (told === "fail") throw new Error("never said: it may hold patient data");
+    if (told === "fail") throw new Error(`never said, it can have patient data: ${JSON.stringify(event.data)}`);
     if (told === "slow") await sleep(2000);
     if (told === "hang") await sleep(2 ** 30);
   } finally {
