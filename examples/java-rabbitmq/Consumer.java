@@ -324,7 +324,14 @@ public class Consumer {
             }
             return;
         }
-        Consumer consumer = new Consumer(env("BROKER_URL", "amqp://127.0.0.1:5672"));
+        Consumer consumer;
+        try {
+            consumer = new Consumer(env("BROKER_URL", "amqp://127.0.0.1:5672"));
+        } catch (Exception error) { // RabbitMQ's own word is in the cause
+            System.err.println("it can't begin: " + (error.getCause() == null ? error : error.getCause()).getMessage());
+            Runtime.getRuntime().halt(1); // the connection's threads would keep it
+            return;
+        }
         Runtime.getRuntime().addShutdownHook(new Thread(consumer::stop));
         say(Map.of("did", "ready"));
     }

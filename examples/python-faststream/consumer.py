@@ -56,7 +56,7 @@ async def handle(event: BaseCloudEvent, attempt: int) -> None:
         if told == "reject":
             raise Reject("told to")
         if told == "fail":
-            raise RuntimeError(f"never said, it can have patient data: {event.get_data()}")
+            raise RuntimeError(f"never said, it can have patient data: {event.get_data()!r}")
         await asyncio.sleep({"slow": 2, "hang": 1e9}.get(told or "", 0))
     finally:
         print(json.dumps({"did": "end", "id": event.get_id()}), flush=True)
