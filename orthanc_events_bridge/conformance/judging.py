@@ -12,6 +12,7 @@ from orthanc_events_bridge.moments import seconds_of
 from orthanc_events_bridge.transports.headers import ADDRESS, ATTEMPTS, CONSUMER, EVENT_ID
 
 if TYPE_CHECKING:
+    from orthanc_events_bridge.conformance.program import Program
     from orthanc_events_bridge.conformance.rules import Verdicts
     from orthanc_events_bridge.consumers.dead import Letter
     from orthanc_events_bridge.transports.base import Outgoing
@@ -46,6 +47,36 @@ def _moment(text: object) -> datetime | None:
 def some(names: Sequence[str]) -> str:
     left = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+
+
+def judge_order(verdicts: Verdicts, program: Program, events: Sequence[Outgoing]) -> None:
+    """Were the events of each key begun in the order in which they were sent, and one by one?"""
+    keys: dict[str, list[str]] = {}
+    for one in events:
+        keys.setdefault(one.key, []).append(one.id)
+    ends = {identifier: place for identifier, place, _ in reversed(program.ended)}
+    for ids in keys.values():
+        first: dict[str, int] = {}
+        for begun in program.begun:
+            if begun.id in ids:
+                first.setdefault(begun.id, begun.place)
+        in_order = sorted(first, key=lambda identifier: first[identifier])
+        wanted = [one for one in ids if one in first]
+        verdicts.check("O1", in_order == wanted, "the events of a key came in another order")
+        for before, after in itertools.pairwise(in_order):
+            together = ends.get(before, 0) > first[after]
+            verdicts.check("O1", not together, "two events of one key were handled at the same time")
+
+
+def seen_as(options: Any, event: Outgoing) -> tuple[str, str]:
+    """The address under which everybody gets an event, and what its headers with attributes begin with.
+
+    :param options: of the broker, whichever it is.
+    """
+    prefix = "ce_" if options.type == "kafka" else "ce-"
+    if options.type == "nats":
+        return f"{options.subject_prefix}.{event.address}", prefix
+    return str(options.topic) if options.type == "kafka" else event.address, prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from orthanc_events_bridge.conformance.broker import give_again, letters, send
 from orthanc_events_bridge.conformance.events import Played
-from orthanc_events_bridge.conformance.judging import Expected, differences, judge, some, steady
+from orthanc_events_bridge.conformance.judging import Expected, differences, judge, judge_order, seen_as, some, steady
 from orthanc_events_bridge.conformance.program import Begun, Program
 from orthanc_events_bridge.conformance.rules import Verdicts, rules_of
 from orthanc_events_bridge.conformance.settings import differing
@@ -169,7 +168,7 @@ class Play:
         self._compare("D3", [unheard[-1].id])
         await self._retried(retry, fail)
         verdicts.check("S3", self._attempts(later)[-1:] <= [1], "a retry in an hour came again within minutes")
-        self._in_order(keyed, every)
+        judge_order(verdicts, self.program, [*keyed, *every])
         await self._buried(reject, fail, malformed, unheard)
         await self._given_again(reject)
 
@@ -195,23 +194,6 @@ class Play:
     def _attempts(self, event: Outgoing) -> list[int]:
         return [one.attempt for one in self._begun(event.id)]
 
-    def _in_order(self, *groups: Sequence[Outgoing]) -> None:
-        keys: dict[str, list[str]] = {}
-        for one in (event for group in groups for event in group):
-            keys.setdefault(one.key, []).append(one.id)
-        ends = {identifier: place for identifier, place, _ in reversed(self.program.ended)}
-        for ids in keys.values():
-            first: dict[str, int] = {}
-            for begun in self.program.begun:
-                if begun.id in ids:
-                    first.setdefault(begun.id, begun.place)
-            in_order = sorted(first, key=lambda identifier: first[identifier])
-            wanted = [one for one in ids if one in first]
-            self.verdicts.check("O1", in_order == wanted, "the events of a key came in another order")
-            for before, after in itertools.pairwise(in_order):
-                together = ends.get(before, 0) > first[after]
-                self.verdicts.check("O1", not together, "two events of one key were handled at the same time")
-
     async def _buried(
         self, reject: Outgoing, fail: Outgoing, malformed: Sequence[Outgoing], unheard: Sequence[Outgoing]
     ) -> None:
@@ -230,10 +212,9 @@ class Play:
         for body, event in wanted.items():
             if body in by_body:
                 given = ATTEMPTS_IN_ALL if event is fail else max([1, *self._attempts(event)])
+                address, prefix = seen_as(self._options, event)
                 expected = Expected(
-                    *(event, self._name, self._address(event), self._prefix, given),
-                    failed=event is fail,
-                    secret=self.played.secret,
+                    *(event, self._name, address, prefix, given), failed=event is fail, secret=self.played.secret
                 )
                 judge(verdicts, by_body[body], expected)
         # What others send there at the same time is not ours to judge.
@@ -242,16 +223,6 @@ class Play:
         verdicts.check("D3", not unheard_of & strangers, "an event of an unknown type is a dead letter")
         others = [self._spelt(one) for one in strangers - unheard_of]
         verdicts.check("S4", not others, f"among the dead letters is what was not rejected: {some(others)}")
-
-    @property
-    def _prefix(self) -> str:
-        return "ce_" if self._options.type == "kafka" else "ce-"
-
-    def _address(self, event: Outgoing) -> str:
-        options = self._options
-        if options.type == "nats":
-            return f"{options.subject_prefix}.{event.address}"
-        return str(options.topic) if options.type == "kafka" else event.address
 
     async def _given_again(self, reject: Outgoing) -> None:
         self._tell("giving it a dead letter again")
