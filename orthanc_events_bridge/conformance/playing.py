@@ -85,7 +85,8 @@ class Play:
             self._tell(str(stopped))
         finally:
             await self.program.kill()
-        self.verdicts.check("L5", not self.program.told, "in what it says beside is something of an event's data")
+        if self.program.begun:
+            self.verdicts.check("L5", not self.program.told, "in what it says beside is something of an event's data")
         return self.verdicts
 
     # What the steps share.
