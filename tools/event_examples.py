@@ -31,7 +31,7 @@ def example(event_type: EventType) -> dict[str, Any]:
     if event_type in TYPES:
         level = event_type.level
         told = event(event_type.name, job=_JOB if level == "job" else None)
-        found = {**told.attributes, "data": dict(told.data)}
+        found: dict[str, Any] = {**told.attributes, "data": dict(told.data)}
         if event_type.verb == "log-discontinuity":
             found["data"]["log"] = _LOG
         return found

@@ -64,7 +64,7 @@ func handle(e event.Event, attempt int) error {
 	case what == "reject":
 		return Reject{"told to"}
 	case what == "fail":
-		return errors.New("never said: it may hold patient data")
+		return fmt.Errorf("never said, it can have patient data: %s", e.Data())
 	case what == "slow":
 		time.Sleep(2 * time.Second)
 	case what == "hang":

@@ -22,7 +22,9 @@ import java.io.IOException;
 import java.nio.charset.StandardCharsets;
 import java.time.Instant;
 import java.time.temporal.ChronoUnit;
+import java.util.ArrayList;
 import java.util.HashMap;
+import java.util.List;
 import java.util.Locale;
 import java.util.Map;
 import java.util.TreeMap;
@@ -66,7 +68,7 @@ public class Consumer {
             if (told.equals("retry") && attempt == 1) throw new Retry(1);
             if (told.equals("later")) throw new Retry(3600);
             if (told.equals("reject")) throw new Reject("told to");
-            if (told.equals("fail")) throw new IllegalStateException("never said: it may hold patient data");
+            if (told.equals("fail")) throw new IllegalStateException("never said, it can have patient data: " + plain);
             if (told.equals("slow")) Thread.sleep(2000);
             if (told.equals("hang")) Thread.sleep(Long.MAX_VALUE);
         } finally {
@@ -102,6 +104,7 @@ public class Consumer {
     final Channel channel, copies;
     final ExecutorService threads = Executors.newCachedThreadPool();
     final Map<String, CompletableFuture<Void>> tails = new HashMap<>(); // of each key, one behind the other
+    final List<String> tags = new ArrayList<>();
     volatile boolean stopping, returned;
 
     Consumer(String url) throws Exception {
@@ -113,6 +116,7 @@ public class Consumer {
         copies = sending.createChannel();
         copies.confirmSelect();
         copies.addReturnListener(one -> returned = true);
+        if (exists(LIVE + ".63")) throw new IOException("the consumer " + NAME + " is an ordered one of another program: take another name");
         Map<String, Object> quorum = Map.of("x-queue-type", "quorum", "x-delivery-limit", 1_000_000_000);
         Map<String, Object> lasting = with(quorum, Map.of("x-consumer-timeout", 86_400_000));
         channel.queueDeclare(INBOX, true, false, false, lasting);
@@ -129,7 +133,7 @@ public class Consumer {
         channel.queueUnbind(INBOX, EVENTS, "#"); // it was bound as long as there was history to be copied
         channel.basicQos(AT_ONCE, false);
         for (String queue : new String[] {LIVE, INBOX}) {
-            channel.basicConsume(queue, false, (tag, delivery) -> take(delivery), tag -> Runtime.getRuntime().halt(1));
+            tags.add(channel.basicConsume(queue, false, (tag, delivery) -> take(delivery), tag -> Runtime.getRuntime().halt(1)));
         }
         receiving.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); }); // start it again
         sending.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); });
@@ -197,11 +201,13 @@ public class Consumer {
     }
 
     void settle(Delivery delivery, Map<String, String> given, String address) {
-        if (stopping) return; // not begun: it goes back with the channel
         try {
             long left = ChronoUnit.MILLIS.between(Instant.now(), Instant.parse(given.getOrDefault("orthanc-due", "1970-01-01T00:00:00Z")));
             if (left > 0) {
                 copy(delay(left / 1000), delivery, given, Map.of("orthanc-due", given.get("orthanc-due")));
+            } else if (stopping) { // not begun, so for others: RabbitMQ counts what is given back as if a worker had died
+                copy(INBOX, delivery, given, Map.of("orthanc-consumer", NAME, "orthanc-address", address,
+                    "orthanc-attempts", String.valueOf(attempt(given) - 1)));
             } else {
                 work(delivery, given, address);
             }
@@ -212,11 +218,15 @@ public class Consumer {
         }
     }
 
-    void work(Delivery delivery, Map<String, String> given, String address) throws Exception {
+    static int attempt(Map<String, String> given) {
         boolean ours = NAME.equals(given.get("orthanc-consumer"));
         int before = ours ? Integer.parseInt(given.getOrDefault("orthanc-attempts", "0")) : 0;
         int died = Integer.parseInt(given.getOrDefault("x-delivery-count", "0")); // with it in hand
-        int attempt = before + died + 1;
+        return before + died + 1;
+    }
+
+    void work(Delivery delivery, Map<String, String> given, String address) throws Exception {
+        int attempt = attempt(given);
         Throwable failure = null;
         CloudEvent event = null;
         try {
@@ -271,10 +281,11 @@ public class Consumer {
     void stop() {
         stopping = true; // nothing is begun any more
         try {
+            synchronized (channel) { for (String tag : tags) channel.basicCancel(tag); }
             CompletableFuture<?>[] all;
             synchronized (tails) { all = tails.values().toArray(new CompletableFuture<?>[0]); }
             CompletableFuture.allOf(all).get(DRAIN, TimeUnit.SECONDS);
-            receiving.close(); // what was settled is there before we go; what was not goes back
+            receiving.close(); // what was settled is there before we go
             Runtime.getRuntime().halt(0);
         } catch (Exception error) {
             Runtime.getRuntime().halt(1); // what has not ended comes again
@@ -313,7 +324,14 @@ public class Consumer {
             }
             return;
         }
-        Consumer consumer = new Consumer(env("BROKER_URL", "amqp://127.0.0.1:5672"));
+        Consumer consumer;
+        try {
+            consumer = new Consumer(env("BROKER_URL", "amqp://127.0.0.1:5672"));
+        } catch (Exception error) { // RabbitMQ's own word is in the cause
+            System.err.println("it can't begin: " + (error.getCause() == null ? error : error.getCause()).getMessage());
+            Runtime.getRuntime().halt(1); // the connection's threads would keep it
+            return;
+        }
         Runtime.getRuntime().addShutdownHook(new Thread(consumer::stop));
         say(Map.of("did", "ready"));
     }

@@ -25,7 +25,7 @@ async function handle(event, attempt) {
     if (told === "retry" && attempt === 1) throw new Retry(1);
     if (told === "later") throw new Retry(3600);
     if (told === "reject") throw new Reject("told to");
-    if (told === "fail") throw new Error("never said: it may hold patient data");
+    if (told === "fail") throw new Error(`never said, it can have patient data: ${JSON.stringify(event.data)}`);
     if (told === "slow") await sleep(2000);
     if (told === "hang") await sleep(2 ** 30);
   } finally {
@@ -157,10 +157,16 @@ async function ensure(found, make) {
   return await make();
 }
 
-const {config} = await manager.streams.info(EVENTS).catch((error) => {
-  console.error(`NATS has no stream ${EVENTS}: start the bridge first (${error.name})`);
+function giveUp(why) {
+  console.error(why);
   process.exit(1);
-});
+}
+
+const {config} = await manager.streams.info(EVENTS)
+  .catch((error) => giveUp(`NATS has no stream ${EVENTS}: start the bridge first (${error.name})`));
+if (await ensure(() => manager.consumers.info(EVENTS, `${CONSUMER}-00`), () => null)) {
+  giveUp(`the consumer ${CONSUMER} is an ordered one of another program: take another name`);
+}
 const beside = (name, subject, more) => ensure(() => manager.streams.info(name), () => manager.streams.add({
   name, subjects: [`${subject}.*`], discard: DiscardPolicy.New, storage: config.storage, max_bytes: 2 ** 30,
   num_replicas: config.num_replicas, duplicate_window: config.duplicate_window, ...more}));

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
@@ -56,7 +56,7 @@ async def handle(event: BaseCloudEvent, attempt: int) -> None:
         if told == "reject":
             raise Reject("told to")
         if told == "fail":
-            raise RuntimeError("never said: it may hold patient data")
+            raise RuntimeError(f"never said, it can have patient data: {event.get_data()!r}")
         await asyncio.sleep({"slow": 2, "hang": 1e9}.get(told or "", 0))
     finally:
         print(json.dumps({"did": "end", "id": event.get_id()}), flush=True)
@@ -193,6 +193,11 @@ async def consume(body: bytes, message: NatsMessage) -> None:
         alive.cancel()
 
 
+def give_up(why: str) -> NoReturn:
+    print(why, file=sys.stderr, flush=True)
+    os._exit(1)  # sys.exit would show FastStream's stack as well
+
+
 @app.on_startup
 async def prepare() -> None:
     """What it needs at NATS is made, where it is missing."""
@@ -200,7 +205,10 @@ async def prepare() -> None:
     try:
         found = (await manager.stream_info(EVENTS)).config
     except NotFoundError:
-        sys.exit(f"NATS has no stream {EVENTS}: start the bridge first")
+        give_up(f"NATS has no stream {EVENTS}: start the bridge first")
+    with suppress(NotFoundError):
+        await manager.consumer_info(EVENTS, f"{NAME}-00")
+        give_up(f"the consumer {NAME} is an ordered one of another program: take another name")
     beside = StreamConfig(
         discard=DiscardPolicy.NEW,
         storage=found.storage,

@@ -50,7 +50,7 @@ class Played:
         """
         level = name.partition(".")[0]
         given = {"study": orthanc_id(f"{self.run} {study}")} if study and level in LEVELS and level != "patient" else {}
-        return self._made(partial(message, name, given, **more, **self._next()), binary)
+        return self._made(partial(message, name, given, **{**self._next(), **more}), binary)
 
     def _next(self) -> dict[str, Any]:
         self._number += 1
@@ -65,7 +65,8 @@ class Played:
         return sent
 
     def every_type(self) -> list[Outgoing]:
-        """Each type in both modes, those of the bridge first, then those that consumers publish."""
+        """Each type in both modes, those of the bridge first, then those that consumers publish; and one whose source
+        NATS escapes in headers, and no other broker does."""
         of_bridge = [
             self.make(one.name, binary=binary, job=_JOB if one.level == "job" else None)
             for one in TYPES
@@ -76,7 +77,8 @@ class Played:
             for one in DERIVED
             for binary in (False, True)
         ]
-        return of_bridge + of_consumers
+        odd = f"https://pacs.example.org/{self.run}/east%20wing"
+        return of_bridge + of_consumers + [self.make("study.stable", source=odd, binary=one) for one in (False, True)]
 
     def of_keys(self, keys: Iterable[str], count: int) -> list[Outgoing]:
         """So many of each of several keys, one key behind the other in turn, in both modes."""
@@ -121,7 +123,10 @@ class Played:
         ]
 
     def told(self, what: str) -> Outgoing:
-        """One whose handler is to do something: `subject_of` it is what tells the program."""
+        """One whose handler is to do something: `subject_of` it is what tells the program.
+
+        Those that are to do the same have one key, and one subject.
+        """
         sent = self.make("study.stable", study=what, binary=what == "reject", metadata={"Remark": self.secret})
         sent = sent._replace(headers=(*sent.headers, CUSTOM))
         self.sent[sent.id] = sent

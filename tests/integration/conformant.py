@@ -48,7 +48,7 @@ async def handle(event: Event) -> None:
         if told == "reject":
             raise Reject("told to")
         if told == "fail":
-            raise RuntimeError("never said")
+            raise RuntimeError(f"never said: {event.data}")
         await asyncio.sleep({"slow": 2, "hang": 1e6}.get(told or "", 0))
     finally:
         say(did="end", id=event.id)

@@ -222,6 +222,30 @@ def given(consumer: Consumer, played: Played) -> list[str]:
     return [one["id"] for one in consumer.events() if one["id"] in played.sent]
 
 
+@pytest.mark.parametrize("language", [name for name, one in LANGUAGES.items() if one.broker != "kafka"])
+def test_it_does_not_begin_under_the_name_of_an_ordered_consumer(
+    language: str, built: Mapping[str, Future[list[str]]], urls: Mapping[str, str]
+) -> None:
+    url, name = urls[LANGUAGES[language].broker], f"ordered-{language}"
+    asyncio.run(be_ordered(url, name))
+    environment = os.environ | {"BROKER_URL": url, "CONSUMER": name, "START": "oldest"}
+    done = subprocess.run(built[language].result(), env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert f"the consumer {name} is an ordered one of another program: take another name" in done.stderr
+
+
+async def be_ordered(url: str, name: str) -> None:
+    """Make what an ordered name has, by our kit."""
+    transport = transports.create(broker_options(url).for_consumer())
+    await transport.connect()
+    try:
+        subscription = await transport.subscribe(name, ordered=True)
+        await subscription.close()
+    finally:
+        await transport.close()
+
+
 # -- the rules -----------------------------------------------------------------------------------------------
 
 
