@@ -101,9 +101,9 @@ def test_a_name_has_moved_to_another_exchange_when_its_queues_are_deleted(
     async def main() -> None:
         await other.connect()
         async with connected(harness) as transport:
-            await (await transport.subscribe(name, oldest=True, ordered=ordered)).close()
+            await (await transport.subscribe(name, ordered=ordered)).close()
             with failing(harness, TransportConfigurationError) as caught:
-                await other.subscribe(name, oldest=True, ordered=ordered)
+                await other.subscribe(name, ordered=ordered)
             assert f"delete the queue {queues.live}" in caught[0].remedy
             deleting = [functools.partial(_delete, queue) for queue in queues.published]
             await asyncio.to_thread(administrate, harness.url, *deleting)
