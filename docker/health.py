@@ -2,7 +2,7 @@
 """Tells an image's engine whether the server in it answers: exit code 0 if so.
 
     health.py [URL]                              Orthanc (default), or a consumer's /health/ready
-    health.py --connected URL [--wait SECONDS]   every broker of the bridge's status is connected
+    health.py --connected URL [--wait SECONDS]   every broker of the bridge's configuration is connected
 
 Where a login is needed, it is ``orthanc`` with the password in ORTHANC_PASSWORD, or in the file that
 ORTHANC_PASSWORD_FILE names. Standard library only.
@@ -43,12 +43,17 @@ def trouble(options):
     try:
         answer = fetch(options.url)
         if options.connected:
-            states = {one["name"]: one["state"] for one in json.loads(answer)["transports"]}
+            transports = json.loads(answer)["transports"]
+            states = {one["name"]: one["state"] for one in transports if one["configured"]}
             if not states or set(states.values()) != {"connected"}:
                 return f"not connected yet: {states}"
     except urllib.error.HTTPError as error:
         # Whoever asks for a login is alive.
-        if options.connected or error.code not in (401, 403):
+        refused = error.code in (401, 403)
+        if options.connected and refused:
+            right = "if it was changed, restart that server, which reads it when it starts"
+            return f"{options.url} refuses the password: {right}"
+        if not refused:
             return f"{options.url}: {error}"
     except (OSError, LookupError, TypeError, ValueError) as error:
         return f"{options.url}: {error}"

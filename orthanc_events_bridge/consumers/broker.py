@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
 
 from orthanc_events_bridge.errors import BridgeError
 from orthanc_events_bridge.transports.blocks import TransportBlock
@@ -21,11 +20,11 @@ def broker_options(broker: str | Mapping[str, Any] | TransportOptions) -> Transp
     """
     try:
         options: TransportOptions = TypeAdapter(TransportBlock).validate_python(broker)
-    except PydanticCustomError as error:
-        context = error.context or {}
-        raise BridgeError(f"the broker {context['wrong']}", str(context["right"])) from None
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
+        first = found[0].get("ctx", {})
+        if not found[0]["loc"] and "wrong" in first:  # of the whole, a URL say
+            raise BridgeError(f"the broker {first['wrong']}", str(first["right"])) from None
         wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
         raise BridgeError(f"the broker: {wrong}", "see docs/configuration.md") from None
     return options

@@ -145,7 +145,7 @@ def test_each_message_that_is_no_event_has_bytes_of_its_own() -> None:
     [
         (["--broker", "nats://127.0.0.1:1"], "which program is to be tested is not said"),
         (["--", "true"], "at which broker is not said"),
-        (["--broker", "http://127.0.0.1", "--", "true"], "is no URL of a broker"),
+        (["--broker", "http://127.0.0.1", "--", "true"], "the broker is no URL of a broker"),
         (["--broker", "nats://127.0.0.1:1", "--patience", "0", "--", "true"], "--patience 0 is too short"),
     ],
 )
