@@ -136,7 +136,7 @@ def test_every_option_with_a_dot_is_one(path: Path) -> None:
 
 def commands(path: Path) -> Iterator[list[str]]:
     """Each command of the shell blocks, and each in the text that is one of ours."""
-    lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *(code for code in codes(prose(path)) if re.match(r"(make|orthanc-events) ", code))]:
         for part in line.split(" && "):
             yield shlex.split(part, comments=True)
