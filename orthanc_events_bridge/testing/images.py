@@ -85,7 +85,8 @@ def _of_the_package(kind: str) -> list[Path]:
     recipes = (RECIPES / "consumers").glob("*") if kind == "consumers" else [RECIPES / "Dockerfile"]
     shared = [path for path in RECIPES.glob("*") if path.is_file() and path.name != "Dockerfile"]
     package = [path for path in (root / "orthanc_events_bridge").rglob("*") if path.is_file()]
-    sources = [path for path in package if "__pycache__" not in path.parts]
+    # The version is not what an image does, and changes with each commit, when the package is built.
+    sources = [path for path in package if "__pycache__" not in path.parts and path.name != "_version.py"]
     build = [root / "pyproject.toml", root / "tools" / "index_page.py"]
     return [*recipes, *shared, *sources, *build, root / "config" / "orthanc_events.py"]
 
