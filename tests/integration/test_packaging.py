@@ -186,7 +186,7 @@ def test_consumers_begin_when_each_broker_that_is_configured_is_connected(
         thread = Thread(target=server.handle_request)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}/orthanc-events/status"
-        command = [sys.executable, ROOT / "docker" / "health.py", "--connected", url]
+        command = [sys.executable, str(ROOT / "docker" / "health.py"), "--connected", url]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         thread.join()
     assert said in done.stderr
