@@ -32,6 +32,7 @@ var (
 	ackWait     = time.Duration(number("ACK_WAIT", 30)) * time.Second // a worker that is silent for so long is given up
 	steps       = []int{1, 5, 30, 120, 600, 3600}                     // seconds that a retry waits in each topic of delays
 	inbox, dead = "orthanc.inbox." + name, "orthanc.dead." + name
+	largest     = 1_000_012 // bytes of a batch of copies, or what the topics take (ofEvents)
 )
 
 type place struct {
@@ -156,9 +157,16 @@ func copyTo(client *kgo.Client, topic string, key []byte, record *kgo.Record, sa
 		}
 	}
 	for header, value := range said {
-		sent.Headers = append(sent.Headers, kgo.RecordHeader{Key: header, Value: []byte(value)})
+		sent.Headers = append(sent.Headers, kgo.RecordHeader{Key: header, Value: []byte(strings.Map(printable, value))})
 	}
 	return client.ProduceSync(context.Background(), sent).FirstErr()
+}
+
+func printable(one rune) rune {
+	if one < ' ' || one > '~' {
+		return '?'
+	}
+	return one
 }
 
 func delay(wait time.Duration) string {
@@ -172,7 +180,8 @@ func delay(wait time.Duration) string {
 }
 
 // A worker has one partition, and handles what is in it in order: that of a study is in one. In a topic of delays it
-// waits until a record is due, or has waited there for the topic's time; all records there wait equally long.
+// waits until a record is due, or has waited there for the topic's time and a moment: no record there holds up others
+// for longer.
 func work(stop context.Context, client *kgo.Client, records []*kgo.Record) {
 	for _, record := range records {
 		var due time.Time
@@ -184,7 +193,7 @@ func work(stop context.Context, client *kgo.Client, records []*kgo.Record) {
 		until := due
 		if rest, waits := strings.CutPrefix(record.Topic, "orthanc.retry."+name+"."); waits {
 			step, _ := strconv.Atoi(rest)
-			if over := record.Timestamp.Add(time.Duration(step) * time.Second); step > 1 && over.Before(until) {
+			if over := record.Timestamp.Add(time.Duration(step)*time.Second + 100*time.Millisecond); over.Before(until) {
 				until = over
 			}
 		}
@@ -219,8 +228,9 @@ func ofEvents(ctx context.Context, admin *kadm.Client) (map[string]*string, erro
 			case "min.insync.replicas":
 				settings[one.Key] = one.Value
 			case "max.message.bytes":
-				largest, _ := strconv.Atoi(one.MaybeValue())
-				settings[one.Key] = kadm.StringPtr(strconv.Itoa(largest + 64<<10))
+				most, _ := strconv.Atoi(one.MaybeValue())
+				largest = most + 64<<10
+				settings[one.Key] = kadm.StringPtr(strconv.Itoa(largest))
 			}
 		}
 	}
@@ -269,7 +279,14 @@ func prepare(ctx context.Context, admin *kadm.Client) []string {
 	offsets := begin.Offsets()
 	offsets.DeleteFunc(func(o kadm.Offset) bool { _, is := found.Lookup(o.Topic, o.Partition); return is })
 	if len(offsets) > 0 {
-		admin.CommitOffsets(ctx, name, offsets) // refused where others are at work: they have done it
+		done, err := admin.CommitOffsets(ctx, name, offsets)
+		if err == nil {
+			err = done.Error()
+		}
+		// Where others are at work it is refused: they have done it.
+		if err != nil && !errors.Is(err, kerr.UnknownMemberID) && !errors.Is(err, kerr.IllegalGeneration) && !errors.Is(err, kerr.RebalanceInProgress) {
+			log.Fatal(err)
+		}
 	}
 	return append(own, events)
 }
@@ -305,6 +322,7 @@ func main() {
 		kgo.SessionTimeout(max(ackWait, 6*time.Second)), kgo.HeartbeatInterval(ackWait/3), kgo.BlockRebalanceOnPoll(),
 		kgo.UnknownTopicRetries(-1),                       // they have just been made
 		kgo.ProducerBatchCompression(kgo.NoCompression()), // orthanc-events dlq reads no snappy
+		kgo.ProducerBatchMaxBytes(int32(largest)),
 		kgo.OnPartitionsRevoked(moved), kgo.OnPartitionsLost(moved))
 	if err != nil {
 		log.Fatal(err)

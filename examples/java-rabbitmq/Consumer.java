@@ -3,6 +3,7 @@
 
 import com.fasterxml.jackson.databind.JsonNode;
 import com.fasterxml.jackson.databind.ObjectMapper;
+import com.rabbitmq.client.AMQP;
 import com.rabbitmq.client.AMQP.BasicProperties;
 import com.rabbitmq.client.Channel;
 import com.rabbitmq.client.Connection;
@@ -10,6 +11,7 @@ import com.rabbitmq.client.ConnectionFactory;
 import com.rabbitmq.client.DefaultConsumer;
 import com.rabbitmq.client.Delivery;
 import com.rabbitmq.client.Envelope;
+import com.rabbitmq.client.ShutdownSignalException;
 import io.cloudevents.CloudEvent;
 import io.cloudevents.SpecVersion;
 import io.cloudevents.core.data.BytesCloudEventData;
@@ -21,6 +23,7 @@ import java.io.File;
 import java.io.IOException;
 import java.nio.charset.StandardCharsets;
 import java.time.Instant;
+import java.time.format.DateTimeParseException;
 import java.time.temporal.ChronoUnit;
 import java.util.ArrayList;
 import java.util.HashMap;
@@ -139,11 +142,14 @@ public class Consumer {
         sending.addShutdownListener(why -> { if (!stopping) Runtime.getRuntime().halt(1); });
     }
 
-    boolean exists(String queue) {
+    boolean exists(String queue) throws IOException, TimeoutException {
         try (Channel asking = receiving.createChannel()) {
             asking.queueDeclarePassive(queue);
             return true;
-        } catch (IOException | TimeoutException error) {
+        } catch (IOException error) { // one that is there may be away, or not for us
+            boolean missing = error.getCause() instanceof ShutdownSignalException end
+                && end.getReason() instanceof AMQP.Channel.Close close && close.getReplyText().contains("no queue '");
+            if (!missing) throw error;
             return false;
         }
     }
@@ -163,8 +169,8 @@ public class Consumer {
                 }
                 @Override public void handleCancelOk(String tag) { all.countDown(); }
             });
-            some.await(10, TimeUnit.SECONDS); // nothing: it is empty
-            end.queueDeclarePassive(HISTORY);
+            boolean empty = !some.await(10, TimeUnit.SECONDS);
+            if (end.queueDeclarePassive(HISTORY).getMessageCount() > 0 && empty) throw new IOException(HISTORY + " gives nothing");
             end.basicCancel(tag);
             all.await();
         }
@@ -202,7 +208,7 @@ public class Consumer {
 
     void settle(Delivery delivery, Map<String, String> given, String address) {
         try {
-            long left = ChronoUnit.MILLIS.between(Instant.now(), Instant.parse(given.getOrDefault("orthanc-due", "1970-01-01T00:00:00Z")));
+            long left = ChronoUnit.MILLIS.between(Instant.now(), due(given));
             if (left > 0) {
                 copy(delay(left / 1000), delivery, given, Map.of("orthanc-due", given.get("orthanc-due")));
             } else if (stopping) { // not begun, so for others: RabbitMQ counts what is given back as if a worker had died
@@ -212,7 +218,7 @@ public class Consumer {
                 work(delivery, given, address);
             }
             synchronized (channel) { channel.basicAck(delivery.getEnvelope().getDeliveryTag(), false); }
-        } catch (Exception error) { // a place takes nothing, or the connection is gone: what is held comes again
+        } catch (Throwable error) { // a place takes nothing, or the connection is gone: what is held comes again
             System.err.println("not settled: " + error.getClass().getName());
             if (!stopping) Runtime.getRuntime().halt(1);
         }
@@ -220,9 +226,20 @@ public class Consumer {
 
     static int attempt(Map<String, String> given) {
         boolean ours = NAME.equals(given.get("orthanc-consumer"));
-        int before = ours ? Integer.parseInt(given.getOrDefault("orthanc-attempts", "0")) : 0;
-        int died = Integer.parseInt(given.getOrDefault("x-delivery-count", "0")); // with it in hand
+        int before = ours ? number(given.get("orthanc-attempts")) : 0;
+        int died = number(given.get("x-delivery-count")); // with it in hand
         return before + died + 1;
+    }
+
+    // Anybody may have sent it.
+    static int number(String text) { return text != null && text.matches("[0-9]{1,9}") ? Integer.parseInt(text) : 0; }
+
+    static Instant due(Map<String, String> given) {
+        try {
+            return Instant.parse(given.getOrDefault("orthanc-due", ""));
+        } catch (DateTimeParseException error) {
+            return Instant.EPOCH;
+        }
     }
 
     void work(Delivery delivery, Map<String, String> given, String address) throws Exception {
@@ -262,7 +279,7 @@ public class Consumer {
     void copy(String queue, Delivery delivery, Map<String, String> given, Map<String, String> said) throws Exception {
         Map<String, Object> headers = new HashMap<>(given);
         headers.keySet().removeIf(name -> name.startsWith("x-") || name.equals("orthanc-due")); // RabbitMQ's own
-        headers.putAll(said);
+        said.forEach((name, value) -> headers.put(name, String.valueOf(value).replaceAll("[^ -~]", "?")));
         BasicProperties properties = new BasicProperties.Builder().contentType(delivery.getProperties().getContentType())
             .deliveryMode(2).messageId(UUID.randomUUID().toString()).headers(headers).build();
         while (!confirmed(queue, properties, delivery.getBody())) Thread.sleep(1000); // it is full: the original is kept

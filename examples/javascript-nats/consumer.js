@@ -93,8 +93,8 @@ async function settle(message, held) {
   }
   try {
     if (event) await handle(event, attempt);
-  } catch (error) {
-    failure = error;
+  } catch (error) { // whatever was thrown
+    failure = error instanceof Error ? error : new Error();
   }
   if (late(held)) return;
   if (failure) {
@@ -115,7 +115,7 @@ async function settle(message, held) {
   message.ack();
 }
 
-function take(message) {
+function take(message, mine) {
   const held = {since: Date.now()};
   const beat = setInterval(() => {
     if (late(held)) return; // we were frozen: another may have it by now
@@ -130,21 +130,25 @@ function take(message) {
     .finally(() => {
       clearInterval(beat);
       underWay.delete(work);
+      mine.delete(work);
       ended.emit("one");
       if (tails.get(key) === work) tails.delete(key);
     });
   tails.set(key, work);
   underWay.add(work);
+  mine.add(work);
 }
 
+// The inbox does not wait for the events.
 async function receive(name) {
+  const mine = new Set();
   let consumer;
   while (!stopping) {
     try {
       consumer ??= await stream.consumers.get(name, CONSUMER);
-      while (underWay.size >= AT_ONCE) await once(ended, "one"); // never asked for more than can be begun
-      const batch = await consumer.fetch({max_messages: AT_ONCE - underWay.size, expires: 1000});
-      for await (const message of batch) take(message);
+      while (mine.size >= AT_ONCE) await once(ended, "one"); // never asked for more than can be begun
+      const batch = await consumer.fetch({max_messages: AT_ONCE - mine.size, expires: 1000});
+      for await (const message of batch) take(message, mine);
     } catch (error) {
       console.error(`nothing is received from ${name}: ${error.name}`);
       await sleep(1000);

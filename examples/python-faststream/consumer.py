@@ -74,7 +74,8 @@ broker = NatsBroker(
     os.environ.get("BROKER_URL", "nats://127.0.0.1:4222"), max_reconnect_attempts=-1, graceful_timeout=25, logger=None
 )
 app = FastStream(broker, logger=None)
-one_by_one = asyncio.Lock()  # start more processes for more at a time: they share the events
+# Start more processes for more at a time: they share the events. The inbox does not wait for the events.
+one_by_one = {True: asyncio.Lock(), False: asyncio.Lock()}
 stopping = asyncio.Event()
 
 
@@ -123,7 +124,8 @@ class Held:
 
 async def settle(message: NatsMessage, given: dict[str, str], held: Held) -> None:
     """Have it handled, and say so to the broker; exactly one way."""
-    before = int(given.get("orthanc-attempts", 0)) if given.get("orthanc-consumer") == NAME else 0
+    said_before = given.get("orthanc-attempts", "") if given.get("orthanc-consumer") == NAME else ""
+    before = int(said_before) if said_before.isdecimal() else 0
     # Workers that died with it in hand; a copy that had to wait was given once more.
     died = message.raw_message.metadata.num_delivered - (2 if "orthanc-due" in given else 1)
     attempt = before + max(0, died) + 1
@@ -174,15 +176,16 @@ def subscriber(stream: str, subject: str) -> Any:
 @subscriber(EVENTS, "orthanc.events.>")
 async def consume(body: bytes, message: NatsMessage) -> None:
     given = {name.lower(): value for name, value in (message.raw_message.headers or {}).items()}
-    due = given.get("orthanc-due")
-    left = datetime.fromisoformat(due).timestamp() - time.time() if due else 0
+    left = 0.0
+    with suppress(ValueError, KeyError):
+        left = datetime.fromisoformat(given["orthanc-due"]).timestamp() - time.time()
     if left > 0:
         await message.nack(delay=left + 0.25)
         return
     held = Held(message)
     alive = asyncio.create_task(held.keep())
     try:
-        async with one_by_one:
+        async with one_by_one[message.raw_message.subject == f"orthanc.inbox.{NAME}"]:
             if stopping.is_set():
                 await message.nack()  # not begun: it is for others
             else:
