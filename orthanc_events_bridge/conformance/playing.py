@@ -242,18 +242,19 @@ class Play:
             self.verdicts.check("S7", back, "rejected once more it is no dead letter any more")
 
     async def _terminated(self) -> None:
-        """SIGTERM while a handler is at work and others are to come."""
+        """SIGTERM while a handler is at work, a retry waits, and others are to come."""
         played, program, verdicts = self.played, self.program, self.verdicts
         slow, _, last = slows = [
             played.told("slow") for _ in range(3)
         ]  # of one key: each begins when the one before ends
         others = played.of_keys((f"key {number}" for number in range(20)), 3)
-        self._told |= dict.fromkeys((one.id for one in slows), "slow")
+        waiting = played.told("retry")
+        self._told |= dict.fromkeys((one.id for one in slows), "slow") | {waiting.id: "retry"}
         await self._end("L1")  # what is to be slow is told at the start
         await self._start()
         self._tell("ending it by SIGTERM in the middle")
-        await self._publish([*slows, *others])
-        if not await program.wait(lambda: self._begun(slow.id), self._patience):
+        await self._publish([waiting, *slows, *others])
+        if not await program.wait(lambda: self._begun(slow.id) and self._begun(waiting.id), self._patience):
             verdicts.against("L1", "the event was not handled during which it was to be ended")
             raise Stopped("the program handles nothing more")
         await self._end("L1")
@@ -268,6 +269,10 @@ class Play:
         await self._start()
         left = [one.id for one in (*slows, *others, *late)]
         await self._all_ended(left, "L2", "of what was left and came meanwhile")
+        judge_order(verdicts, program, slows, given_back=True)
+        await program.wait(lambda: self._attempts(waiting)[-1:] > [1], self._patience)
+        attempts = self._attempts(waiting)
+        verdicts.check("S3", attempts[-1:] > [1], f"a retry that waited when it was ended came as attempts {attempts}")
         settled = ended - self._told.keys()
         again = {one.id for one in program.begun[before:]} & settled
         # A connection that is lost brings again what was settled just then; that is no fault.

@@ -45,13 +45,15 @@ async def _compare_queues(options: RabbitOptions, name: str) -> None:
     """
     # Where another broker is used, RabbitMQ's client need not be installed.
     from orthanc_events_bridge.transports.rabbitmq_asking import Asking
-    from orthanc_events_bridge.transports.rabbitmq_queues import Queues
+    from orthanc_events_bridge.transports.rabbitmq_queues import Queues, dead_arguments
     from orthanc_events_bridge.transports.rabbitmq_servers import Servers
 
     connection = await Servers(options).open()
     asking = Asking(connection)
     try:
-        for queue, arguments in Queues.of(name, options).lasting.items():
+        queues = Queues.of(name, options)
+        dead = {queues.dead: dead_arguments(options)} if await asking.exists(queues.dead) else {}
+        for queue, arguments in (queues.lasting | dead).items():
             await asking.declare(queue, arguments)
     finally:
         await asking.end()

@@ -297,8 +297,12 @@ async def open_dead(connection: Connection, options: RabbitOptions, queues: Queu
 
     :raises TransportError: as `open_inbox`.
     """
-    arguments = LIMIT | {"x-overflow": "reject-publish", "x-max-length": options.limits.dead_letters}
-    return await _open(connection, options, queues, {queues.dead: arguments})
+    return await _open(connection, options, queues, {queues.dead: dead_arguments(options)})
+
+
+def dead_arguments(options: RabbitOptions) -> dict[str, Any]:
+    """Those of the queue of dead letters."""
+    return LIMIT | {"x-overflow": "reject-publish", "x-max-length": options.limits.dead_letters}
 
 
 async def _open(

@@ -15,13 +15,14 @@ from typing import Any
 
 from orthanc_events_bridge.consumers import Consumer, Event, Reject, Retry, RetryPolicy
 
-#: It reads an attribute wrongly, takes every event for done whatever its handler says, and ends with an exit code of 3.
+#: It reads an attribute wrongly, takes every event for done whatever its handler says, tells its log of their data,
+#: begins where it was not told to, and ends with an exit code of 3.
 BROKEN = bool(os.environ.get("BROKEN"))
 
 app = Consumer(
     os.environ["CONSUMER"],
     broker=os.environ["BROKER_URL"],
-    start="oldest" if os.environ["START"] == "oldest" else "new",
+    start="oldest" if (os.environ["START"] == "oldest") is not BROKEN else "new",
     retry=RetryPolicy(max_attempts=int(os.environ["MAX_ATTEMPTS"])),
     ack_wait=float(os.environ["ACK_WAIT"]),
 )
@@ -36,6 +37,7 @@ async def handle(event: Event) -> None:
     plain: dict[str, Any] = {**event.attributes, "data": event.data}
     if BROKEN:
         plain["sequence"] = plain.get("sequence", "").lstrip("0")
+        os.write(2, f"{event.data}\n".encode())
     say(did="begin", attempt=event.attempt, event=plain)
     try:
         told = json.loads(os.environ["CONFORMANCE"]).get(event.attributes.get("subject"))

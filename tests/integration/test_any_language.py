@@ -265,7 +265,7 @@ def test_a_program_that_breaks_rules_is_told_which(verdicts: Mapping[str, Future
     assert document, said
     assert (code, document["met"]) == (1, False)
     failed = {one["rule"]: one["details"] for one in document["rules"] if one["result"] == "failed"}
-    assert failed.keys() >= {"D1", "D2", "S1", "S2", "S4", "S5", "S7", "L1"}
+    assert failed.keys() >= {"D1", "D2", "S1", "S2", "S4", "S5", "S7", "L1", "L5", "P5"}
     assert "sequence is " in failed["D1"][0]
     assert failed["L1"][0] == "SIGTERM: its exit code is 3"
     assert failed["S2"][0] == "it was to be given as attempts 1 and 2, and came as [1]"
