@@ -125,6 +125,7 @@ class RabbitDeadLetters(DeadLetters):
         self._consumers = 0
         self._come: deque[DeliveredMessage] = deque()  # and is not read yet
         self._held: set[int] = set()  # the delivery tags of what is not removed
+        self._returned = False  # one was given back by itself, and has not come again
         self._deleted = False
 
     async def read(self) -> AsyncGenerator[DeadLetter]:
@@ -164,6 +165,7 @@ class RabbitDeadLetters(DeadLetters):
                 tag = self._come.pop().delivery_tag or 0
                 self._held.discard(tag)
                 acks.give_back(tag)
+                self._returned = True
             await self._connection.ask(channel.queue_declare(self._queues.dead, passive=True))
         except ClosedError as error:
             self._gone(error)
@@ -186,13 +188,22 @@ class RabbitDeadLetters(DeadLetters):
 
     async def _give_back(self) -> None:
         """Let RabbitMQ have all that is held, and another his turn. Never raises."""
-        if self._acks is not None:
-            self._acks.close()
         channel, self._channel = self._channel, None
-        self._come.clear()
-        self._held.clear()
-        if channel is not None:
-            await self._connection.end(channel)
+        try:
+            if channel is not None and self._returned:
+                # What it has back it gives first, in the order in which it came back: that one behind what is held.
+                one_more = len(self._come) + 1
+                with contextlib.suppress(TransportError, ClosedError):
+                    async with self._consuming(channel, 1):
+                        await self._wait_for(channel, one_more)
+        finally:
+            self._returned = False
+            if self._acks is not None:
+                self._acks.close()
+            self._come.clear()
+            self._held.clear()
+            if channel is not None:
+                await self._connection.end(channel)
         with contextlib.suppress(TransportError, ClosedError):
             await self._stack.aclose()
 
@@ -273,6 +284,7 @@ class RabbitDeadLetters(DeadLetters):
             self._acks.given(tag)
         self._held.add(tag)
         self._come.append(raw)
+        self._returned = False
 
     def _on_deleted(self) -> None:
         self._deleted = True

@@ -135,6 +135,30 @@ def test_they_keep_their_order_where_some_are_removed_while_they_are_read(
     run(main(), seconds=3 * PATIENCE)
 
 
+def test_they_keep_their_order_where_reading_ends_in_the_middle_or_another_comes_meanwhile(
+    rabbit: RabbitHarness, queues: Queues
+) -> None:
+    count = 300
+
+    async def main() -> None:
+        async with connected(rabbit.transport()) as transport:
+            await reject(transport, queues, count)
+            async with looking(transport, queues) as dead:
+                async with contextlib.aclosing(dead.read()) as reading:
+                    first = [await anext(reading) for _ in range(50)]
+                await dead.remove(first[::2])
+            left = [*range(1, 50, 2), *range(50, count)]
+            async with looking(transport, queues) as dead:
+                letters = [one async for one in dead.read()]
+                assert numbers(letters) == left
+                await reject(transport, queues, 1, start=9000)
+                await dead.remove(letters[:3])
+            for _ in range(2):
+                assert numbers(await read(transport, queues)) == [*left[3:], 9000]
+
+    run(main(), seconds=3 * PATIENCE)
+
+
 def test_what_a_reader_held_that_died_is_there_again_in_order(rabbit: RabbitHarness, queues: Queues) -> None:
     async def main() -> None:
         async with connected(rabbit.transport()) as transport:
