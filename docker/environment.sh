@@ -25,4 +25,4 @@ ln -s "lib/python$version/site-packages/orthanc_events_bridge" "$home/package"
 printf '#!/bin/sh\nexec %s/bin/python -m orthanc_events_bridge "$@"\n' "$home" >"$home/bin/orthanc-events"
 chmod 755 "$home/bin/orthanc-events"
 install -D -m 644 -t "$home/shim" config/orthanc_events.py
-install -m 755 docker/health.py docker/start-orthanc.sh docker/first-start.sh "$home/"
+install -m 755 docker/health.py docker/start-orthanc.sh docker/first-start.sh docker/variables.sh "$home/"

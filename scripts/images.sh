@@ -135,8 +135,10 @@ build() {
         for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
             if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
         done
-        proxy='' && eval "$(apt-config shell proxy Acquire::http::Proxy)"
-        if [ -n "$proxy" ] && [ -z "${http_proxy:-}" ]; then arguments+=(--build-arg "http_proxy=$proxy"); fi
+        for name in http https; do
+            proxy='' other=${name}_proxy && eval "$(apt-config shell proxy "Acquire::$name::Proxy")"
+            if [ -n "$proxy" ] && [ -z "${!other:-}" ]; then arguments+=(--build-arg "$other=$proxy"); fi
+        done
         # The host's network reaches what the host reaches, also where no NAT is set up.
         command=(docker build --force-rm --network host "${arguments[@]}" --tag "$tag" "$folder")
     fi

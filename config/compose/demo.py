@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from orthanc_events_bridge.testing.dicom import Instance, Study, instance_bytes, make_study, new_uid
+from orthanc_events_bridge.testing.dicom import Instance, Study, instance_bytes, make_study, measured, new_uid
 
 NAMES = ("orthanc", "archive", "research")
 PASSWORD = Path(os.environ["ORTHANC_EVENTS_ORTHANC_PASSWORD_FILE"]).read_text().strip()
@@ -62,17 +62,6 @@ def results(client: httpx.Client, study: str) -> dict[str, str]:
     return {modality: one for modality, one in found.items() if modality in ("SEG", "SR")}
 
 
-def number(report: dict[str, Any]) -> str:
-    """The first number of a report, as Orthanc tells its tags: the volume."""
-    for name, value in report.items():
-        if name == "NumericValue":
-            return str(value)
-        for item in value if isinstance(value, list) else ():
-            if found := number(item):
-                return found
-    return ""
-
-
 def main() -> int:
     """Upload a CT and an MR study, wait, and show; the exit code."""
     options: dict[str, Any] = {
@@ -104,7 +93,7 @@ def main() -> int:
     for modality, instance in sorted(found.items()):
         print(f"  {modality:<3}  instance {instance}")
     if report := found.get("SR"):
-        volume = number(clients["archive"].get(f"/instances/{report}/simplified-tags").raise_for_status().json())
+        volume = measured(clients["archive"].get(f"/instances/{report}/simplified-tags").raise_for_status().json())
         sphere_volume = 4 / 3 * math.pi * RADIUS**3 / 1000
         print(f"  the report says {float(volume):.2f} ml; the sphere in the images has {sphere_volume:.2f} ml")
     if not done:

@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import SecretStr
 
 from orthanc_events_bridge.testing.brokers import BROKERS
+from orthanc_events_bridge.testing.dicom import measured
 from orthanc_events_bridge.testing.processes import ServerError
 from orthanc_events_bridge.testing.programs import MissingComponentError
 from orthanc_events_bridge.testing.reacting import consumer_url
@@ -79,17 +80,6 @@ async def _watch(store: SecretStr, began: float) -> Workflow | None:
     return found
 
 
-def _volume(report: dict[str, Any]) -> str:
-    """What a report says of the volume, as Orthanc tells its tags."""
-    for name, value in report.items():
-        if name == "NumericValue":
-            return str(value)
-        for item in value if isinstance(value, list) else ():
-            if found := _volume(item):
-                return found
-    return ""
-
-
 def _results(pacs: OrthancServer, study: str, images: set[str], volume: float) -> bool:
     """Say where the results are; whether they are."""
     print("\nin the PACS, under the original patient and study:")
@@ -100,7 +90,7 @@ def _results(pacs: OrthancServer, study: str, images: set[str], volume: float) -
         print(f"  {tags['Modality']:<4} {pacs.url}/instances/{one}", flush=True)
     if found.keys() != {"SEG", "SR"} or any(one["StudyInstanceUID"] != study for one in found.values()):
         return False
-    print(f"  the report says {_volume(found['SR'])} ml; the sphere in the images has {volume:.2f} ml")
+    print(f"  the report says {measured(found['SR'])} ml; the sphere in the images has {volume:.2f} ml")
     return True
 
 

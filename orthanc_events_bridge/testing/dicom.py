@@ -182,6 +182,21 @@ def instance_bytes(
     return b"".join(piece if isinstance(piece, bytes) else values[piece] for piece in pieces.parts)
 
 
+def measured(report: Mapping[str, Any]) -> str:
+    """The first number in a structured report: what it has measured, if that is one thing.
+
+    :param report: its tags as Orthanc's ``/instances/{id}/simplified-tags`` tells them.
+    :return: empty if there is none.
+    """
+    for name, value in report.items():
+        if name == "NumericValue":
+            return str(value)
+        for item in value if isinstance(value, list) else ():
+            if found := measured(item):
+                return found
+    return ""
+
+
 def _padded(text: str, fill: bytes) -> bytes:
     value = text.encode()
     return value + fill if len(value) % 2 else value

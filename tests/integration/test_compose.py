@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 
 import httpx
@@ -108,6 +109,7 @@ def test_containers_may_do_little_and_tell_no_secrets(stack: Composed) -> None:
 def test_the_ai_service_may_store_results_and_read_nothing(stack: Composed) -> None:
     with stack.containers("ai") as (ai,):
         (network,) = ai.attrs["NetworkSettings"]["Networks"]
+        assert ai.client.networks.get(network).attrs["Internal"]  # no way out
     with stack.containers() as everything:
         on_it = [one for one in everything if network in one.attrs["NetworkSettings"]["Networks"]]
     assert {one.labels["com.docker.compose.service"] for one in on_it} == {"ai", "orthanc"}
@@ -121,6 +123,18 @@ def test_the_ai_service_may_store_results_and_read_nothing(stack: Composed) -> N
         for path in ("/studies", "/dicom-web/studies", "/system"):
             assert client.get(path).status_code == 403, path
         assert client.post("/tools/find", json={"Level": "Study", "Query": {}}).status_code == 403
+    # By DICOM neither, whoever it says that it is.
+    asked = ["findscu", "-v", "-S", "-aec", "ORTHANC", "-k", "QueryRetrieveLevel=STUDY", "-k", "PatientName"]
+    for title in ("AI", "ARCHIVE", "RESEARCH"):
+        done = subprocess.run(
+            [*asked, "-aet", title, "127.0.0.1", str(stack.ports["dicom"])], capture_output=True, text=True, check=False
+        )
+        assert done.returncode or "Failed" in done.stdout + done.stderr, done
+        assert "(0010,0010) PN [" not in done.stdout + done.stderr, done
+
+
+def test_commands_in_orthancs_container_know_what_the_variables_say(stack: Composed) -> None:
+    assert "the configuration is right" in stack.compose("exec", "-T", "orthanc", "orthanc-events", "check")
 
 
 def test_four_routers_share_the_work(stack: Composed) -> None:

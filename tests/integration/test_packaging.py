@@ -53,6 +53,14 @@ def test_what_containers_mount_and_read_is_there() -> None:
     assert profiles == {path.stem for path in (ROOT / "config" / "compose").glob("*.env")}
 
 
+def test_each_image_is_built_once() -> None:
+    """Compose builds what several services name as often, at the same time: the results get in each other's way."""
+    own = {service["image"] for service in SERVICES.values() if ":-orthanc-events" in service["image"]}
+    assert len(own) == 3
+    built = [service["image"] for service in SERVICES.values() if "build" in service]
+    assert sorted(built) == sorted(own)
+
+
 def test_the_image_runs_the_script_that_init_writes() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text("utf-8")
     config = "/etc/orthanc-events/orthanc-events.yaml"
@@ -77,10 +85,11 @@ def test_images_are_pinned_and_can_be_replaced_and_ports_are_open_to_this_machin
     for folder in ("docker", "docker/consumers", "examples/ai-service"):
         text = (ROOT / folder / "Dockerfile").read_text("utf-8")
         assert re.search(r"^ARG (ORTHANC|PYTHON)=\S+:\d+(\.\d+)+(-[\w-]+)?$", text, re.MULTILINE)
+    built = {service["image"] for service in SERVICES.values() if "build" in service}
     for name, service in SERVICES.items():
         variable = re.fullmatch(r"\$\{([A-Z_]+_IMAGE):-(\S+)\}", service["image"])
         assert variable, name
-        assert "build" in service or re.fullmatch(r"\S+:\d+\.\d+\.\d+(-\w+)?", variable[2]), name
+        assert service["image"] in built or re.fullmatch(r"\S+:\d+\.\d+\.\d+(-\w+)?", variable[2]), name
     ports = [str(port) for service in SERVICES.values() for port in service.get("ports", ())]
     assert len(ports) > 5
     assert all(port.startswith("127.0.0.1:${") for port in ports)
