@@ -189,7 +189,7 @@ class OrthancContainer(BridgedOrthanc, ContainerServer):
         What was sent before counts too, so that nothing is missed between an upload and this. In a coroutine it is
         ``await asyncio.to_thread(orthanc.events_until, …)``.
 
-        :param name: without prefix and version: ``study.stable`` (docs/events.md).
+        :param name: without prefix and version: ``study.stable`` (docs/events.md); or a pattern, ``study.*``.
         :param study: Orthanc's id: only events of this study, of its series and instances count, and are returned.
         :param where: a condition that it has to meet as well.
         :param timeout: seconds.

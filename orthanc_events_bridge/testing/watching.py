@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ def events_until(
     Nothing is acknowledged, and consumers don't notice. It is read anew where the connection is lost.
 
     :param broker: a transport's options.
-    :param name: of the one, without prefix and version.
+    :param name: of the one, without prefix and version, or a pattern of names; or its whole type.
     :param counts: whether an event is of what is asked for, the one too.
     :param where: a condition that the one has to meet as well.
     :param timeout: seconds.
@@ -39,7 +40,8 @@ def events_until(
     found: list[Event] = []
 
     def last(event: Event) -> bool:
-        return event.name == name and counts(event) and where(event)
+        called = fnmatch.fnmatchcase(event.name, name) or event.type == name
+        return called and counts(event) and where(event)
 
     try:
         asyncio.run(asyncio.wait_for(_follow(broker, last, found), timeout))
