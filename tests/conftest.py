@@ -24,7 +24,7 @@ REAL = ("integration", "fault", "mutant", "bench")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let one of several runs side by side do in a row what shares servers: the tests of a file that has a fixture for
-    all of them. All others are dealt out one by one.
+    all of them. All others are dealt out one by one, those of the contract suite too: each of the runs has its brokers.
 
     By their addresses: with pytest 9.2 a mark doesn't do it, for xdist 3.8 puts groups where that no longer looks, and
     then deals out each test alone, so that each run starts the servers.

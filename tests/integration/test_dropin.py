@@ -42,8 +42,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as it is installed."""
     pytest.importorskip("hatchling", reason="requirements/build.txt is not installed")
     folder, tree = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    (tree / "tools").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tools/index_page.py"):
+        shutil.copy(ROOT / name, tree / name)
     leave = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "orthanc_events_bridge", tree / "orthanc_events_bridge", ignore=leave)
     run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, tree, folder=folder)
