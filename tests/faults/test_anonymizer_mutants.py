@@ -59,11 +59,10 @@ def a_result_comes_back(line: Line, study: Study) -> None:
 @pytest.mark.parametrize(
     ("mutant", "scenario"),
     [
-        ("not knowing its own", what_it_made_is_stable),
-        ("by chance", a_late_image_comes),
-        ("forgetting results", a_result_comes_back),
+        pytest.param("not knowing its own", what_it_made_is_stable, id="not-knowing-its-own"),
+        pytest.param("by chance", a_late_image_comes, id="by-chance", marks=pytest.mark.slow),
+        pytest.param("forgetting results", a_result_comes_back, id="forgetting-results", marks=pytest.mark.slow),
     ],
-    ids=["not-knowing-its-own", "by-chance", "forgetting-results"],
 )
 def test_the_anonymizer_shows_what_a_protection_prevents(
     tmp_path: Path, mutant: str, scenario: Callable[[Line, Study], None]

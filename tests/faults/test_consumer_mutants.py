@@ -137,12 +137,12 @@ def two_are_given_the_same(make: Make, broker: TransportOptions) -> int:
 #: What is switched off, what happens, and on which broker. Those that are not `slow` run in CI.
 CASES: list[Any] = [
     pytest.param("return", workers_are_killed, "rabbitmq", id="return"),
-    pytest.param("late", a_worker_is_frozen, "nats", id="late"),
+    pytest.param("late", a_worker_is_frozen, "nats", id="late", marks=pytest.mark.slow),
     pytest.param("counts", workers_are_stopped_between_attempts, "nats", id="counts", marks=pytest.mark.slow),
     pytest.param("keys", many_of_few_keys, "kafka", id="keys", marks=pytest.mark.slow),
-    pytest.param("waiting", some_fail_in_order, "nats", id="waiting"),
+    pytest.param("waiting", some_fail_in_order, "nats", id="waiting", marks=pytest.mark.slow),
     pytest.param("stored", dead_letters_have_no_room, "nats", id="stored", marks=pytest.mark.slow),
-    pytest.param("drain", a_worker_is_stopped, "nats", id="drain"),
+    pytest.param("drain", a_worker_is_stopped, "nats", id="drain", marks=pytest.mark.slow),
     pytest.param("extend", a_handler_takes_long, "nats", id="extend", marks=pytest.mark.slow),
     pytest.param("claim", two_are_given_the_same, "nats", id="claim"),
     pytest.param("note", two_are_given_the_same, "nats", id="note", marks=pytest.mark.slow),

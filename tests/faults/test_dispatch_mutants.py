@@ -65,7 +65,7 @@ def a_worker_dies_behind_its_step(folder: Path, without: Sequence[str]) -> int:
 #: What is switched off, and what happens.
 CASES: list[Any] = [
     pytest.param("job", a_worker_dies_while_its_job_runs, id="job"),
-    pytest.param("again", a_worker_dies_behind_its_step, id="again"),
+    pytest.param("again", a_worker_dies_behind_its_step, id="again", marks=pytest.mark.slow),
 ]
 
 

@@ -88,7 +88,7 @@ def orthanc_is_killed_behind_a_resubmission(folder: Path, without: Sequence[str]
 
 CASES = [
     pytest.param("later", somebody_else_sends_it, id="later"),
-    pytest.param("counts", workers_are_killed_between_failures, id="counts"),
+    pytest.param("counts", workers_are_killed_between_failures, id="counts", marks=pytest.mark.slow),
     pytest.param("again", orthanc_is_killed_behind_a_resubmission, id="again", marks=pytest.mark.slow),
 ]
 

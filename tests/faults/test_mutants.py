@@ -226,11 +226,11 @@ CASES: list[Any] = [
         "kafka", ["confirm", "idempotence"], kill_the_broker, "lost", id="confirm-kafka", marks=pytest.mark.slow
     ),
     pytest.param("webhook", ["confirm"], refuse_for_a_while, "lost", id="confirm-webhook", marks=pytest.mark.slow),
-    pytest.param("nats", ["replay"], kill_the_broker, "lost", id="replay"),
+    pytest.param("nats", ["replay"], kill_the_broker, "lost", id="replay", marks=pytest.mark.slow),
     pytest.param("nats", ["minting"], freeze_the_broker, "repeated", id="minting", marks=pytest.mark.slow),
     pytest.param("nats", ["log"], store_unseen, "lost", id="log"),
-    pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair"),
-    pytest.param("nats", ["stable"], end_within_stable_age, "lost", id="stable"),
+    pytest.param("nats", ["repair"], delete_unseen, "unrecoverable", id="repair", marks=pytest.mark.slow),
+    pytest.param("nats", ["stable"], end_within_stable_age, "lost", id="stable", marks=pytest.mark.slow),
     pytest.param(
         "nats", ["doubt", "late"], delete_with_callbacks_held_up, "repeated", id="doubt", marks=pytest.mark.slow
     ),

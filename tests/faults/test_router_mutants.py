@@ -67,8 +67,8 @@ def jobs(line: Line) -> int:
 #: What is switched off, and what happens.
 CASES: list[Any] = [
     pytest.param("sent", it_comes_again, id="sent"),
-    pytest.param("left", a_worker_dies_while_its_job_runs, id="left"),
-    pytest.param("source", it_is_to_be_sent_back, id="source"),
+    pytest.param("left", a_worker_dies_while_its_job_runs, id="left", marks=pytest.mark.slow),
+    pytest.param("source", it_is_to_be_sent_back, id="source", marks=pytest.mark.slow),
 ]
 
 
