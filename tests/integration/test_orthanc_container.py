@@ -67,6 +67,8 @@ def test_a_study_is_told_from_its_upload_to_its_deletion(kind: str, monkeypatch:
         study = orthanc.upload_study(series=2, instances=2)
         other = orthanc.upload_study()
         stable = orthanc.wait_for_event("study.stable", study=study.id)
+        for name in ("study.sta*", "io.orthanc-events.study.stable.v1"):
+            assert orthanc.wait_for_event(name, study=study.id) == stable
         assert stable.tags == {"StudyInstanceUID": study.study_uid}
         assert orthanc.delete("studies", study.id)
         told = orthanc.events_until("study.deleted", study=study.id)

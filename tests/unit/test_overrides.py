@@ -101,6 +101,7 @@ def test_a_file_without_options_is_enough() -> None:
     [
         ("__DATA__TAGZ", "Modality", "data.tagz", "tags"),
         ("__OUTBOX__KEEP", "s3cret", "outbox.keep", "${ORTHANC_EVENTS__OUTBOX__KEEP}"),
+        ("__OUTBOX", '{"keep": "s3cret"}', "outbox.keep", "${ORTHANC_EVENTS__OUTBOX}"),
         ("__TRANSPORTS__2", "nats://a:4222", "transports[2]", "from 0 to 1"),
         ("__TRANSPORTS__ONE", "nats://a:4222", "transports.one", "from 0 to 1"),
         ("__TRANSPORTS__0__TOKEN", '["s3cret"]', "transports[0].token", "text"),
