@@ -101,7 +101,9 @@ class Composed:
         compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
         labels = {"labels": {LABEL: RUN, engine.STARTER: engine.this_starter()}}
         compose["networks"]["default"] = None
-        document = {kind: dict.fromkeys(compose[kind], labels) for kind in ("services", "volumes", "networks")}
+        document = {"services": dict.fromkeys(compose["services"], labels)}
+        for kind in ("volumes", "networks"):  # whose options docker-compose 1.29 takes from the last file alone
+            document[kind] = {name: {**(one or {}), **labels} for name, one in compose[kind].items()}
         path = folder / "labels.yml"
         path.write_text(yaml.safe_dump(document), "utf-8")
         return path
