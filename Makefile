@@ -83,7 +83,7 @@ test-sid: ## the same with the newest Orthanc of Debian, whatever it is today
 test-matrix: ## each Orthanc with each version of each broker, in containers; the table in README.md (SID=1: Debian sid too)
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh rabbitmq kafka docker
 	scripts/docker.sh sh -c 'scripts/images.sh $(OTHERS) $(if $(SID),orthanc-sid) && code=0 && \
-		{ TEST_SERVERS=containers $(PYTEST) -n 2 --dist=loadgroup -m "slow or not slow" $(if $(SID),,-k "not sid") \
+		{ TEST_SERVERS=containers $(PYTEST) -n 2 -m "slow or not slow" $(if $(SID),,-k "not sid") \
 		-o junit_family=xunit1 --junitxml build/matrix.xml tests/matrix || code=$$?; } && \
 		$(BIN)/python tools/matrix_table.py build/matrix.xml && exit $$code'
 

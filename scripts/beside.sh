@@ -11,7 +11,7 @@ shift
 workers=${WORKERS:-3}
 
 code=0
-"$pytest" -n "$workers" --dist=loadgroup --durations=10 "$@" || code=$?
+"$pytest" -n "$workers" --durations=10 "$@" || code=$?
 # 1: tests have failed. Everything else, an interruption say, is final.
 if [ "$code" != 1 ] || [ "$workers" = 0 ]; then exit "$code"; fi
 printf '\ntests: what failed beside others is run again, alone\n'

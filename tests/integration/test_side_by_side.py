@@ -39,7 +39,6 @@ def test_tests_that_share_servers_are_done_by_one_of_them(tmp_path: Path) -> Non
         "tests.conftest",
         "-n",
         "2",
-        "--dist=loadgroup",
         str(tmp_path),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
