@@ -89,6 +89,16 @@ class Document:
             place = place[:-1]
         return self.lines.get(place, 1)
 
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """What is to be validated; None where there is nothing."""
+        return self.data if isinstance(self.data, dict) else None
+
+    def said_by(self, place: Place) -> list[str]:
+        """The variables that a value holds or comes from; none where the file says all of it."""
+        origin = self.origin(place)
+        return self.variables.get(place, []) if origin is None else [origin]
+
     def origin(self, place: Place) -> str | None:
         """The variable that says what is in a place; None for the file."""
         while place and place not in self.origins:

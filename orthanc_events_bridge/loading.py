@@ -95,12 +95,6 @@ def read_file(path: Path | str, advice: Advice) -> str:
     raise ConfigError([Problem(str(path), None, "", *problem)])
 
 
-def read_document(text: str, environment: Mapping[str, str]) -> tuple[Document, dict[str, object] | None]:
-    """A YAML text, and the options in it; none where there are none to validate."""
-    document = read(text, environment)
-    return document, document.data if isinstance(document.data, dict) else None
-
-
 def problems_of(document: Document, file_name: str, advice: Advice) -> list[Problem]:
     """What is wrong with a file before its options are looked at."""
     problems = _problems(document, file_name, document.mistakes)
@@ -139,7 +133,7 @@ def parse(
     document = read(text, environment)
     override(document, environment)
     problems = problems_of(document, file_name, advice)
-    if isinstance(document.data, dict):
+    if document.options is not None:
         options, errors = validate(model, document, Path(file_name).parent)
         problems += _problems(document, file_name, explain(document, errors, model))
         if options is not None and not problems:

@@ -46,7 +46,7 @@ def explain(
         else:
             wrong, right, shown = _translate(place, error, document.data, model)
         if shown is not None:
-            variables = document.variables.get(place) or [one for one in [document.origin(place)] if one]
+            variables = document.said_by(place)
             if variables:
                 wrong = f"the value with {' and '.join(f'${{{name}}}' for name in variables)} {wrong}"
             else:

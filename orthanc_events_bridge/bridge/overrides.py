@@ -49,7 +49,6 @@ def _put(document: Document, steps: Sequence[str], name: str, text: str) -> None
             value = _value(text)
             _forget(document, place, inside=True)
             document.origins[place] = name
-            document.variables[place] = [name]
             if not isinstance(value, dict | list):
                 document.texts[place] = text
         else:

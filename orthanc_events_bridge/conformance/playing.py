@@ -244,9 +244,8 @@ class Play:
     async def _terminated(self) -> None:
         """SIGTERM while a handler is at work, a retry waits, and others are to come."""
         played, program, verdicts = self.played, self.program, self.verdicts
-        slow, _, last = slows = [
-            played.told("slow") for _ in range(3)
-        ]  # of one key: each begins when the one before ends
+        # Of one key: each begins when the one before ends.
+        slow, _, last = slows = [played.told("slow") for _ in range(3)]
         others = played.of_keys((f"key {number}" for number in range(20)), 3)
         waiting = played.told("retry")
         self._told |= dict.fromkeys((one.id for one in slows), "slow") | {waiting.id: "retry"}

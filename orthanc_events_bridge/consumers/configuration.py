@@ -14,14 +14,13 @@ from typing import Any, Final, Generic, TypeVar
 
 from orthanc_events_bridge.consumers.retry import RetryPolicy
 from orthanc_events_bridge.consumers.settings import ConsumerSettings
-from orthanc_events_bridge.document import Document
+from orthanc_events_bridge.document import Document, read
 from orthanc_events_bridge.errors import OrthancError
 from orthanc_events_bridge.loading import (
     Advice,
     ConfigError,
     Problem,
     problems_of,
-    read_document,
     read_file,
     validate,
 )
@@ -116,9 +115,9 @@ def configure_as(
     problems: list[Problem] = []
     document = Document(data={})
     if path is not None:
-        document, options = read_document(read_file(path, _ADVICE), environment)
+        document = read(read_file(path, _ADVICE), environment)
         problems = problems_of(document, str(path), _ADVICE)
-        if options is None:
+        if document.options is None:
             raise ConfigError(problems)
     said = {name: value for name, value in code.items() if value is not None}
     orthanc = said.get("orthanc")
